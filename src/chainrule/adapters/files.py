@@ -1,0 +1,126 @@
+"""Adapters on disk: the folder plain diffusers' `load_lora_weights` reads; and exact mixes of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from chainrule.adapters.select import Adapter, inject
+from chainrule.errors import UserError
+
+FILE = "pytorch_lora_weights.safetensors"
+PREFIX = "unet."
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A LoRA as tensors, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank)."""
+
+    tensors: Mapping[str, Tensor]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return next(t.shape[0] for k, t in self.tensors.items() if "lora_A" in k)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(sorted({key.split(".lora_")[0] for key in self.tensors}))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `folder/pytorch_lora_weights.safetensors`; rank and alpha go into the header, as diffusers does."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        meta = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.targets), "peft_type": "LORA"}
+        header = {"format": "pt", "lora_adapter_metadata": json.dumps({PREFIX + k: v for k, v in meta.items()})}
+        tensors = {PREFIX + k: v.detach().cpu().contiguous() for k, v in self.tensors.items()}
+        partial = path / (FILE + ".part")
+        save_file(tensors, partial, header)
+        partial.replace(path / FILE)
+        return path
+
+
+def find(source: str | Path) -> Path:
+    """The safetensors file of an adapter file, an adapter folder or a run folder. UserError if there is none."""
+    path = Path(source)
+    candidates = (path, path / FILE, path / "adapter" / FILE)
+    for candidate in candidates:
+        if candidate.is_file():
+            if candidate.suffix != ".safetensors":
+                raise UserError(f"{candidate} is not a safetensors file; pickled weights are refused")
+            return candidate
+    raise UserError(f"no adapter at {str(source)!r}: expected {FILE} there, or a run folder that has one")
+
+
+def read(source: str | Path) -> Weights:
+    """An adapter's tensors from disk, in either of diffusers' key spellings."""
+    path = find(source)
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
+    tensors = {
+        k.removeprefix(PREFIX).replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): v
+        for k, v in tensors.items()
+    }
+    if not tensors or not all(".lora_A." in k or ".lora_B." in k for k in tensors):
+        raise UserError(f"{path} holds no LoRA for the denoiser")
+    rank = next(t.shape[0] for k, t in tensors.items() if ".lora_A." in k)
+    return Weights(tensors, float(meta.get(PREFIX + "lora_alpha", rank)))
+
+
+def weights(adapter: Adapter) -> Weights:
+    return Weights({k: v.detach().clone() for k, v in adapter.named_parameters().items()}, float(adapter.config.lora_alpha))
+
+
+def save(adapter: Adapter, folder: str | Path) -> Path:
+    """Write the adapter so that `StableDiffusionPipeline.load_lora_weights(folder)` reads it."""
+    return weights(adapter).save(folder)
+
+
+def load(network: nn.Module, name: str, source: str | Path | Weights) -> Adapter:
+    """Add a saved adapter to a network, frozen. UserError when it was made for another architecture."""
+    stored = source if isinstance(source, Weights) else read(source)
+    modules = dict(network.named_modules())
+    for target in stored.targets:
+        if target not in modules:
+            raise UserError(f"the adapter was made for another model: {type(network).__name__} has no layer {target}")
+    adapter = inject(network, name, rank=stored.rank, alpha=stored.alpha, targets=stored.targets)
+    here = adapter.named_parameters()
+    for key, value in stored.tensors.items():
+        if key not in here or here[key].shape != value.shape:
+            adapter.remove()
+            raise UserError(f"the adapter was made for another model: {key} has shape {tuple(value.shape)}")
+        here[key].data.copy_(value)
+        here[key].requires_grad_(False)
+    return adapter
+
+
+def mix(parts: Mapping[str, float] | Mapping[Path, float]) -> Weights:
+    """The exact sum of scaled adapters, as one: ranks concatenate (arXiv:2309.17400, section 5.3).
+
+    sum_j s_j * alpha_j / r_j * B_j A_j = [B_1 ... B_n] diag(...) [A_1; ...; A_n]. UserError when two of them adapt
+    different layers.
+    """
+    if not parts:
+        raise UserError("nothing to mix: give at least one adapter and its weight")
+    loaded = [(read(source), weight, str(source)) for source, weight in parts.items()]
+    first = loaded[0][0]
+    for other, _, source in loaded[1:]:
+        if other.targets != first.targets:
+            raise UserError(f"{source} adapts other layers than {loaded[0][2]}; they cannot be mixed")
+    tensors = {}
+    for target in first.targets:
+        down, up = f"{target}.lora_A.weight", f"{target}.lora_B.weight"
+        tensors[down] = torch.cat([w.tensors[down] for w, _, _ in loaded])
+        tensors[up] = torch.cat([w.tensors[up] * (scale * w.alpha / w.rank) for w, scale, _ in loaded], 1)
+    return Weights(tensors, float(sum(w.rank for w, _, _ in loaded)))

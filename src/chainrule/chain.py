@@ -1,0 +1,208 @@
+"""The one walker: runs a plan forwards, and pulls a gradient back through it.
+
+Every step is x' = a * x + b * m (solve.py), so the backward pass is written out instead of left to a tape: with v the
+gradient at x', the call gets b * v, and v becomes a * v, plus the call's input gradient where the plan says FULL.
+Nothing else is stored than the states that live calls started from. Under RECOMPUTE the forward pass is plain sampling
+and the backward pass replays one live call at a time, so memory is one call's graph whatever N, K or M; KEEP holds the
+graphs instead. Both run the same lines and give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from chainrule.denoise import Cast, Condition
+from chainrule.noise import Noise
+from chainrule.plan import Grad, Jump, Path, Plan
+from chainrule.solve import DDIM
+
+
+class Memory(Enum):
+    """What is held between the forward and the backward pass. It never changes a number."""
+
+    KEEP = "keep"  # every live call's activations
+    RECOMPUTE = "recompute"  # the live calls' inputs; their activations are made again, one call at a time
+
+
+# The gradient a penalty adds to a call's answer: (answer, state, jump) -> same shape as the answer.
+Penalty = Callable[[Tensor, Tensor, Jump], Tensor]
+
+
+@dataclass(slots=True)
+class _Step:
+    """What the backward pass needs of one jump."""
+
+    jump: Jump
+    a: float
+    b: float
+    x: Tensor | None = None
+    answer: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Walk:
+    """A finished branch: its image latent, and the way back."""
+
+    image: Tensor
+    _steps: list[_Step]
+    _call: Callable[[Tensor, Jump], Tensor]
+
+    @property
+    def live(self) -> bool:
+        return any(step.x is not None for step in self._steps)
+
+    def pull(self, gradient: Tensor, penalty: Penalty | None = None) -> Tensor:
+        """Add d(loss)/d(leaf) to `.grad` of every trainable leaf, given d(loss)/d(image).
+
+        Returns the gradient at the branch's first state. Frees what it used: call it once.
+        """
+        v = gradient.detach()
+        while self._steps:
+            step = self._steps.pop()
+            if step.x is not None:
+                answer = step.answer if step.answer is not None else _live(self._call, step.x, step.jump)
+                upstream = step.b * v
+                if penalty:
+                    upstream = upstream + penalty(answer.detach(), step.x.detach(), step.jump)
+                step.x.grad = None
+                if answer.requires_grad:
+                    answer.backward(upstream.to(answer.dtype))
+            v = step.a * v
+            if step.x is not None and step.x.grad is not None:
+                v = v + step.x.grad
+        return v
+
+
+def _live(call: Callable[[Tensor, Jump], Tensor], x: Tensor, jump: Jump) -> Tensor:
+    with torch.enable_grad():
+        return call(x, jump)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A plan's surroundings: who answers, how steps are solved, for which prompts and noise."""
+
+    cast: Cast
+    solver: DDIM
+    condition: Condition
+    noise: Noise
+    memory: Memory = Memory.RECOMPUTE
+    on_call: Callable[[], None] = field(default=lambda: None)
+
+    def _call(self, x: Tensor, jump: Jump) -> Tensor:
+        return self.cast[jump.via](x, jump.start, self.condition)
+
+    def _take(self, x: Tensor, jump: Jump, fresh: int) -> tuple[Tensor, _Step]:
+        if jump.up:
+            a, b = self.solver.renoise(jump.start, jump.stop)
+            return a * x + b * self.noise.fresh(fresh).to(x), _Step(jump, a, b)
+        a, b = self.solver.coefficients(jump.start, jump.stop, jump.finish)
+        step = _Step(jump, a, b)
+        if jump.grad is not Grad.NONE:
+            step.x = x.detach().requires_grad_(jump.grad is Grad.FULL)
+        if step.x is not None and self.memory is Memory.KEEP:
+            answer = step.answer = _live(self._call, step.x, jump)
+        else:
+            with torch.no_grad():
+                answer = self._call(x, jump)
+        self.on_call()
+        return a * x + b * answer.detach(), step
+
+    def _path(self, x: Tensor, path: Path, fresh: int) -> tuple[Tensor, list[_Step]]:
+        steps = []
+        for jump in path:
+            x, step = self._take(x, jump, fresh)
+            steps.append(step)
+        return x, steps
+
+    @torch.no_grad()
+    def states(self, x: Tensor, path: Path) -> Iterator[Tensor]:
+        """The states after each jump of a path, without gradient: sampling."""
+        for jump in path:
+            x, _ = self._take(x, jump, 0)
+            yield x
+
+    def walk(self, plan: Plan, x: Tensor) -> Iterator[Walk]:
+        """Yield each branch finished; pull it before asking for the next and only one is held.
+
+        `x` is the state at `plan.start`, (b, c, h, w).
+        """
+        missing = {jump.via for jump in plan.jumps} - set(self.cast)
+        if missing:
+            raise ValueError(f"the plan calls {', '.join(sorted(missing))}, which the cast does not have")
+        with torch.no_grad():
+            trunk, _ = self._path(x.detach(), plan.trunk, 0)
+            first: Tensor | None = None
+            for number, branch in enumerate(plan.branches):
+                start = first if first is not None and branch[0].start == 0 else trunk
+                image, steps = self._path(start, branch, number)
+                first = image if first is None else first
+                yield Walk(image, steps, self._call)
+
+
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+class Decoder(Protocol):
+    """Image latents to images in [0, 1], (b, 3, h, w), differentiable."""
+
+    def __call__(self, latents: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one pass saw: rewards (b,) and images (b, 3, h, w) of the first branch, and each branch's mean reward."""
+
+    rewards: Tensor
+    images: Tensor
+    branch_rewards: tuple[float, ...]
+
+
+def read(decode: Decoder, score: Score, latents: Tensor, prompts: Sequence[str], part: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards, images and d(-mean reward)/d(latents), in micro-batches on a leaf copy of the latents."""
+    rewards, images, gradients = [], [], []
+    for i in range(0, len(latents), part):
+        leaf = latents[i : i + part].detach().requires_grad_()
+        with torch.enable_grad():
+            seen = decode(leaf)
+            values = score(seen, prompts[i : i + part])
+            (gradient,) = torch.autograd.grad(-values.sum() / len(latents), leaf)
+        rewards.append(values.detach())
+        images.append(seen.detach())
+        gradients.append(gradient)
+    return torch.cat(rewards), torch.cat(images), torch.cat(gradients)
+
+
+def backpropagate(
+    chain: Chain,
+    plan: Plan,
+    x: Tensor,
+    decode: Decoder,
+    score: Score,
+    prompts: Sequence[str],
+    *,
+    part: int = 8,
+    penalty: Penalty | None = None,
+    scale: float = 1.0,
+) -> Result:
+    """Add the gradient of -mean(reward), summed over branches, to `.grad` of the trainable leaves.
+
+    `part` images are decoded and scored at a time; `scale` multiplies the loss (1 / accumulation steps).
+    """
+    rewards = images = gradient = None
+    means = []
+    for walk in chain.walk(plan, x):
+        if gradient is None or not plan.reuse_reward_gradient:
+            values, seen, gradient = read(decode, score, walk.image, prompts, part)
+            means.append(float(values.mean()))
+            if rewards is None:
+                rewards, images = values, seen
+        walk.pull(scale * gradient, penalty)
+    assert rewards is not None and images is not None
+    return Result(rewards, images, tuple(means))

@@ -1,0 +1,197 @@
+"""The published methods: each a small value that draws a plan for a grid of levels.
+
+`method.plan(grid, rng)` is all there is. Everything that tells the methods apart is where the gradient may flow.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from random import Random
+from typing import Any, Protocol
+
+from chainrule.errors import UserError, unknown
+from chainrule.plan import Grad, Grid, Jump, Plan, walk
+
+
+class Method(Protocol):
+    """Anything with a plan is a method."""
+
+    def plan(self, grid: Grid, rng: Random) -> Plan: ...
+
+
+def _within(name: str, value: int | None, low: int, high: int | None = None) -> None:
+    if value is not None and (value < low or (high is not None and value > high)):
+        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"{name} is {value}, but must be {wanted}")
+
+
+@dataclass(frozen=True, slots=True)
+class DRaFT:
+    """Backpropagate through the last `k` steps, through all of them when None. `--------[##]`
+
+    DRaFT-K, arXiv:2309.17400 section 4, Algorithm 1: x is a constant on entering the last k calls.
+    """
+
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        _within("k", self.k, 1)
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        steps = len(grid) - 1
+        _within("k", self.k, 1, steps)
+        cut = steps - (self.k or steps)
+        return Plan(walk(grid[: cut + 1]), (walk(grid[cut:], Grad.FULL),))
+
+
+@dataclass(frozen=True, slots=True)
+class DRaFTLV:
+    """DRaFT-1, plus `n` copies: noise the finished image again and denoise it once. `---------[#|^#|^#]`
+
+    arXiv:2309.17400 section 4, Algorithm 1: gradients of the last step and of the copies are summed, which lowers
+    the variance. With `reuse_reward_gradient` the reward's gradient is taken once and reused for the copies
+    (section C.1, single-reward LV; unstable, kept as an ablation).
+    """
+
+    n: int = 2
+    reuse_reward_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        _within("n", self.n, 1)
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        last = grid[-2]
+        copy = (Jump(0, last), Jump(last, 0, grad=Grad.FULL))
+        branches = (walk(grid[-2:], Grad.FULL), *(copy,) * self.n)
+        return Plan(walk(grid[:-1]), branches, self.reuse_reward_gradient)
+
+
+@dataclass(frozen=True, slots=True)
+class ReFL:
+    """Stop at a random one of the last `m` calls and read its one-step clean prediction. `------[#]`
+
+    arXiv:2304.05977; as Algorithm 1 of arXiv:2309.17400 (m = 20 of 50 steps). `guided=False` leaves
+    classifier-free guidance out of the trained call.
+    """
+
+    m: int = 20
+    guided: bool = True
+
+    def __post_init__(self) -> None:
+        _within("m", self.m, 1)
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        _within("m", self.m, 1, len(grid) - 1)
+        start = len(grid) - 1 - rng.randint(1, self.m)
+        via = "base" if self.guided else "unguided"
+        return Plan(walk(grid[: start + 1]), ((Jump(grid[start], 0, via, Grad.FULL),),))
+
+
+@dataclass(frozen=True, slots=True)
+class AlignProp:
+    """DRaFT with a truncation drawn anew for every update, uniform over the chain. `------[####]`
+
+    arXiv:2310.03739, as compared in SDO section 5.2 (arXiv:2505.07477). `last_only` is that section's
+    AlignProp-1, gradients at the last call only: the same plan as `DRaFT(1)`.
+    """
+
+    last_only: bool = False
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        return DRaFT(1 if self.last_only else rng.randint(1, len(grid) - 1)).plan(grid, rng)
+
+
+@dataclass(frozen=True, slots=True)
+class DRTune:
+    """Train `k` equally spaced calls with their inputs cut, and stop up to `m` calls early. `[-=--=--=-]`
+
+    arXiv:2405.00760, as described in ShortFT section 2 (arXiv:2507.22604). The calls are s + i * (N // k) with a
+    random offset s; the chain ends with the clean prediction of a late call drawn from the last m. The defaults
+    of k and m are not from a published table, and a call that falls behind the early stop is not trained.
+    """
+
+    k: int = 5
+    m: int = 5
+
+    def __post_init__(self) -> None:
+        _within("k", self.k, 1)
+        _within("m", self.m, 1)
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        steps = len(grid) - 1
+        _within("k", self.k, 1, steps)
+        _within("m", self.m, 1, steps)
+        stride = steps // self.k
+        offset = rng.randrange(stride)
+        live = {offset + i * stride for i in range(self.k)}
+        last = steps - rng.randint(1, self.m)
+        if not any(i <= last for i in live):  # a chain without a trained call would teach nothing
+            last = min(live)
+        grads = [Grad.WEIGHTS if i in live else Grad.NONE for i in range(last + 1)]
+        ways = list(zip(grid, grid[1 : last + 1], grads, strict=False))
+        jumps = [Jump(a, b, grad=g) for a, b, g in ways] + [Jump(grid[last], 0, grad=grads[last])]
+        return Plan((), (tuple(jumps),))
+
+
+@dataclass(frozen=True, slots=True)
+class SDO:
+    """Keep the graph of one random call and carry the rest linearly. `[------#---]`
+
+    Shortcut diffusion optimization on weights, arXiv:2505.07477 section 4.2.3, Eq. 17-20: the gradient reaches the
+    call through the solver's linear path only. `samples` > 1 keeps that many calls of the same rollout, an M-sample
+    estimate of Eq. 17's expectation; all but the first of them see a constant input, so that no call's Jacobian is in
+    another's path. Differs from the paper: the gradients of the M calls are summed, not averaged.
+    """
+
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        _within("samples", self.samples, 1)
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        steps = len(grid) - 1
+        _within("samples", self.samples, 1, steps)
+        first, *rest = sorted(rng.sample(range(steps), self.samples))
+        grads = {first: Grad.FULL} | dict.fromkeys(rest, Grad.WEIGHTS)
+        path = [Jump(j.start, j.stop, j.via, grads.get(i, Grad.NONE), j.finish) for i, j in enumerate(walk(grid))]
+        return Plan((), (tuple(path),))
+
+
+REGISTRY: dict[str, type[Any]] = {
+    "draft": DRaFT,
+    "draft-lv": DRaFTLV,
+    "refl": ReFL,
+    "alignprop": AlignProp,
+    "drtune": DRTune,
+    "sdo": SDO,
+}
+
+
+def describe(name: str) -> str:
+    """The first line of a method's docstring: what it does, and its drawing."""
+    return (inspect.getdoc(REGISTRY[name]) or "").splitlines()[0]
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """A method by name: `draft`, `draft-5` (k = 5), `draft-lv`, `alignprop-1`, ... with its fields as options.
+
+    Raises UserError for an unknown name or option, with the nearest known one.
+    """
+    options, key = dict(options or {}), name.lower().replace("_", "-")
+    head, _, tail = key.rpartition("-")
+    if key == "alignprop-1":
+        key, options = "alignprop", {"last_only": True} | options
+    elif head == "draft" and tail.isdigit():
+        key, options = "draft", {"k": int(tail)} | options
+    if key not in REGISTRY:
+        raise unknown("method", name, [*REGISTRY, "draft-K", "alignprop-1"])
+    kinds = {f.name: f.type for f in fields(REGISTRY[key])}
+    for option, value in options.items():
+        if option not in kinds:
+            raise unknown(f"option of {key}", option, kinds)
+        wanted = (bool,) if "bool" in str(kinds[option]) else (int,) if "None" not in str(kinds[option]) else (int, type(None))
+        if type(value) not in wanted:
+            raise UserError(f"option {option} of {key} is {value!r}, but must be {' or '.join(t.__name__ for t in wanted)}")
+    return REGISTRY[key](**options)  # type: ignore[no-any-return]

@@ -1,0 +1,100 @@
+"""Loading: the bundled model, a local diffusers folder, a hub id, or a pipeline object."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from chainrule.errors import UserError, unknown
+from chainrule.models.model import Defaults, Model
+
+# The bundled models: their folder in the package, and one line for `chainrule models`.
+BUNDLED = {"tiny-emoji": ("tiny/weights/emoji", "128x128 emoji scenes, ships with the package, runs on a laptop's CPU")}
+# Pipeline class -> the module of its family.
+FAMILIES = {"StableDiffusionPipeline": "chainrule.models.stable_diffusion"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _class_of(folder: Path) -> str:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{folder} is not a diffusers folder: it has no model_index.json")
+    try:
+        return str(json.loads(index.read_text())["_class_name"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{index} is damaged: {error}") from error
+
+
+def _family(class_name: str) -> Any:
+    if class_name not in FAMILIES:
+        raise UserError(
+            f"{class_name} is not a supported model family (supported: {', '.join(FAMILIES)}); "
+            "for another one, build a chainrule.models.Model yourself"
+        )
+    return importlib.import_module(FAMILIES[class_name])
+
+
+def _check_weights(folder: Path) -> None:
+    for part in ("unet", "vae", "text_encoder"):
+        place = folder / part
+        if not place.is_dir():
+            raise UserError(f"{folder} is incomplete: it has no {part} folder")
+        if not any(place.glob("*.safetensors")):
+            pickled = [p.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for p in place.glob(pattern)]
+            if pickled:
+                raise UserError(f"{place / pickled[0]} is a pickle, which can run code; convert it to safetensors first")
+            raise UserError(f"{folder} is incomplete: {part} has no .safetensors weights")
+
+
+def check(source: str | Path) -> None:
+    """Everything about a model's name that can be checked without loading it. Raises UserError."""
+    if str(source) in BUNDLED:
+        return
+    folder = Path(source)
+    if folder.is_dir():
+        _family(_class_of(folder))
+        _check_weights(folder)
+    elif folder.exists():
+        raise UserError(f"{folder} is a file; give a diffusers folder, a hub id or one of {', '.join(BUNDLED)}")
+    elif str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise unknown("model", str(source), BUNDLED)
+
+
+def load(source: Any, *, dtype: str = "float32", device: str | None = None) -> Model:
+    """A model from a name (`tiny-emoji`), a local diffusers folder, a hub id (`owner/name`) or a pipeline object.
+
+    A pipeline object is used as it is; otherwise `dtype` is the weights' type and `device` defaults to the GPU if there
+    is one. Only safetensors are read. Raises UserError in one line before anything heavy is loaded.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if not isinstance(source, (str, Path)):
+        return _family(type(source).__name__).build(type(source).__name__, source, Defaults())  # type: ignore[no-any-return]
+    check(source)
+    name, defaults = str(source), Defaults()
+    if name in BUNDLED:
+        source = Path(str(files("chainrule"))) / BUNDLED[name][0]
+        settings = source / "chainrule.json"
+        if not settings.is_file():
+            raise UserError(f"the bundled model {name} is missing from this installation; reinstall chainrule")
+        defaults = Defaults(**json.loads(settings.read_text()))
+    import torch
+    from diffusers import DiffusionPipeline
+
+    local = Path(source).is_dir()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=local,
+            safety_checker=None, requires_safety_checker=False,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        advice = "the folder is damaged" if local else "no such hub model, or the hub cannot be reached; a local folder works offline"
+        raise UserError(f"cannot load {name!r}: {advice} ({reason})") from error
+    family = _family(type(pipe).__name__)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return family.build(name, pipe, defaults)  # type: ignore[no-any-return]

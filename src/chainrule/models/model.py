@@ -1,0 +1,168 @@
+"""A text-to-image model, as the rest of chainrule sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from chainrule import adapters
+from chainrule.adapters import Active, Adapter, Band
+from chainrule.chain import Chain, Memory
+from chainrule.denoise import Cast, Condition, Denoiser, Member
+from chainrule.errors import UserError
+from chainrule.noise import Noise
+from chainrule.plan import Grid, walk
+from chainrule.solve import DDIM
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Sampling settings a model is at its best with."""
+
+    steps: int = 50
+    guidance: float = 7.5
+
+
+@dataclass(slots=True)
+class Model:
+    """A loaded pipeline with everything a chain needs. Made by `chainrule.load`.
+
+    `active` says which adapters answer for this value; `using` makes another value over the same weights.
+    """
+
+    name: str
+    pipe: Any
+    denoiser: Denoiser
+    solver: DDIM
+    levels: Callable[[int], Grid]
+    embed: Callable[[Sequence[str]], Condition]
+    decode: Callable[[Tensor], Tensor]
+    latent_shape: tuple[int, int, int]
+    image_size: int
+    defaults: Defaults = field(default_factory=Defaults)
+    active: dict[str, Band] = field(default_factory=dict)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.denoiser.network
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Latents are float32 or better, whatever the network computes in."""
+        return torch.promote_types(next(self.network.parameters()).dtype, torch.float32)
+
+    def grid(self, steps: int | None = None) -> Grid:
+        """Falling levels of a sampling run with this many network calls (default: the model's best), ending at 0."""
+        steps = self.defaults.steps if steps is None else steps
+        if not 1 <= steps <= len(self.solver.schedule.alpha) - 1:
+            raise UserError(f"steps is {steps}, but must be between 1 and {len(self.solver.schedule.alpha) - 1}")
+        return self.levels(steps)
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """The initial latents of these seeds, (b, c, h, w): image k is the same in any batch."""
+        return self._noise(seeds).initial().to(self.device, self.dtype)
+
+    def _noise(self, seeds: Sequence[int]) -> Noise:
+        return Noise(tuple(seeds), self.latent_shape)
+
+    def cast(self, guidance: float) -> Cast:
+        active = Active(dict(self.active))
+        return {"base": Member(self.denoiser, guidance, active), "unguided": Member(self.denoiser, 1.0, active)}
+
+    def bare(self, guidance: float) -> Member:
+        """The pre-trained model: no adapter on."""
+        return Member(self.denoiser, guidance)
+
+    def chain(
+        self, prompts: Sequence[str], seeds: Sequence[int], guidance: float, memory: Memory = Memory.RECOMPUTE,
+        on_call: Callable[[], None] = lambda: None,
+    ) -> Chain:  # fmt: skip
+        if len(prompts) != len(seeds):
+            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        if not 0 <= guidance <= 100:
+            raise UserError(f"guidance is {guidance}, but must be between 0 and 100")
+        condition = self.embed(prompts)
+        return Chain(self.cast(guidance), self.solver, condition, self._noise(seeds), memory, on_call)
+
+    # Adapters
+
+    def adapt(self, name: str = "default", *, rank: int = 8, alpha: float | None = None, seed: int = 0) -> Adapter:
+        """Add a trainable LoRA and switch it on. It is an identity until trained. (b, rank) is not bounded above."""
+        adapter = adapters.inject(self.network, name, rank=rank, alpha=alpha, seed=seed)
+        self.active[name] = Band()
+        return adapter
+
+    def using(
+        self, source: str | Path | adapters.Weights, *, scale: float = 1.0,
+        adapter_steps: tuple[int, int] | None = None, steps: int | None = None,
+    ) -> Model:  # fmt: skip
+        """This model with a saved adapter (a run, a folder or a file) on top, at `scale`.
+
+        `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
+        excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model, which stays as it is.
+        """
+        band = Band(scale)
+        if adapter_steps:
+            grid, (first, last) = self.grid(steps), adapter_steps
+            if not 0 <= first < last <= len(grid) - 1:
+                raise UserError(f"adapter_steps is {adapter_steps}, but must satisfy 0 <= first < last <= {len(grid) - 1}")
+            band = Band(scale, high=grid[first], low=grid[last])
+        taken = getattr(self.network, "peft_config", {})
+        name = next(f"loaded{i}" for i in range(len(taken) + 1) if f"loaded{i}" not in taken)
+        adapters.load(self.network, name, source)
+        return replace(self, active={**self.active, name: band})
+
+    # Sampling
+
+    def states(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: float | None = None,
+        on_call: Callable[[], None] = lambda: None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """The latents after every step of one batch, (b, c, h, w) each; the last one is the finished image's."""
+        guidance = self.defaults.guidance if guidance is None else guidance
+        chain = self.chain(prompts, seeds, guidance, on_call=on_call)
+        yield from chain.states(self.noise(seeds), walk(self.grid(steps)))
+
+    @torch.no_grad()
+    def render(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: float | None = None,
+        batch: int = 16, on_call: Callable[[], None] = lambda: None,
+    ) -> Tensor:  # fmt: skip
+        """Images as (n, 3, h, w) in [0, 1] on the CPU. Image k does not depend on the batch it is made in."""
+        parts = []
+        for i in range(0, len(prompts), batch):
+            for latents in self.states(prompts[i : i + batch], seeds[i : i + batch], steps, guidance, on_call):
+                final = latents
+            parts.append(self.decode(final).float().cpu())
+        return torch.cat(parts)
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int] | None = None, steps: int | None = None,
+        guidance: float | None = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
+    ) -> list[Image.Image]:  # fmt: skip
+        """Images of these prompts; seeds default to 0, 1, 2, ... One PIL image per prompt."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("no prompts: give at least one")
+        seeds = range(len(prompts)) if seeds is None else seeds
+        if len(prompts) != len(seeds):
+            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        return pictures(self.render(prompts, list(seeds), steps, guidance, batch, on_call))
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """(n, 3, h, w) in [0, 1] to PIL images, rounded as diffusers rounds."""
+    arrays = (images.clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype(np.uint8)
+    return [Image.fromarray(array) for array in arrays]
+

@@ -1,0 +1,120 @@
+"""What a method does to the sampling chain, as data.
+
+A chain is walked over *levels*: integers, 0 is the finished image, higher is noisier (Stable Diffusion's timestep t is
+level t + 1). A `Plan` is a trunk walked once without gradient and branches that each end in an image the reward reads.
+There is no torch here: a plan can be drawn, counted and compared before a single weight is loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+Grid = Sequence[int]  # strictly falling levels, ending at 0
+
+
+class Grad(Enum):
+    """What the reward may reach through one network call."""
+
+    NONE = "-"  # nothing: the network's answer is a constant; the solver's linear carry of x remains
+    WEIGHTS = "="  # the trainable leaves inside the call, but not its input latent
+    FULL = "#"  # both
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """One move between two levels. Down is one network call; up adds fresh noise and calls nothing.
+
+    A jump to 0 is the one-step clean prediction, unless it is the sampler's own last step (`finish`): that one lands
+    where the pipeline's sampler lands, which for Stable Diffusion is `alphas_cumprod[0]` and not quite 1.
+    """
+
+    start: int
+    stop: int
+    via: str = "base"
+    grad: Grad = Grad.NONE
+    finish: bool = False
+
+    @property
+    def up(self) -> bool:
+        return self.stop > self.start
+
+
+Path = tuple[Jump, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A trunk, then branches; each branch is backpropagated on its own, so memory is that of one branch.
+
+    A branch starts where the trunk ended, or at level 0: then it starts from the image the first branch finished,
+    taken as a constant. With `reuse_reward_gradient`, the reward is differentiated for the first branch only and the
+    others are pulled back with that same gradient of the image latent.
+    """
+
+    trunk: Path
+    branches: tuple[Path, ...]
+    reuse_reward_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.branches:
+            raise ValueError("a plan needs a branch: the reward has nothing to read")
+        if any(jump.grad is not Grad.NONE for jump in self.trunk):
+            raise ValueError("the trunk is walked without gradient; put live calls into a branch")
+        for number, branch in enumerate(self.branches):
+            restart = number > 0 and bool(branch) and branch[0].start == 0
+            path = branch if restart else self.trunk + branch
+            if not branch or path[-1].stop != 0:
+                raise ValueError("every branch must end at level 0")
+            for a, b in itertools.pairwise(path):
+                if a.stop != b.start:
+                    raise ValueError(f"gap between {a} and {b}")
+        if any(jump.start == jump.stop for jump in self.jumps):
+            raise ValueError("a jump must change the level")
+
+    @property
+    def jumps(self) -> Path:
+        return self.trunk + sum(self.branches, ())
+
+    @property
+    def start(self) -> int:
+        """The level the chain starts from."""
+        return (self.trunk + self.branches[0])[0].start
+
+    def calls(self, *grads: Grad) -> int:
+        """Network calls, or only those whose gradient is one of `grads`."""
+        return sum(not jump.up and (not grads or jump.grad in grads) for jump in self.jumps)
+
+    def __str__(self) -> str:
+        def draw(path: Path) -> str:
+            return "".join("^" if jump.up else jump.grad.value for jump in path)
+
+        return f"{draw(self.trunk)}[{'|'.join(map(draw, self.branches))}]"
+
+
+def walk(levels: Grid, grad: Grad = Grad.NONE, via: str = "base") -> Path:
+    """The sampler's steps over neighbouring levels; a step to 0 is its last."""
+    return tuple(Jump(a, b, via, grad, finish=b == 0) for a, b in itertools.pairwise(levels))
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one update costs, in forward passes of the network for one batch.
+
+    A live call costs its own forward and backward pass (a backward pass to the input and to the few trained weights
+    costs about one forward), and one more forward pass when it is recomputed.
+    """
+
+    calls: int
+    backward: int
+    relative_time: float
+    graphs: int
+
+    @classmethod
+    def of(cls, plan: Plan, *, recompute: bool) -> Forecast:
+        live = [sum(j.grad is not Grad.NONE for j in branch) for branch in plan.branches]
+        passes = plan.calls() + sum(live) * (2 if recompute else 1)
+        base = plan.calls()
+        return cls(base, sum(live), passes / base, 1 if recompute else max(live))

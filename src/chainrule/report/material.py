@@ -1,0 +1,199 @@
+"""What a report is made of: everything a run folder holds, read once, and the numbers that head the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chainrule.errors import UserError
+from chainrule.report.words import duration, measured, phrase
+from chainrule.runs import Run
+
+Row = Mapping[str, Any]
+Estimate = tuple[float, float]  # mean and the half-width of its 95% interval
+MOST_TILES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """All that the page shows. A part that the folder does not hold is empty."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    rows: Sequence[Row]
+    plan: str
+    measures: Sequence[tuple[str, Mapping[str, Estimate]]]
+    gains: Mapping[str, Estimate]
+    prompts: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One number at the head of the page."""
+
+    label: str
+    before: str = ""
+    after: str
+    note: str = ""
+
+
+def gather(run: Run) -> Material:
+    """Read the run folder. Raises UserError if nothing of a run is in it."""
+    if not run.folder.is_dir():
+        raise UserError(f"no run folder at {run.folder}")
+    known = ("config.yaml", "metrics.jsonl", "evaluation.json", "plan.txt", "samples")
+    if not any((run.folder / name).exists() for name in known):
+        raise UserError(f"{run.folder} holds nothing of a run: none of {', '.join(known)}")
+    evaluation = _evaluation(run.folder / "evaluation.json")
+    plan = run.folder / "plan.txt"
+    return Material(
+        folder=run.folder,
+        config=run.config if (run.folder / "config.yaml").is_file() else {},
+        environment=run.environment,
+        rows=run.metrics(),
+        plan=plan.read_text(encoding="utf-8", errors="replace").strip("\n") if plan.is_file() else "",
+        measures=[(str(row.get("name", "")), _estimates(row.get("metrics"))) for row in evaluation.get("rows", [])],
+        gains=_estimates(evaluation.get("gains")),
+        prompts=[str(prompt) for prompt in evaluation.get("prompts", [])],
+    )
+
+
+def tiles(material: Material) -> list[Tile]:
+    """The headline numbers: the trained reward, rewards held out, diversity, and what it took."""
+    found: list[Tile] = []
+    if any(values for _, values in material.measures):
+        found += _evaluated(material)
+    else:
+        found += _trained(material.rows)
+    ends = edges(series(material.rows, "held_out"))
+    if ends and not any(tile.label.startswith("Held-out") for tile in found):
+        found.append(_tile("Held-out reward", ends))
+    seconds = [value for _, value in series(material.rows, "seconds") if value is not None]
+    if seconds:
+        skipped = sum(int(value or 0) for _, value in series(material.rows, "skipped"))
+        note = f"{len(material.rows)} steps" + (f", {skipped} skipped" if skipped else "")
+        found = [*found[: MOST_TILES - 1], Tile(label="Training", after=duration(sum(seconds)), note=note)]
+    return found[:MOST_TILES]
+
+
+def series(rows: Sequence[Row], key: str, inside: str = "") -> list[tuple[float, float | None]]:
+    """(step, value) of one metric, or of one entry of a nested one; rows without it are left out."""
+    found: list[tuple[float, float | None]] = []
+    for index, row in enumerate(rows):
+        value = row.get(key)
+        if inside:
+            value = value.get(inside) if isinstance(value, Mapping) else None
+        elif isinstance(value, Mapping):
+            value = sum(item for item in value.values() if isinstance(item, int | float)) / max(len(value), 1)
+        if isinstance(value, int | float):
+            found.append((float(row.get("step", index + 1)), float(value)))
+    return found
+
+
+def edges(points: Sequence[tuple[float, float | None]]) -> tuple[Estimate, Estimate, int] | None:
+    """The means over the first and the last tenth of a curve (at least one step, at most 50), and how many steps."""
+    values = [value for _, value in points if value is not None and math.isfinite(value)]
+    if not values:
+        return None
+    count = min(max(len(values) // 10, 1), 50)
+    return _mean(values[:count]), _mean(values[-count:]), count
+
+
+def trained_metrics(material: Material) -> list[str]:
+    """The evaluated metrics that the config's reward names; where it names none, the first one."""
+    metrics = [key for key in _metrics(material) if not _is_diversity(key)]
+    return _named(material, metrics) or metrics[:1]
+
+
+def title(material: Material) -> tuple[str, str]:
+    """The page's title, the method, and the line under it: what was trained, for which reward."""
+    worded = {key: phrase(material.config[key]) for key in ("method", "reward", "model") if material.config.get(key)}
+    parts = [worded.get("model", ""), f"trained for {worded['reward']}" if "reward" in worded else ""]
+    return worded.get("method", material.folder.resolve().name), ", ".join(part for part in parts if part)
+
+
+def _evaluated(material: Material) -> list[Tile]:
+    rows = [(name, values) for name, values in material.measures if values]
+    names = [name for name, _ in rows]
+    first = rows[names.index("before") if "before" in names else 0]
+    last = rows[names.index("after") if "after" in names else -1]
+    trained = trained_metrics(material)
+    others = [key for key in _metrics(material) if key not in trained and not _is_diversity(key)]
+    diversities = [key for key in _metrics(material) if _is_diversity(key)]
+    other = "Held-out, " if _named(material, trained) else ""  # not known to be held out if the config names no metric
+    labels = {key: f"Reward, {key}" for key in trained}
+    found = []
+    for key in [*trained[:1], *others[:1], *diversities, *trained[1:], *others[1:]]:
+        if key not in last[1]:
+            continue
+        label = "Diversity" if key == "diversity" else labels.get(key, f"{other if key in others else ''}{key}")
+        before = measured(*first[1][key]) if first is not last and key in first[1] else ""
+        gain = material.gains.get(key)
+        note = f"change {measured(*gain, signed=True)}" if gain else ""
+        found.append(Tile(label=label, before=before, after=measured(*last[1][key]), note=note))
+    return found
+
+
+def _trained(rows: Sequence[Row]) -> list[Tile]:
+    ends = edges(series(rows, "reward"))
+    return [_tile("Reward in training", ends)] if ends else []
+
+
+def _tile(label: str, ends: tuple[Estimate, Estimate, int]) -> Tile:
+    first, last, count = ends
+    note = "first and last value" if count == 1 else f"mean of the first and last {count} values"
+    return Tile(label=label, before=measured(*first), after=measured(*last), note=note)
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} should hold an object with rows, not {type(found).__name__}")
+    return found
+
+
+def _estimates(values: Any) -> dict[str, Estimate]:
+    """{metric: {"mean": m, "interval": i}} as {metric: (m, i)}; a plain number has no interval."""
+    found = {}
+    for key, value in (values or {}).items():
+        mean = value.get("mean") if isinstance(value, Mapping) else value
+        half = value.get("interval") if isinstance(value, Mapping) else None
+        if isinstance(mean, int | float) and math.isfinite(mean):
+            found[str(key)] = (float(mean), float(half) if half and math.isfinite(half) else 0.0)
+    return found
+
+
+def _metrics(material: Material) -> list[str]:
+    return list(dict.fromkeys(key for _, values in material.measures for key in values))
+
+
+def _named(material: Material, metrics: Sequence[str]) -> list[str]:
+    reward = _squash(phrase(material.config.get("reward")))
+    return [key for key in metrics if _squash(key.split(":")[0]) in reward]
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, 1.96 * math.sqrt(variance / len(values))
+
+
+def _is_diversity(key: str) -> bool:
+    return key.lower().startswith("diversity")
+
+
+def _squash(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())

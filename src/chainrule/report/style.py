@@ -1,0 +1,93 @@
+"""The look of a report: one page, one accent color, light or dark as the reader's system is."""
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #ffffff; --ink: #16181c; --soft: #5d636d; --faint: #868c96; --line: #e6e8eb; --wash: #f5f6f8;
+  --accent: #2450d6;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #121316; --ink: #eceef1; --soft: #a4aab4; --faint: #7d838d; --line: #2a2d33; --wash: #1b1d21;
+    --accent: #8fabff;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 5rem 2rem 6rem; max-width: 68rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+  font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100%;
+}
+header { margin-bottom: 4rem; }
+header p { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
+header .over { font-size: .8125rem; color: var(--faint); margin-bottom: .75rem; }
+h1 {
+  margin: 0 0 .6rem; font-size: clamp(2rem, 5vw, 3.25rem); line-height: 1.08; font-weight: 600;
+  letter-spacing: -.025em; overflow-wrap: anywhere;
+}
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 2rem; margin: 0 0 4.5rem; }
+.tiles div { border-top: 2px solid var(--ink); padding-top: .8rem; }
+.tiles div:first-child { border-color: var(--accent); }
+.tiles dt { font-size: .8125rem; color: var(--soft); overflow-wrap: anywhere; }
+.tiles dd { margin: 0; }
+.tiles .before { color: var(--faint); font-size: .9375rem; margin-top: .5rem; min-height: 1.45rem; }
+.tiles .after { font-size: 1.625rem; line-height: 1.2; font-weight: 500; letter-spacing: -.015em; }
+.tiles .after small { font-size: .9375rem; font-weight: 400; color: var(--soft); letter-spacing: 0; }
+.tiles div:first-child .after { color: var(--accent); }
+.tiles .note { margin-top: .35rem; font-size: .8125rem; color: var(--soft); }
+section {
+  display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 2.5rem;
+  padding: 1.6rem 0 3.4rem; border-top: 1px solid var(--line);
+}
+h2 { margin: 0; font-size: .9375rem; font-weight: 600; line-height: 1.4; }
+h3 { margin: 0 0 .5rem; font-size: .8125rem; font-weight: 500; color: var(--soft); }
+section p { margin: 0 0 1rem; color: var(--soft); font-size: .875rem; max-width: 40rem; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
+svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--ink); }
+svg .tick { fill: var(--faint); }
+svg .value { font-weight: 600; fill: var(--accent); }
+svg .name { font-weight: 600; font-size: 13px; }
+svg .grid, svg .track { stroke: var(--line); }
+svg .reference { stroke: var(--faint); stroke-dasharray: 3 4; }
+svg path { fill: none; stroke: var(--accent); stroke-linejoin: round; }
+svg .raw { stroke-width: 1; opacity: .28; }
+svg .mean { stroke-width: 2; }
+svg .end { fill: var(--accent); }
+svg .bar { stroke-width: 6; stroke-linecap: round; opacity: .3; }
+svg .before { stroke: var(--faint); }
+svg .after { stroke: var(--accent); }
+svg .dot { stroke: none; }
+svg .dot.before { fill: var(--faint); }
+svg .dot.after { fill: var(--accent); }
+.small { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 2.25rem 2.5rem; }
+figure { margin: 0; }
+figure img { display: block; width: 100%; height: auto; border-radius: 6px; background: #ffffff; }
+figcaption { margin-top: .45rem; font-size: .8125rem; color: var(--soft); }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1.5rem; }
+.strip { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .75rem; scroll-snap-type: x proximity; }
+.strip figure { flex: 0 0 13rem; scroll-snap-align: start; }
+* + .strip { margin-top: 2rem; }
+pre {
+  margin: 0; padding: 1.1rem 1.25rem; overflow-x: auto; border-radius: 6px; background: var(--wash);
+  font: .8125rem/1.6 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
+}
+pre + h3 { margin-top: 1.75rem; }
+svg + h3.terms { margin-top: 2.5rem; }
+details { margin-top: 1.75rem; font-size: .875rem; color: var(--soft); }
+summary { cursor: pointer; }
+ol { margin: .75rem 0 0; padding-left: 1.75rem; }
+table { width: 100%; border-collapse: collapse; font-size: .875rem; }
+td, th { padding: .42rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { width: 13rem; padding-right: 1.5rem; font-weight: 400; color: var(--soft); overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; }
+@media (max-width: 44rem) {
+  body { padding: 2.5rem 1.25rem 4rem; }
+  section { grid-template-columns: minmax(0, 1fr); gap: 1.1rem; }
+  th { width: 9rem; }
+}
+@media print {
+  body { padding: 0; max-width: none; }
+  section, figure { break-inside: avoid; }
+  .strip { flex-wrap: wrap; }
+}
+"""

@@ -1,0 +1,65 @@
+"""Rewards: differentiable scores of images. `(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`, higher is better.
+
+    10 * PickScore() + 2 * HPSv2() + 0.05 * Aesthetic()
+
+The names below are imported on first use, so that listing the rewards loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from chainrule.rewards.registry import REGISTRY, Entry, parse
+
+if TYPE_CHECKING:
+    from chainrule.rewards.base import FunctionReward, Reward, RewardFunction, Sum, checked, probe, reward_of
+    from chainrule.rewards.clip import load_clip
+    from chainrule.rewards.scorers import Aesthetic, CLIPScore, HPSv2, PickScore, aesthetic_head
+    from chainrule.rewards.weightless import (
+        JPEGCompressibility,
+        JPEGIncompressibility,
+        RotationalAnticorrelation,
+        Symmetry,
+    )
+
+__all__ = [
+    "REGISTRY",
+    "Aesthetic",
+    "CLIPScore",
+    "Entry",
+    "FunctionReward",
+    "HPSv2",
+    "JPEGCompressibility",
+    "JPEGIncompressibility",
+    "PickScore",
+    "Reward",
+    "RewardFunction",
+    "RotationalAnticorrelation",
+    "Sum",
+    "Symmetry",
+    "aesthetic_head",
+    "checked",
+    "load_clip",
+    "parse",
+    "probe",
+    "reward_of",
+]
+
+_ROOMS = {
+    "base": ("FunctionReward", "Reward", "RewardFunction", "Sum", "checked", "probe", "reward_of"),
+    "clip": ("load_clip",),
+    "scorers": ("Aesthetic", "CLIPScore", "HPSv2", "PickScore", "aesthetic_head"),
+    "weightless": ("JPEGCompressibility", "JPEGIncompressibility", "RotationalAnticorrelation", "Symmetry"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(importlib.import_module(f"chainrule.rewards.{room}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,225 @@
+"""What a reward is: images (b, 3, h, w) in [0, 1] and b prompts -> (b,), higher is better, differentiable.
+
+Rewards add and scale, as in DRaFT's multi-reward model, 10 * PickScore() + 2 * HPSv2() + 0.05 * Aesthetic()
+(arXiv:2309.17400, section 5.2). A plain function of (images, prompts) is a reward too, see `reward_of`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from chainrule.errors import UserError
+
+RewardFunction: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+class Reward(ABC):
+    """A score per image. Any model inside is frozen: gradients reach the pixels and stop there."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What `rewards.parse` reads back, and the label in tables and curves."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images (b, 3, h, w) in [0, 1] and their b prompts -> (b,), on the device the images are on."""
+
+    def to(self, device: torch.device | str) -> Reward:
+        """Load what the reward needs onto `device` now, rather than on the first call there. Returns the reward."""
+        return self
+
+    def load(self) -> Reward:
+        """`to("cpu")`: fail now, not in the middle of a run, if something cannot be loaded."""
+        return self.to("cpu")
+
+    def terms(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Each term's own, unweighted values (b,), by name: what a log shows. `combine` makes the reward of them."""
+        return {self.name: self(images, prompts)}
+
+    def combine(self, terms: dict[str, Tensor]) -> Tensor:
+        """The reward (b,) from the values of `terms`, so that logging the terms costs no second evaluation."""
+        return terms[self.name]
+
+    def weighted(self) -> tuple[tuple[float, Reward], ...]:
+        """The (weight, reward) pairs this reward is the sum of."""
+        return ((1.0, self),)
+
+    def __add__(self, other: Reward | RewardFunction) -> Reward:
+        return _sum(self.weighted() + reward_of(other).weighted())
+
+    def __radd__(self, other: Reward | RewardFunction | int) -> Reward:
+        if isinstance(other, int) and other == 0:  # where `sum([a, b])` starts
+            return self
+        return reward_of(other) + self  # type: ignore[arg-type]  # other integers are refused there
+
+    def __sub__(self, other: Reward | RewardFunction) -> Reward:
+        return self + -reward_of(other)
+
+    def __rsub__(self, other: Reward | RewardFunction) -> Reward:
+        return reward_of(other) + -self
+
+    def __mul__(self, weight: float) -> Reward:
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise UserError(f"reward {self.name!r} can be multiplied by a number, not by {weight!r}")
+        return _sum(tuple((float(weight) * w, term) for w, term in self.weighted()))
+
+    def __rmul__(self, weight: float) -> Reward:
+        return self * weight
+
+    def __truediv__(self, weight: float) -> Reward:
+        return self * (1 / weight)
+
+    def __neg__(self) -> Reward:
+        return self * -1
+
+
+@dataclass(frozen=True)
+class Sum(Reward):
+    """sum_i weight_i * reward_i. Made by the algebra, where equal rewards have been merged into one term."""
+
+    parts: tuple[tuple[float, Reward], ...]
+
+    @property
+    def name(self) -> str:
+        signed = [("-" if w < 0 else "+", "" if abs(w) == 1 else f"{abs(w):g}*", r.name) for w, r in self.parts]
+        text = " ".join(f"{sign} {weight}{name}" for sign, weight, name in signed)
+        return text.removeprefix("+ ") if text.startswith("+") else text.replace("- ", "-", 1)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.combine(self.terms(images, prompts))
+
+    def terms(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {reward.name: checked(reward, images, prompts) for _, reward in self.parts}
+
+    def combine(self, terms: dict[str, Tensor]) -> Tensor:
+        return torch.stack([weight * terms[reward.name] for weight, reward in self.parts]).sum(0)
+
+    def weighted(self) -> tuple[tuple[float, Reward], ...]:
+        return self.parts
+
+    def to(self, device: torch.device | str) -> Reward:
+        return Sum(tuple((weight, reward.to(device)) for weight, reward in self.parts))
+
+
+def _sum(parts: tuple[tuple[float, Reward], ...]) -> Reward:
+    merged: dict[Reward, float] = {}
+    for weight, reward in parts:
+        merged[reward] = merged.get(reward, 0.0) + weight
+    names = [reward.name for reward in merged]
+    if twice := {name for name in names if names.count(name) > 1}:
+        name = twice.pop()
+        raise UserError(f"two different rewards of one sum are named {name!r}; rename one with reward_of(fn, name=...)")
+    return Sum(tuple((weight, reward) for reward, weight in merged.items()))
+
+
+@dataclass(frozen=True)
+class FunctionReward(Reward):
+    """A user's own function of (images, prompts)."""
+
+    function: RewardFunction
+    label: str
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(images, prompts)
+
+    def to(self, device: torch.device | str) -> Reward:
+        if isinstance(self.function, nn.Module):
+            self.function.to(device)
+        return self
+
+
+def reward_of(fn: Reward | RewardFunction, name: str | None = None) -> Reward:
+    """A reward from a plain function of (images, prompts); a reward passes through.
+
+    A `torch.nn.Module` is put in evaluation mode and its parameters stop requiring gradients.
+    """
+    if isinstance(fn, Reward):
+        return fn
+    if not callable(fn):
+        raise UserError(f"a reward is a function of (images, prompts) or a Reward, not {fn!r}")
+    try:
+        inspect.signature(fn).bind(None, None)
+    except TypeError as error:
+        raise UserError(f"reward function {_called(fn)!r} must take (images, prompts): {error}") from error
+    except ValueError:  # a builtin that does not tell its signature
+        pass
+    if isinstance(fn, nn.Module):
+        fn.requires_grad_(False).eval()
+    return FunctionReward(fn, name or _called(fn))
+
+
+def _called(fn: object) -> str:
+    return str(getattr(fn, "__name__", type(fn).__name__))
+
+
+def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`reward(images, prompts)`, refused unless it is a float tensor (b,). Costs no device synchronization.
+
+    Errors: UserError naming the reward and what it returned.
+    """
+    count = images.shape[0]
+    if len(prompts) != count:
+        got = f"{count} images but {len(prompts)} prompts"
+        raise UserError(f"reward {reward.name!r} got {got}; give one prompt per image")
+    values = reward(images, prompts)
+    wanted = f"must return one float per image, a tensor of shape ({count},)"
+    if not isinstance(values, Tensor):
+        raise UserError(f"reward {reward.name!r} {wanted}, but it returned {values!r}")
+    if values.shape != (count,):
+        raise UserError(f"reward {reward.name!r} {wanted}, but it returned shape {tuple(values.shape)}")
+    if not values.is_floating_point():
+        raise UserError(f"reward {reward.name!r} {wanted}, but it returned {values.dtype}")
+    return values
+
+
+def probe(reward: Reward, size: int | tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """Try the reward on two random images of `size` pixels (a side, or height and width) before a run depends on it.
+
+    Each term of a sum is tried on its own. Returns the two values. Errors: UserError if one raises, or returns a wrong
+    shape, NaN or infinity, or something from which no finite gradient reaches the pixels.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    return reward.combine({term.name: _probe(term, images) for _, term in reward.weighted()})
+
+
+def _probe(reward: Reward, images: Tensor) -> Tensor:
+    images = images.detach().requires_grad_()
+    no_gradient = (
+        f"reward {reward.name!r} passes no gradient to the pixels; compute it from them with torch alone, "
+        "without detach(), no_grad(), NumPy, PIL or rounding"
+    )
+    with torch.enable_grad():
+        try:
+            values = checked(reward, images, ["a photo of a cat", "a photo of a dog"])
+        except UserError:
+            raise
+        except Exception as error:
+            got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            size = f"{images.shape[-2]}x{images.shape[-1]}"
+            raise UserError(f"reward {reward.name!r} fails on {size} images: {got}") from error
+        if not values.isfinite().all():
+            got = str(values.tolist())
+            raise UserError(f"reward {reward.name!r} returned {got}; it must be finite on images in [0, 1]")
+        if not values.requires_grad:
+            raise UserError(no_gradient)
+        (gradient,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
+    if gradient is None or not gradient.any():
+        raise UserError(no_gradient)
+    if not gradient.isfinite().all():
+        advice = "look for sqrt, log or a norm of zero in it"
+        raise UserError(f"the gradient of reward {reward.name!r} is not finite; {advice}")
+    return values.detach()

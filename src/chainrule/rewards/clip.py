@@ -1,0 +1,155 @@
+"""CLIP as a frozen, differentiable judge: exact preprocessing on tensors, and one loader for every CLIP-based reward.
+
+The official scorers resize with Pillow, which works on 8 bits and rounds after each of its two passes. Doing the same,
+with straight-through rounding, gives their pixels back (99-100 % of values identical) and still passes a gradient.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chainrule.errors import UserError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, per RGB channel in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+BUNDLED = Path(__file__).parent.parent / "tiny" / "weights"
+TOKENIZERS = {  # fine-tuned models whose text side is their parent's
+    "yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "adams-story/HPSv2-hf": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def resize_and_crop(images: Tensor, size: int) -> Tensor:
+    """CLIPImageProcessor's geometry: shortest side to `size`, center crop. (b, 3, h, w) -> (b, 3, size, size), [0, 1].
+
+    Images that are `size` on their shortest side already keep their values, unrounded.
+    """
+    height, width = images.shape[-2:]
+    longest = int(size * max(height, width) / min(height, width))
+    images = _resize(images, (longest, size) if width <= height else (size, longest))
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def resize_and_pad(images: Tensor, size: int) -> Tensor:
+    """HPSv2's geometry (open_clip's ResizeMaxSize): longest side to `size`, centered on black. Shapes as above."""
+    longest = max(images.shape[-2:])
+    height, width = (round(side * size / longest) for side in images.shape[-2:])
+    down, right = size - height, size - width
+    return F.pad(_resize(images, (height, width)), (right // 2, right - right // 2, down // 2, down - down // 2))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(b, 3, h, w) in [0, 1] -> CLIP's units, zero mean and unit variance per channel."""
+    return (images - images.new_tensor(MEAN).view(1, 3, 1, 1)) / images.new_tensor(STD).view(1, 3, 1, 1)
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pillow's bicubic: the horizontal pass, 8 bits, the vertical pass, 8 bits. In float32 unless float64 is given."""
+    x = images if images.dtype == torch.float64 else images.float()  # no half-precision antialias kernels on CPU
+    for step in ((x.shape[-2], size[1]), size):
+        if tuple(x.shape[-2:]) != step:
+            x = _eight_bits(F.interpolate(x, size=step, mode="bicubic", align_corners=False, antialias=True))
+    return x
+
+
+def _eight_bits(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return x + ((x * 255).round() / 255 - x).detach()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A frozen CLIPModel and its tokenizer, on one device."""
+
+    model: Any  # transformers.CLIPModel
+    tokenizer: Any
+
+    @property
+    def size(self) -> int:
+        """Side of the square images the vision tower reads, in pixels."""
+        return int(self.model.config.vision_config.image_size)
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(logit_scale), the learned inverse temperature; 100 for most models."""
+        return self.model.logit_scale.exp()  # type: ignore[no-any-return]
+
+    def embed(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Normalized pixels (b, 3, size, size) and n prompts -> unit image (b, d) and text (n, d) embeddings.
+
+        Prompts are cut at the model's length. They are padded to it, so that no prompt depends on its neighbours.
+        """
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        tokens = {key: tokens[key].to(pixels.device) for key in ("input_ids", "attention_mask")}
+        out = self.model(pixel_values=pixels.to(self.model.dtype), **tokens)
+        return out.image_embeds, out.text_embeds
+
+    def cosine(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The cosine between each image and its prompt, (b,)."""
+        image, text = self.embed(pixels, prompts)
+        return (image * text).sum(-1)
+
+
+def check_source(source: str, kind: str, needs: Sequence[str] = ("config.json",)) -> str:
+    """The folder or hub id `source` stands for ("tiny": the bundled `kind`), without loading anything.
+
+    Errors: UserError for a folder that is missing, or lacks one of the files `needs`, or has only pickled weights, and
+    for a word that is neither a folder nor a hub id.
+    """
+    folder = BUNDLED / kind if source == "tiny" else Path(source).expanduser()
+    pickled = "pickled weights can run code when opened; convert them to safetensors and give that folder"
+    if folder.suffix in _PICKLED:
+        raise UserError(f"refusing {source!r}: {pickled}")
+    if not folder.is_dir():
+        if source == "tiny":
+            raise UserError(f"the bundled reward weights are missing: no folder {folder}")
+        if folder.exists():
+            raise UserError(f"{source!r} is a file; give the folder it is in")
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+            raise UserError(f"no folder {source!r} (a source is a local folder, a hub id like owner/name, or 'tiny')")
+        return source
+    if not any(folder.glob("*.safetensors")):
+        if any(file.suffix in _PICKLED for file in folder.iterdir()):
+            raise UserError(f"refusing {str(folder)!r}, which has no safetensors file: {pickled}")
+        raise UserError(f"no safetensors weights in {str(folder)!r}")
+    if missing := [name for name in needs if not (folder / name).is_file()]:
+        raise UserError(f"no {missing[0]} in {str(folder)!r}, so it is not a saved transformers model")
+    return str(folder)
+
+
+def load_clip(source: str, kind: str = "clip", device: torch.device | str = "cpu") -> Clip:
+    """The frozen CLIP of a local folder, a hub id, or the bundled `kind` ("tiny"): float32, safetensors only.
+
+    The same source and device give the same object, so rewards share weights. Errors: see `check_source`; UserError too
+    if the hub has no such model, or no safetensors for it.
+    """
+    return _load(check_source(source, kind), full_name(device))
+
+
+def full_name(device: torch.device | str) -> str:
+    """A device with its index, so that "cuda" and "cuda:0" are one key."""
+    return str(torch.empty(0, device=device).device)
+
+
+@lru_cache(maxsize=8)
+def _load(source: str, device: str) -> Clip:
+    from transformers import AutoTokenizer, CLIPModel
+
+    try:
+        model: Any = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(source, source))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a CLIP model from {source!r}: {str(error).splitlines()[0]}") from error
+    return Clip(model.to(device).requires_grad_(False).eval(), tokenizer)

@@ -1,0 +1,116 @@
+"""Rewards by name, for the command line and configuration files: "10*pickscore + 2*hpsv2:tiny - 0.05*aesthetic".
+
+Nothing here imports torch, so that listing the names is instant; a class is imported when a reward is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chainrule.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from chainrule.rewards.base import Reward
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named reward: the class, as "module.Class" in this room, and what it wants in one line."""
+
+    where: str
+    about: str
+
+    def load(self) -> type[Reward]:
+        module, _, name = self.where.rpartition(".")
+        return getattr(importlib.import_module(f"chainrule.rewards.{module}"), name)  # type: ignore[no-any-return]
+
+
+REGISTRY: Mapping[str, Entry] = {
+    "pickscore": Entry("scorers.PickScore", "which of two images people pick for a prompt (Pick-a-Pic, CLIP-H)"),
+    "hpsv2": Entry("scorers.HPSv2", "human preference for an image given its prompt (HPD v2, CLIP-H)"),
+    "aesthetic": Entry("scorers.Aesthetic", "LAION aesthetic rating, 1 to 10, of the image alone (CLIP-L and a head)"),
+    "clip": Entry("scorers.CLIPScore", "agreement of image and prompt (cosine of CLIP features)"),
+    "symmetry": Entry("weightless.Symmetry", "left-right symmetry"),
+    "rotation": Entry("weightless.RotationalAnticorrelation", "unlikeness to the image's own quarter turns"),
+    "compressible": Entry("weightless.JPEGCompressibility", "what survives JPEG; compressible:30 sets the quality"),
+    "incompressible": Entry("weightless.JPEGIncompressibility", "what JPEG loses; incompressible:30 sets the quality"),
+}
+
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_KNOWN = rf"(?:{'|'.join(REGISTRY)})(?::tiny|:\d+)?(?=\s*(?:[+-]|$))"  # may be followed by a sign without a space
+_WORD = r"\w+(?=[+-])(?![^\s]*[:/])"
+_TERM = re.compile(rf"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<body>{_KNOWN}|{_WORD}|[^\s*]++)\s*(?=[+-]|$)")
+
+
+def parse(text: str) -> Reward:
+    """The reward written as a weighted sum, e.g. "10*pickscore + 2*hpsv2:tiny - rewards.py:brightness".
+
+    A term is a name of `REGISTRY`, with `:source` (a folder, hub id or "tiny") or `:quality` where the class takes one,
+    or `path/to/file.py:function`. Put spaces around + and - after a path or source, which may contain them.
+    Errors: UserError for a malformed sum, an unknown name, a bad source, a missing file or function.
+    """
+    total: Reward | None = None
+    at = 0
+    while at < len(text.rstrip()) or total is None:
+        term = _TERM.match(text, at)
+        if term is None or (total is not None and not term["sign"]):
+            rest = text[at:].strip()
+            raise UserError(f"cannot read the reward {text!r} at {rest!r}; write it like '10*pickscore + 2*hpsv2'")
+        weight = float(term["weight"] or 1) * (-1 if term["sign"] == "-" else 1)
+        one = _named(term["body"])
+        scaled = one if weight == 1 else weight * one
+        total = scaled if total is None else total + scaled
+        at = term.end()
+    return total
+
+
+def _named(body: str) -> Reward:
+    head, colon, tail = body.partition(":")
+    if body.partition(".py:")[1] or body.endswith(".py"):
+        return _from_file(body)
+    if head not in REGISTRY:
+        raise unknown("reward", head, REGISTRY)
+    kind = REGISTRY[head].load()
+    if not colon:
+        return kind()
+    option = next(iter(fields(kind)), None)  # type: ignore[arg-type]
+    if option is None:
+        raise UserError(f"reward {head!r} takes nothing after a colon, got {tail!r}")
+    if isinstance(option.default, int):
+        if not tail.isdecimal():
+            raise UserError(f"reward {head!r} takes a whole number after the colon ({option.name}), got {tail!r}")
+        return kind(int(tail))  # type: ignore[call-arg]
+    return kind(tail)  # type: ignore[call-arg]
+
+
+def _from_file(body: str) -> Reward:
+    """The reward `name` of `path/to/file.py:name`: a function of (images, prompts), or a Reward."""
+    from chainrule.rewards.base import reward_of
+
+    path, _, name = body.rpartition(":") if not body.endswith(".py") else (body, "", "")
+    if not name:
+        raise UserError(f"say which function of {path!r} is the reward: {path}:function")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"no reward file {path!r}")
+    spec = importlib.util.spec_from_file_location(f"chainrule_user_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"reward file {path!r} failed to run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown(f"function of {path}", name, public)
+    found = getattr(module, name)
+    return reward_of(found() if isinstance(found, type) else found, name=body)

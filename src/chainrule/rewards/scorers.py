@@ -1,0 +1,191 @@
+"""Learned rewards built on CLIP. A class's docstring is its card: formula, source, licence, range, preprocessing.
+
+`source` is a hub id, a local folder in the `CLIPModel.save_pretrained` format, or "tiny" for the model bundled with
+tiny-emoji. Making a reward loads nothing; the weights arrive on the first call, or with `.to(device)`, on that device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from chainrule.errors import UserError
+from chainrule.rewards.base import Reward
+from chainrule.rewards.clip import check_source, full_name, load_clip, normalize, resize_and_crop, resize_and_pad
+
+CLIP_L = "openai/clip-vit-large-patch14"
+
+
+@dataclass(frozen=True)
+class CLIPScore(Reward):
+    """Agreement of image and prompt: cos(image, text).
+
+    Paper: arXiv:2104.08718. Differs from the paper: no factor 2.5, no cut at zero (no gradient there), no prefix.
+    Source: openai/clip-vit-large-patch14 (MIT), or any CLIPModel. Range [-1, 1], in practice 0.1 to 0.35.
+    Preprocessing: bicubic to the shortest side, center crop.
+    """
+
+    source: str = CLIP_L
+
+    def __post_init__(self) -> None:
+        check_source(self.source, "clip")
+
+    @property
+    def name(self) -> str:
+        return _name("clip", self.source, CLIP_L)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        clip = load_clip(self.source, "clip", images.device)
+        return clip.cosine(normalize(resize_and_crop(images, clip.size)), prompts)
+
+    def to(self, device: torch.device | str) -> Reward:
+        load_clip(self.source, "clip", device)
+        return self
+
+
+@dataclass(frozen=True)
+class PickScore(Reward):
+    """Which of two images people pick for a prompt: exp(logit_scale) cos(image, text).
+
+    Paper: arXiv:2305.01569. Source: yuvalkirstain/PickScore_v1 (CLIP-H fine-tuned on Pick-a-Pic; MIT), with the
+    tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Range [-100, 100], in practice 15 to 25; 1 more multiplies the
+    odds of being picked by e. Where 0.2 is reported, the scale of 100 was left out. Preprocessing: bicubic to the
+    shortest side, center crop.
+    """
+
+    source: str = "yuvalkirstain/PickScore_v1"
+
+    def __post_init__(self) -> None:
+        check_source(self.source, "pick")
+
+    @property
+    def name(self) -> str:
+        return _name("pickscore", self.source, "yuvalkirstain/PickScore_v1")
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        clip = load_clip(self.source, "pick", images.device)
+        return clip.scale * clip.cosine(normalize(resize_and_crop(images, clip.size)), prompts)
+
+    def to(self, device: torch.device | str) -> Reward:
+        load_clip(self.source, "pick", device)
+        return self
+
+
+@dataclass(frozen=True)
+class HPSv2(Reward):
+    """Human Preference Score v2: cos(image, text).
+
+    Paper: arXiv:2306.09341. Source: adams-story/HPSv2-hf, a CLIPModel copy (hidden_act "gelu") of xswu/HPSv2 (CLIP-H
+    fine-tuned on HPD v2; Apache-2.0), with the tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. The repository itself
+    holds a pickle, which is refused; transformers then takes the safetensors of its conversion pull request.
+    Range [-1, 1], in practice 0.2 to 0.35. Preprocessing, unlike PickScore's: bicubic to the longest side, padded with
+    black; on square images the two agree.
+    """
+
+    source: str = "adams-story/HPSv2-hf"
+
+    def __post_init__(self) -> None:
+        check_source(self.source, "hps")
+
+    @property
+    def name(self) -> str:
+        return _name("hpsv2", self.source, "adams-story/HPSv2-hf")
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        clip = load_clip(self.source, "hps", images.device)
+        return clip.cosine(normalize(resize_and_pad(images, clip.size)), prompts)
+
+    def to(self, device: torch.device | str) -> Reward:
+        load_clip(self.source, "hps", device)
+        return self
+
+
+@dataclass(frozen=True)
+class Aesthetic(Reward):
+    """LAION aesthetic predictor v2: head(image / |image|), a rating of the image alone. Prompts are ignored.
+
+    Source: the head is ttj/sac-logos-ava1-l14-linearMSE (Apache-2.0; safetensors of sac+logos+ava1-l14-linearMSE from
+    christophschuhmann/improved-aesthetic-predictor), on openai/clip-vit-large-patch14 (MIT). Trained on ratings from
+    1 to 10 but unbounded, in practice 4 to 7. Preprocessing: bicubic to the shortest side, center crop. With source
+    "tiny" both parts are the bundled ones.
+    """
+
+    source: str = "ttj/sac-logos-ava1-l14-linearMSE"
+    clip: str = CLIP_L
+
+    def __post_init__(self) -> None:
+        check_source(self.source, "aesthetic", needs=())
+        check_source(self._clip, "clip")
+
+    @property
+    def _clip(self) -> str:
+        return "tiny" if self.source == "tiny" and self.clip == CLIP_L else self.clip
+
+    @property
+    def name(self) -> str:
+        return _name("aesthetic", self.source, "ttj/sac-logos-ava1-l14-linearMSE")
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        clip = load_clip(self._clip, "clip", images.device)
+        head = _load_head(check_source(self.source, "aesthetic", needs=()), full_name(images.device))
+        image, _ = clip.embed(normalize(resize_and_crop(images, clip.size)), [""])
+        if image.shape[-1] != head[0].in_features:
+            dims = f"{head[0].in_features} features and {self._clip!r} gives {image.shape[-1]}"
+            raise UserError(f"the aesthetic head {self.source!r} reads {dims}; use the CLIP it was trained on")
+        return head(image)[:, 0]  # type: ignore[no-any-return]
+
+    def to(self, device: torch.device | str) -> Reward:
+        load_clip(self._clip, "clip", device)
+        _load_head(check_source(self.source, "aesthetic", needs=()), full_name(device))
+        return self
+
+
+def aesthetic_head(dim: int) -> nn.Sequential:
+    """The LAION MLP on `dim` CLIP features: five linear layers and dropout between them, no activations.
+
+    The linear layers sit at 0, 2, 4, 6, 7: the official keys `layers.0.weight` ... `layers.7.bias` without `layers.`.
+    """
+    return nn.Sequential(
+        nn.Linear(dim, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
+
+
+@lru_cache(maxsize=8)
+def _load_head(source: str, device: str) -> nn.Sequential:
+    """The frozen head of a folder (its one safetensors file) or of a hub id (its model.safetensors), in float32."""
+    from safetensors.torch import load_file
+
+    if Path(source).is_dir():
+        path = str(min(Path(source).glob("*.safetensors")))
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = hf_hub_download(source, "model.safetensors")
+        except OSError as error:
+            raise UserError(f"cannot load an aesthetic head from {source!r}: {str(error).splitlines()[0]}") from error
+    state = {key.removeprefix("layers."): value.float() for key, value in load_file(path).items()}
+    if "0.weight" not in state:
+        raise UserError(f"{path} is not an aesthetic head: it has no '0.weight' or 'layers.0.weight'")
+    head = aesthetic_head(state["0.weight"].shape[1])
+    try:
+        head.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the aesthetic head: {' '.join(str(error).split())}") from error
+    return head.to(device).requires_grad_(False).eval()
+
+
+def _name(word: str, source: str, default: str) -> str:
+    return word if source == default else f"{word}:{source}"

@@ -1,0 +1,102 @@
+"""Rewards without a network: what they want is a formula of the pixels. All are means over pixels and channels.
+
+Differs from the papers, which sum: a mean is the same for every image size, and so is a weight in front of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chainrule.errors import UserError
+from chainrule.rewards.base import Reward
+from chainrule.rewards.jpeg import jpeg
+
+
+@dataclass(frozen=True)
+class Symmetry(Reward):
+    """Left-right symmetry: -mean |x - mirror(x)|. Range [-1, 0]; 0 is a perfect mirror image.
+
+    The reward ShortFT (arXiv:2507.22604) trains on; its tables print the distance, so there lower is better.
+    """
+
+    @property
+    def name(self) -> str:
+        return "symmetry"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return -(images - images.flip(-1)).abs().mean((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class RotationalAnticorrelation(Reward):
+    """Unlikeness to its own rotations: 1/3 sum over 90, 180, 270 degrees of mean (x - rotate(x))^2. Range [0, 1].
+
+    DRaFT, Appendix B.9 (arXiv:2309.17400). Errors: UserError for images that are not square.
+    """
+
+    @property
+    def name(self) -> str:
+        return "rotation"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        height, width = images.shape[-2:]
+        if height != width:
+            raise UserError(f"reward 'rotation' needs square images, got {height}x{width}")
+        turned = [torch.rot90(images, quarter, (-2, -1)) for quarter in (1, 2, 3)]
+        return torch.stack([(images - other).square().mean((1, 2, 3)) for other in turned]).mean(0)
+
+
+@dataclass(frozen=True)
+class JPEGCompressibility(Reward):
+    """What JPEG keeps: -mean (x - d(c(x)))^2, with c and d compression and decompression. Range [-1, 0].
+
+    DRaFT, section 5.3 and Appendix B.3 (arXiv:2309.17400). d(c(x)) is piecewise constant in x, so the exact derivative,
+    almost everywhere, is that of the distance to a fixed image: -2 (x - d(c(x))) / n. Straight-through rounding would
+    say that the codec is the identity, up to color subsampling, and leave the luminance without a gradient.
+    """
+
+    quality: int = 50
+
+    def __post_init__(self) -> None:
+        _check_quality(self.quality)
+
+    @property
+    def name(self) -> str:
+        return _name("compressible", self.quality)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return -_loss(images, self.quality)
+
+
+@dataclass(frozen=True)
+class JPEGIncompressibility(Reward):
+    """What JPEG loses: the negation of `JPEGCompressibility`. Range [0, 1]."""
+
+    quality: int = 50
+
+    def __post_init__(self) -> None:
+        _check_quality(self.quality)
+
+    @property
+    def name(self) -> str:
+        return _name("incompressible", self.quality)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return _loss(images, self.quality)
+
+
+def _loss(images: Tensor, quality: int) -> Tensor:
+    return (images - jpeg(images.detach(), quality)).square().mean((1, 2, 3))
+
+
+def _check_quality(quality: int) -> None:
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise UserError(f"JPEG quality must be a whole number from 1 to 100, got {quality!r}")
+
+
+def _name(word: str, quality: int) -> str:
+    return word if quality == 50 else f"{word}:{quality}"

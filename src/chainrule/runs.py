@@ -1,0 +1,270 @@
+"""A run is a folder: its config, environment, metrics, samples, checkpoints, adapter and report. No torch here.
+
+    config.yaml  environment.json  metrics.jsonl  plan.txt  evaluation.json  report.html
+    adapter/  checkpoints/step-000123/  samples/
+
+The folder is the truth and `Run` only a name for it, so a run is opened by `Run(folder)` on any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from chainrule.errors import UserError
+
+CHANGEABLE = frozenset({"steps", "out", "save_every", "sample_every"})
+"""The config keys that may differ when a run is resumed: they do not touch the numbers of a step."""
+
+PACKAGES = ("chainrule", "torch", "diffusers", "transformers", "peft", "accelerate")
+DIGITS = 6  # significant digits of a float in metrics.jsonl
+UNSET = "(not set)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. Opening it reads nothing; `Run.create` makes or resumes one."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    @classmethod
+    def create(
+        cls, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    ) -> Run:
+        """Make the folder and write `config.yaml` and `environment.json`.
+
+        `resume` continues the run in the folder if it has the same config apart from `CHANGEABLE` (an empty or missing
+        folder starts afresh); `overwrite` deletes the run that is there. Raises UserError, before anything is written,
+        for a used folder without either, a file, a place that cannot be written, or a config that differs.
+        """
+        run = cls(Path(folder))
+        given = _plain(config, "config")
+        if resume and overwrite:
+            raise UserError(f"resume and overwrite were both asked for {run.folder}; choose one")
+        _check_place(run.folder)
+        used = run.folder.is_dir() and any(run.folder.iterdir())
+        if used and resume:
+            run._check_same(given)
+        elif used and overwrite:
+            _empty(run.folder)
+        elif used:
+            raise UserError(f"{run.folder} is not empty; pass resume to continue it, overwrite, or another out")
+        run._prepare()
+        now = environment()
+        if used and resume:
+            first = run.environment or now
+            now = {**first, "resumed": [*first.get("resumed", []), now]}
+        # config.yaml last: with it there, the folder is whole and counts as a run
+        run.write_text("environment.json", json.dumps(now, indent=2) + "\n")
+        run.write_text("config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+        return run
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in the form that diffusers' `load_lora_weights` reads."""
+        return self.folder / "adapter"
+
+    @property
+    def samples(self) -> Path:
+        """Sample pictures: `before.png`, `after.png`, `before_after.png`, `step-000040.png`."""
+        return self.folder / "samples"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config, read from `config.yaml`."""
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"{self.folder} is not a run folder: it has no config.yaml")
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path} should hold keys and values, not {type(config).__name__}")
+        return config
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The environment the run was started in, or {} if none was written; `resumed` lists later ones."""
+        path = self.folder / "environment.json"
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not readable JSON: {error}") from error
+        return found if isinstance(found, dict) else {}
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`. Floats keep 6 significant digits; NaN and infinities become null."""
+        path = self.folder / "metrics.jsonl"
+        line = json.dumps(_rounded(_plain(row, "metrics")), allow_nan=False) + "\n"
+        if _ends_in_a_torn_line(path):
+            self._write_metrics(self.metrics())
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`, oldest first. A last line torn by a kill is left out."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        rows = []
+        for index, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                if index == len(lines) - 1:
+                    break
+                raise UserError(f"{path}: line {index + 1} is not a JSON object; delete that line") from error
+        return rows
+
+    def truncate(self, step: int) -> None:
+        """Drop the metrics of later steps, so that a resumed run holds each step once."""
+        if (self.folder / "metrics.jsonl").is_file():
+            self._write_metrics([row for row in self.metrics() if row.get("step", 0) <= step])
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of one step's checkpoint. Write `state.json` into it last: that marks it complete."""
+        return self.folder / "checkpoints" / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints (those with a `state.json`), by rising step."""
+        found = []
+        for path in self.folder.glob("checkpoints/step-*"):
+            match = re.fullmatch(r"step-(\d+)", path.name)
+            if match and (path / "state.json").is_file():
+                found.append((int(match[1]), path))
+        return [path for _, path in sorted(found)]
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file of the run in one move: a reader sees the old text or the new, never half."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(part, path)
+        return path
+
+    def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _prepare(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}; choose another out") from error
+
+    def _check_same(self, given: Mapping[str, Any]) -> None:
+        difference = _difference(self.config, given)
+        if difference:
+            key, before, now = difference
+            raise UserError(
+                f"cannot resume {self.folder}: {key} was {before!r} and is now {now!r}; "
+                "put it back, or start another run with another out"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """Python, platform, date and the versions of the packages that matter (null: not installed), none imported."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    return {"date": date, "python": platform.python_version(), "platform": platform.platform(), **versions}
+
+
+def _check_place(folder: Path) -> None:
+    """The nearest thing that exists on the way to the folder has to be a folder."""
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            return
+        if os.path.lexists(place):
+            raise UserError(f"{place} is a file, so {folder} cannot be a run folder; choose another out")
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a run folder; a folder that is not one of ours is left alone."""
+    if not all((folder / name).is_file() for name in ("config.yaml", "environment.json")):
+        raise UserError(f"will not overwrite {folder}: it does not look like a run; choose another out")
+    try:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot overwrite {folder}: {error.strerror or error}; choose another out") from error
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first key whose values differ, dotted if nested, with both values."""
+    for key in [*before, *(key for key in now if key not in before)]:
+        old, new = before.get(key, UNSET), now.get(key, UNSET)
+        if old == new or (not prefix and key in CHANGEABLE):
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            return _difference(old, new, f"{prefix}{key}.")
+        return f"{prefix}{key}", old, new
+    return None
+
+
+def _plain(value: Any, key: str) -> Any:
+    """The same value in what YAML and JSON can hold: tuples and ranges become lists, numpy scalars numbers."""
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, str(name)) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(item, key) for item in value]
+    if isinstance(value, os.PathLike):
+        return Path(value).as_posix()
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if callable(getattr(value, "item", None)):
+        with contextlib.suppress(ValueError, RuntimeError):  # an array or tensor of more than one number
+            return _plain(value.item(), key)
+    raise UserError(f"{key}: a {type(value).__name__} cannot be written to the run folder; pass a name or a number")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _ends_in_a_torn_line(path: Path) -> bool:
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

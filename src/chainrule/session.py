@@ -1,0 +1,171 @@
+"""A training session around the trainer: the run folder, checkpoints, sample grids, the progress bar, stopping."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from chainrule.errors import UserError
+from chainrule.models.model import pictures
+from chainrule.noise import derive
+from chainrule.report.pictures import before_after, grid
+from chainrule.runs import Run
+
+if TYPE_CHECKING:
+    from chainrule.finetune import Trainer, Watch
+
+BAD_IN_A_ROW = 8  # updates that may be skipped for NaN or Inf in a row before a session gives up
+KEPT = 2  # checkpoints
+
+
+def save_checkpoint(run: Run, trainer: Trainer) -> None:
+    """Write `checkpoints/step-000123`; `state.json` comes last, so a folder that has it is complete."""
+    folder = run.folder / "checkpoints" / f"step-{trainer.step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in trainer.tensors().items()}, folder / "state.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": trainer.step, "skipped": trainer.skipped}))
+    for old in run.checkpoints()[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(run: Run, trainer: Trainer) -> None:
+    """Continue from the last complete checkpoint. UserError when it is damaged or of another adapter."""
+    found = run.checkpoints()
+    if not found:
+        return
+    try:
+        tensors = load_file(found[-1] / "state.safetensors", device=str(trainer.model.device))
+        trainer.restore(tensors, json.loads((found[-1] / "state.json").read_text()))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"the checkpoint {found[-1]} is damaged ({error}); delete that folder to resume from the one before") from error
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"the checkpoint {found[-1]} belongs to another adapter or version; start a new run") from error
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop after the update under way; a second one stops at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread: Ctrl-C is somebody else's business
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
+        TextColumn("reward [bold]{task.fields[reward]}"), TextColumn("{task.fields[speed]} images/s"),
+        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Session:
+    """One call of `finetune`, over a run folder."""
+
+    run: Run
+    stop_reason: str = "finished"
+
+    @classmethod
+    def open(cls, folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Session:
+        return cls(Run.create(folder, config, resume=resume, overwrite=overwrite))
+
+    def train(self, trainer: Trainer, watch: Watch, resume: bool, on_update: Callable[[dict[str, Any]], None] | None) -> Run:
+        """Update until `steps`, Ctrl-C, the held-out reward stops rising, or too many bad updates."""
+        run, s, main = self.run, trainer.settings, trainer.accelerator.is_main_process
+        if resume:
+            load_checkpoint(run, trainer)
+            run.truncate(trainer.step)
+        if s.tracker != "none":
+            trainer.accelerator.init_trackers("chainrule", {k: str(v) for k, v in run.config.items()})
+        if main and not (run.samples / "before.png").exists():
+            self._sample(trainer, watch, "before")
+            chain = trainer.model.grid(s.sample_steps)
+            plans = [trainer.method.plan(chain, Random(derive(s.seed, "plan", i))) for i in range(3)]
+            run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
+        smooth: float | None = None
+        with interrupts() as asked, _bar(Console(quiet=not main)) as bar:
+            task = bar.add_task("update", total=s.steps, completed=trainer.step, reward="-", speed="-")
+            while trainer.step < s.steps:
+                row = trainer.update()
+                smooth = row["reward"] if smooth is None else 0.9 * smooth + 0.1 * row["reward"]
+                if main:
+                    held = self._periodic(trainer, watch)
+                    run.log(row | ({"held_out": held} if held is not None else {}))
+                trainer.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=trainer.step)
+                bar.update(task, completed=trainer.step, reward=f"{smooth:.4g}", speed=f"{s.batch / row['seconds']:.1f}")
+                if on_update:
+                    on_update(row)
+                if trainer.bad >= BAD_IN_A_ROW:
+                    self.stop_reason = "bad updates"
+                elif asked():
+                    self.stop_reason = "interrupted"
+                elif s.patience and len(watch.best) - watch.best.index(max(watch.best, default=0)) > s.patience:
+                    self.stop_reason = "held-out reward stopped rising"
+                else:
+                    continue
+                break
+        if main:
+            self._finish(trainer, watch)
+        trainer.accelerator.end_training()
+        if self.stop_reason == "bad updates":
+            raise UserError(
+                f"{trainer.bad} updates in a row had a NaN or Inf reward or gradient; the last good adapter is in {run.adapter}; "
+                "lower lr, or look at the reward"
+            )
+        return run
+
+    def _periodic(self, trainer: Trainer, watch: Watch) -> float | None:
+        s, held = trainer.settings, None
+        if s.sample_every and trainer.step % s.sample_every == 0 and trainer.step < s.steps:
+            held = self._sample(trainer, watch, f"step-{trainer.step:06d}")
+            if held is not None:
+                watch.best.append(held)
+                if held == max(watch.best):
+                    trainer.save_adapter(self.run.folder / "best")
+        if s.save_every and trainer.step % s.save_every == 0:
+            save_checkpoint(self.run, trainer)
+        return held
+
+    def _sample(self, trainer: Trainer, watch: Watch, name: str) -> float | None:
+        images, held = watch.look(trainer)
+        grid(pictures(images), 4, watch.prompts).save(self.run.samples / f"{name}.png")
+        if name == "before":
+            watch.before.append(images)
+        elif name == "after" and watch.before:
+            shown = before_after(pictures(watch.before[0]), pictures(images), watch.prompts)
+            shown.save(self.run.samples / "before_after.png")
+        return held
+
+    def _finish(self, trainer: Trainer, watch: Watch) -> None:
+        save_checkpoint(self.run, trainer)
+        trainer.save_adapter(self.run.adapter)
+        if self.stop_reason != "interrupted":
+            self._sample(trainer, watch, "after")
+        self.run.write_text("stopped.txt", f"{self.stop_reason} at update {trainer.step}\n")

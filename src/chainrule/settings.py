@@ -1,0 +1,52 @@
+"""The settings of a fine-tuning run: checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chainrule.errors import UserError, unknown
+
+
+class Settings(BaseModel):
+    """How to fine-tune. Defaults are DRaFT's small-scale ones (arXiv:2309.17400, Table 1) where the paper has one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    steps: int = Field(200, ge=1, description="updates")
+    batch: int = Field(8, ge=1, description="images per update, over all processes")
+    accumulate: int = Field(1, ge=1, description="backward passes an update is split into; must divide the batch")
+    lr: float = Field(4e-4, gt=0, description="AdamW learning rate")
+    schedule: Literal["constant", "sqrt"] = Field("constant", description="sqrt: lr * min(10 / sqrt(step), 1)")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, towards the pre-trained weights")
+    clip: float = Field(1.0, gt=0, description="gradient norm is clipped here")
+    rank: int = Field(8, ge=1, description="LoRA rank")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the average of the adapter that is saved; 0: none")
+    kl: float = Field(0.0, ge=0, description="weight of the squared distance to the base model at the last call")
+    sample_steps: int | None = Field(None, ge=1, description="network calls of a sampling chain; default: the model's")
+    guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance; default: the model's")
+    memory: Literal["recompute", "keep"] = Field("recompute", description="recompute: one call's graph at a time")
+    micro_batch: int = Field(8, ge=1, description="images decoded and scored at a time")
+    seed: int = Field(0, ge=0, description="of the adapter, the plans, the prompts and the noise")
+    sample_every: int = Field(50, ge=0, description="updates between sample grids; 0: only before and after")
+    save_every: int = Field(50, ge=0, description="updates between checkpoints; 0: only at the end")
+    patience: int = Field(0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field("none", description="besides metrics.jsonl")
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any]) -> Settings:
+        """Checked settings. Raises UserError naming the first wrong key and value."""
+        for key in values:
+            if key not in cls.model_fields:
+                raise unknown("option", key, cls.model_fields)
+        try:
+            made = cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = first["msg"].replace("Input should be", "must be")
+            raise UserError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}, but {reason}") from error
+        if made.batch % made.accumulate:
+            raise UserError(f"accumulate is {made.accumulate}, but must divide the batch of {made.batch}")
+        return made

@@ -1,0 +1,223 @@
+"""Train tiny-emoji and its reward models from nothing: `python -m chainrule.tiny STAGE [--out build] [--steps N]`.
+
+Every stage keeps its state in the output folder, goes on where it was stopped, and does nothing when it is finished.
+`vae`, `latents` and `unet` also run in several processes: `torchrun --nproc_per_node 2 -m chainrule.tiny vae`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+
+from chainrule.errors import UserError
+from chainrule.tiny import autoencoder
+from chainrule.tiny.loop import RANK, WORLD, restore
+
+if TYPE_CHECKING:  # what a stage does not need it does not import
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from transformers import CLIPModel
+
+WEIGHTS = Path(__file__).parent / "weights"
+SHARED = ("vae", "latents", "unet")  # the stages that can run in several processes
+
+
+def _vae(out: Path) -> AutoencoderKL:
+    vae = autoencoder.build()
+    restore("vae", vae, out)
+    return vae.eval().requires_grad_(False)
+
+
+def _clip(out: Path, stage: str = "clip") -> CLIPModel:
+    from chainrule.tiny import critics
+
+    model = critics.build()
+    restore(stage, model, out)
+    return model.eval()
+
+
+def _pipeline(out: Path) -> StableDiffusionPipeline:
+    """The finished generator; its autoencoder knows the scale the latents had in training."""
+    from chainrule.tiny import generator
+
+    trained, vae = generator.Generator(), _vae(out)
+    restore("unet", trained, out)
+    vae.register_to_config(scaling_factor=generator.load_latents(out)[1])
+    return generator.pipeline(trained.eval().requires_grad_(False), vae)
+
+
+def vae(out: Path, steps: int) -> None:
+    autoencoder.fit(out, steps)
+
+
+def latents(out: Path, count: int) -> None:
+    """Files of ranks that this run does not have would hold other scenes than their place says, so they go first."""
+    from chainrule.tiny import generator
+
+    for file in _latents(out):
+        if int(file.stem.removeprefix("latents-")) >= WORLD:
+            file.unlink(missing_ok=True)
+    generator.cache_latents(_vae(out), out, count)
+
+
+def unet(out: Path, steps: int) -> None:
+    from chainrule.tiny import generator
+
+    generator.fit(out, _vae(out), steps)
+
+
+def clip(out: Path, steps: int) -> None:
+    from chainrule.tiny import critics
+
+    critics.fit_clip(out, steps)
+
+
+def pick(out: Path, steps: int) -> None:
+    from chainrule.tiny import critics, preferences
+
+    critics.fit_preference("pick", preferences.PICK, _clip(out), out, steps)
+
+
+def hps(out: Path, steps: int) -> None:
+    from chainrule.tiny import critics, preferences
+
+    critics.fit_preference("hps", preferences.HPS, _clip(out), out, steps)
+
+
+def aesthetic(out: Path, steps: int) -> None:
+    from chainrule.tiny import critics
+
+    critics.fit_aesthetic(_clip(out), out, steps)
+
+
+def judges(out: Path, steps: int) -> None:
+    from chainrule.tiny import judges
+
+    judges.fit(out, steps)
+
+
+def check(out: Path, steps: int) -> None:
+    from chainrule.tiny import judges, quality
+
+    quality.measure(_pipeline(out), judges.load(out), out, steps=steps)
+
+
+def pack(out: Path, steps: int) -> None:
+    """Lay the finished models out as they are shipped, in half precision."""
+    from chainrule.rewards.scorers import aesthetic_head
+    from chainrule.tiny import critics
+
+    part = WEIGHTS.with_name("weights.part")
+    shutil.rmtree(part, ignore_errors=True)
+    _pipeline(out).to(dtype=torch.float16).save_pretrained(part / "emoji", safe_serialization=True)
+    for stage in ("clip", "pick", "hps"):
+        critics.save(_clip(out, stage), part / stage)
+    head = aesthetic_head(critics.build().config.projection_dim)
+    restore("aesthetic", head, out)
+    critics.save_head(head, part / "aesthetic")
+    files = [file for file in part.rglob("*") if file.is_file()]
+    for file in files:
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
+    size = sum(file.stat().st_size for file in files)
+    shutil.rmtree(WEIGHTS, ignore_errors=True)
+    part.rename(WEIGHTS)
+    print(f"packed {WEIGHTS} ({size / 1e6:.1f} MB)")
+
+
+def _latents(out: Path) -> list[Path]:
+    return sorted(out.glob("latents-*.safetensors"))
+
+
+def _cached(out: Path) -> int:
+    """How many scenes are encoded, over the files of all ranks."""
+    count = 0
+    for saved in _latents(out):
+        with safe_open(saved, "pt") as file:
+            count += int(file.get_slice("latents").get_shape()[0])
+    return count
+
+
+def _trained(*files: str) -> Callable[[Path], int]:
+    """How many steps a stage has made: those of the least trained of its models."""
+
+    def steps(out: Path) -> int:
+        reached = []
+        for saved in (out / f"{name}.safetensors" for name in files):
+            if not saved.exists():
+                return 0
+            with safe_open(saved, "pt") as file:
+                reached.append(int(file.get_tensor("step")))
+        return min(reached)
+
+    return steps
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a stage runs, its default steps, and how far it has come; without that it runs every time."""
+
+    run: Callable[[Path, int], None]
+    steps: int
+    reached: Callable[[Path], int] | None = None
+
+    def finished(self, out: Path, steps: int) -> bool:
+        """Scenes are shared out evenly, so up to one per process may be missing."""
+        missing = WORLD - 1 if self.reached is _cached else 0
+        return self.reached is not None and self.reached(out) >= steps - missing
+
+
+STAGES = {
+    "vae": Stage(vae, 2000, _trained("vae")),
+    "latents": Stage(latents, 40000, _cached),
+    "unet": Stage(unet, 5000, _trained("unet")),
+    "clip": Stage(clip, 700, _trained("clip")),
+    "pick": Stage(pick, 500, _trained("pick")),
+    "hps": Stage(hps, 500, _trained("hps")),
+    "aesthetic": Stage(aesthetic, 300, _trained("aesthetic")),
+    "judges": Stage(judges, 1200, _trained("judge-color", "judge-shape")),
+    "check": Stage(check, 20),
+    "pack": Stage(pack, 0),
+}
+
+
+def run(name: str, out: Path, steps: int | None = None) -> None:
+    """One stage, unless it is finished. Raises UserError when an earlier one is missing."""
+    stage = STAGES[name]
+    if WORLD > 1 and name not in SHARED:
+        raise UserError(f"stage {name} runs in one process; torchrun is for {', '.join(SHARED)}")
+    wanted = stage.steps if steps is None else steps
+    if stage.finished(out, wanted):
+        if RANK == 0:
+            print(f"{name}: finished")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    stage.run(out, wanted)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m chainrule.tiny", description=__doc__)
+    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument("--out", type=Path, default=Path("build"), help="folder of checkpoints and curves (build)")
+    parser.add_argument("--steps", type=int, help="training steps; scenes for latents; sampling steps for check")
+    given = parser.parse_args(arguments)
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        for name in STAGES if given.stage == "all" else (given.stage,):
+            run(name, given.out, given.steps)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

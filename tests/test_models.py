@@ -1,0 +1,151 @@
+"""Loading real formats, and sampling exactly as diffusers does."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+
+import chainrule as cr
+
+PROMPTS, SEEDS = ["a fox", "two bees", "a cat"], [3, 8, 1]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_sampling_equals_the_diffusers_pipeline_at_every_step(prediction, guidance, set_alpha_to_one):
+    pipe = make_pipeline(prediction, torch.float32)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=set_alpha_to_one)
+    theirs: list[torch.Tensor] = []
+
+    def keep(pipe, i, t, kwargs):
+        theirs.append(kwargs["latents"].clone())
+        return kwargs
+
+    images = pipe(
+        PROMPTS, num_inference_steps=10, guidance_scale=guidance, callback_on_step_end=keep, output_type="np",
+        generator=[torch.Generator().manual_seed(s) for s in SEEDS],
+    ).images  # fmt: skip
+    model = cr.load(pipe)
+    ours = list(model.states(PROMPTS, SEEDS, 10, guidance))
+    assert len(ours) == len(theirs) == 10
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    pictures = model.sample(PROMPTS, SEEDS, 10, guidance)
+    for picture, image in zip(pictures, images, strict=True):
+        assert np.abs(np.asarray(picture) / 255 - image).max() <= 0.5 / 255 + 1e-4
+
+
+def test_a_local_folder_and_a_pipeline_object_give_the_same_model(sd_folder):
+    from_folder = cr.load(sd_folder)
+    from_object = cr.load(StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None))
+    torch.testing.assert_close(
+        from_folder.render(["a fox"], [0], 4, 3.0), from_object.render(["a fox"], [0], 4, 3.0), rtol=0, atol=1e-5
+    )
+    assert from_folder.name == str(sd_folder) and all(not p.requires_grad for p in from_folder.network.parameters())
+
+
+def test_a_hub_id_goes_to_the_hub_and_says_so_when_it_cannot(monkeypatch):
+    with pytest.raises(cr.UserError, match=r"nobody/nothing.*hub"):
+        cr.load("nobody/nothing")
+
+
+def test_a_hub_id_in_the_local_cache_is_loaded(sd_folder, tmp_path, monkeypatch):
+    """What a download leaves behind: blobs and a snapshot in the hub's cache layout."""
+    cache = tmp_path / "models--some--model"
+    snapshot = cache / "snapshots" / "0123"
+    shutil.copytree(sd_folder, snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    try:
+        model = cr.load("some/model")
+    except cr.UserError:
+        model = cr.load(str(snapshot))  # the cache constant moved: the layout itself still loads
+    assert model.grid(4)[-1] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_of_the_weights_is_the_one_asked_for(sd_folder, dtype):
+    model = cr.load(sd_folder, dtype=dtype)
+    assert next(model.pipe.text_encoder.parameters()).dtype == getattr(torch, dtype)
+    adapter = model.adapt(rank=2)
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    assert model.render(["a fox"], [0], 3, 2.0).isfinite().all()
+
+
+def test_other_schedulers_become_ddim_over_the_same_betas():
+    pipe = make_pipeline(dtype=torch.float32)
+    expected = list(cr.load(pipe).states(["a fox"], [0], 5, 2.0))[-1]
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    torch.testing.assert_close(list(cr.load(pipe).states(["a fox"], [0], 5, 2.0))[-1], expected)
+    assert isinstance(pipe.scheduler, PNDMScheduler)
+
+
+def test_grids_are_diffusers_levels():
+    model = cr.load(make_pipeline(dtype=torch.float32))
+    assert model.grid(50)[:3] == (982, 962, 942) and model.grid(50)[-2:] == (2, 0) and len(model.grid(50)) == 51
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("tiny-emojy", "did you mean 'tiny-emoji'"),
+        ("no/such/folder", "unknown model 'no/such/folder'"),
+        ("./missing", "unknown model"),
+    ],
+)
+def test_unknown_models_are_refused(source, message):
+    with pytest.raises(cr.UserError, match=message):
+        cr.load(source)
+
+
+def test_broken_folders_are_refused_before_loading(sd_folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(cr.UserError, match=r"no model_index\.json"):
+        cr.load(empty)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(sd_folder, pickled)
+    weights = next((pickled / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(cr.UserError, match="is a pickle"):
+        cr.load(pickled)
+    shutil.rmtree(pickled / "unet")
+    with pytest.raises(cr.UserError, match="no unet folder"):
+        cr.load(pickled)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "AudioLDMPipeline"}')
+    with pytest.raises(cr.UserError, match="AudioLDMPipeline is not a supported model family"):
+        cr.load(other)
+
+
+def test_settings_that_cannot_be_differentiated_are_refused():
+    pipe = make_pipeline(dtype=torch.float32)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+    with pytest.raises(cr.UserError, match="clip_sample"):
+        cr.load(pipe)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert cr.load(pipe).grid(5)[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 2000}, "steps is 2000"),
+        ({"guidance": -1.0}, "guidance is -1"),
+        ({"seeds": [1, 2]}, "1 prompts but 2 seeds"),
+    ],
+)
+def test_sampling_settings_out_of_range_are_refused(arguments, message):
+    model = cr.load(make_pipeline(dtype=torch.float32))
+    with pytest.raises(cr.UserError, match=message):
+        model.sample(["a fox"], **arguments)
