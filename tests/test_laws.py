@@ -11,10 +11,12 @@ from conftest import make_pipeline
 from torch import Tensor
 
 import chainrule as cr
-from chainrule.chain import Memory, backpropagate
+from chainrule.chain import Chain, Memory, backpropagate
+from chainrule.denoise import Condition, Member
 from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
-from chainrule.noise import derive
+from chainrule.noise import Noise, Schedule, derive
 from chainrule.plan import Grad, Jump, Plan, walk
+from chainrule.solve import DDIM, Prediction
 
 STEPS, GUIDANCE, SEEDS, PROMPTS = 5, 3.0, [4, 9], ["a fox", "two bees"]
 METHODS = [
@@ -280,6 +282,51 @@ def test_reward_micro_batches_do_not_change_the_gradient():
         for weight in adapter.parameters():
             weight.grad = None
     assert_same(*found)
+
+
+class Toy(torch.nn.Module):
+    """A network of two pixels that can reach any image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.Tanh(), torch.nn.Linear(32, 2)).double()
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return self
+
+    def __call__(self, x: Tensor, level: int, text: Tensor) -> Tensor:
+        time = x.new_full((len(x), 1), level / 1000)
+        return self.layers(torch.cat([x.flatten(1), time], 1)).view_as(x)
+
+
+# Single-reward LV is left out: reusing a stale reward gradient is unstable, as its paper says (appendix C.1), and diverges here.
+@pytest.mark.parametrize("method", [m for m in METHODS if m != DRaFTLV(2, reuse_reward_gradient=True)], ids=str)
+def test_every_method_raises_a_quadratic_reward_towards_its_known_optimum(method):
+    """Reward -(x - 1)^2 over two pixels: its optimum, 0, is reached when every image is all ones."""
+    cumulative = torch.linspace(0.9999, 0.05, 1000)
+    solver, toy = DDIM(Schedule.diffusion(cumulative), Prediction.EPSILON), Toy()
+    cast = {"base": Member(toy), "unguided": Member(toy)}
+    grid, rng = (1000, 800, 600, 400, 200, 0), Random(0)
+    optimizer = torch.optim.Adam(toy.parameters(), 2e-2)
+    worth = lambda images, prompts: -(images - 1).square().mean((1, 2, 3))
+
+    def error() -> float:
+        noise = Noise(tuple(range(64)), (1, 1, 2))
+        chain = Chain(cast, solver, Condition(torch.zeros(64, 1, 1), torch.zeros(64, 1, 1)), noise)
+        *_, images = chain.states(noise.initial().double(), walk(grid))
+        return -float(worth(images, ()).mean())
+
+    before = error()
+    for step in range(80):
+        noise = Noise(tuple(range(64 + 16 * step, 80 + 16 * step)), (1, 1, 2))
+        chain = Chain(cast, solver, Condition(torch.zeros(16, 1, 1), torch.zeros(16, 1, 1)), noise)
+        optimizer.zero_grad()
+        backpropagate(chain, method.plan(grid, rng), noise.initial().double(), lambda x: x, worth, [""] * 16, part=16)
+        torch.nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
+        optimizer.step()
+    assert error() < 0.5 * before, (before, error())
 
 
 def test_a_broken_plan_is_refused():

@@ -134,14 +134,21 @@ class Trainer:
             weight.data.copy_(values[name])
 
 
-def build(model: Model, method: Method, reward: Reward, prompts: list[str], settings: Settings) -> Trainer:
-    """A trainer at step 0."""
+def processes(settings: Settings, device: torch.device, out: str | Path) -> Accelerator:
+    """The processes of this run, and its tracker. UserError for a batch they cannot share or a missing tracker."""
     tracker = None if settings.tracker == "none" else settings.tracker
-    accelerator = Accelerator(log_with=tracker, cpu=model.device.type == "cpu", project_dir="runs")
+    accelerator = Accelerator(log_with=tracker, cpu=device.type == "cpu", project_dir=out)
     if tracker and not accelerator.log_with:
         raise UserError(f"the tracker {tracker!r} is not installed; pip install {tracker}")
     if settings.batch % (accelerator.num_processes * settings.accumulate):
         raise UserError(f"batch is {settings.batch}, but must be divisible by {accelerator.num_processes} processes x accumulate")
+    return accelerator
+
+
+def build(
+    model: Model, method: Method, reward: Reward, prompts: list[str], settings: Settings, accelerator: Accelerator
+) -> Trainer:
+    """A trainer at step 0."""
     adapter = model.adapt("default", rank=settings.rank, seed=settings.seed)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     average = {name: weight.detach().clone() for name, weight in adapter.named_parameters().items()}
@@ -155,8 +162,13 @@ class Watch:
     prompts: list[str]
     seeds: list[int]
     held_out: Reward | None = None
-    best: list[float] = field(default_factory=list)
+    seen: list[float] = field(default_factory=list)
     before: list[Tensor] = field(default_factory=list)
+
+    @property
+    def stale(self) -> int:
+        """Looks since the best held-out reward."""
+        return len(self.seen) - 1 - self.seen.index(max(self.seen)) if self.seen else 0
 
     def look(self, trainer: Trainer) -> tuple[Tensor, float | None]:
         s = trainer.settings
@@ -199,11 +211,14 @@ def finetune(
         probe(checked.to(model.device), model.image_size)
     config = {"model": model.name, "method": repr(method), "reward": scorer.name, "held_out": judge.name if judge else None,
               "prompts": prompts if isinstance(prompts, str) else said, **settings.model_dump()}  # fmt: skip
-    session = Session.open(Path(out), config, resume=resume, overwrite=overwrite)
-    trainer = build(model, method, scorer, said, settings)
+    accelerator = processes(settings, model.device, out)
+    with accelerator.main_process_first():  # the others find the folder made
+        main = accelerator.is_main_process
+        run = Run.create(out, config, resume=resume, overwrite=overwrite) if main else Run(Path(out))
+    trainer = build(model, method, scorer, said, settings, accelerator)
     shown = list(watch) if watch else said[:: max(1, len(said) // 8)][:8]
     try:
-        return session.train(trainer, Watch(shown, list(range(len(shown))), judge), resume, on_update)
+        return Session(run).train(trainer, Watch(shown, list(range(len(shown))), judge), resume, on_update)
     finally:
         model.active.pop(trainer.adapter.name, None)
         trainer.adapter.remove()

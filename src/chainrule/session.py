@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -92,10 +91,6 @@ class Session:
     run: Run
     stop_reason: str = "finished"
 
-    @classmethod
-    def open(cls, folder: Path, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Session:
-        return cls(Run.create(folder, config, resume=resume, overwrite=overwrite))
-
     def train(self, trainer: Trainer, watch: Watch, resume: bool, on_update: Callable[[dict[str, Any]], None] | None) -> Run:
         """Update until `steps`, Ctrl-C, the held-out reward stops rising, or too many bad updates."""
         run, s, main = self.run, trainer.settings, trainer.accelerator.is_main_process
@@ -126,7 +121,7 @@ class Session:
                     self.stop_reason = "bad updates"
                 elif asked():
                     self.stop_reason = "interrupted"
-                elif s.patience and len(watch.best) - watch.best.index(max(watch.best, default=0)) > s.patience:
+                elif s.patience and watch.stale >= s.patience:
                     self.stop_reason = "held-out reward stopped rising"
                 else:
                     continue
@@ -146,8 +141,8 @@ class Session:
         if s.sample_every and trainer.step % s.sample_every == 0 and trainer.step < s.steps:
             held = self._sample(trainer, watch, f"step-{trainer.step:06d}")
             if held is not None:
-                watch.best.append(held)
-                if held == max(watch.best):
+                watch.seen.append(held)
+                if watch.stale == 0:
                     trainer.save_adapter(self.run.folder / "best")
         if s.save_every and trainer.step % s.save_every == 0:
             save_checkpoint(self.run, trainer)
@@ -155,6 +150,7 @@ class Session:
 
     def _sample(self, trainer: Trainer, watch: Watch, name: str) -> float | None:
         images, held = watch.look(trainer)
+        self.run.samples.mkdir(exist_ok=True)
         grid(pictures(images), 4, watch.prompts).save(self.run.samples / f"{name}.png")
         if name == "before":
             watch.before.append(images)

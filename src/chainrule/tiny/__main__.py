@@ -120,7 +120,7 @@ def pack(out: Path, steps: int) -> None:
     _pipeline(out).to(dtype=torch.float16).save_pretrained(part / "emoji", safe_serialization=True)
     for stage in ("clip", "pick", "hps"):
         critics.save(_clip(out, stage), part / stage)
-    head = aesthetic_head(critics.build().config.projection_dim)
+    head = aesthetic_head(critics.build().visual_projection.out_features)
     restore("aesthetic", head, out)
     critics.save_head(head, part / "aesthetic")
     files = [file for file in part.rglob("*") if file.is_file()]
@@ -176,7 +176,7 @@ class Stage:
 
 STAGES = {
     "vae": Stage(vae, 2000, _trained("vae")),
-    "latents": Stage(latents, 40000, _cached),
+    "latents": Stage(latents, 36000, _cached),
     "unet": Stage(unet, 5000, _trained("unet")),
     "clip": Stage(clip, 700, _trained("clip")),
     "pick": Stage(pick, 500, _trained("pick")),

@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Needs Python >= 3.11 and a network to PyPI.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow check format bench experiments weights clean
+
+# The stamp says: this environment has what pyproject.toml and constraints.txt say, and the development tools.
+$(VENV)/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("chainrule needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/stamp ## fine-tune the bundled model, evaluate, write runs/demo/report.html
+	$(BIN)/chainrule train examples/demo.yaml --overwrite
+	$(BIN)/chainrule eval runs/demo --prompts animals:test --seeds 4
+	$(BIN)/chainrule report runs/demo
+
+test: $(VENV)/stamp ## the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/stamp ## checks that train on the bundled model
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/stamp ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/stamp ## time ratios and memory; writes benchmarks/results.md
+	$(BIN)/python benchmarks/bench.py
+
+experiments: $(VENV)/stamp ## the comparisons in docs/log.md; resumable, about an hour on two cores
+	$(BIN)/python benchmarks/experiments.py
+
+weights: $(VENV)/stamp ## train the bundled models again; needs the font fonts-noto-color-emoji
+	$(BIN)/python -m chainrule.tiny all --out build
+
+clean:
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
