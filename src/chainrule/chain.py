@@ -152,7 +152,7 @@ Score = Callable[[Tensor, Sequence[str]], Tensor]
 class Decoder(Protocol):
     """Image latents to images in [0, 1], (b, 3, h, w), differentiable."""
 
-    def __call__(self, latents: Tensor) -> Tensor: ...
+    def __call__(self, latents: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,5 +204,6 @@ def backpropagate(
             if rewards is None:
                 rewards, images = values, seen
         walk.pull(scale * gradient, penalty)
-    assert rewards is not None and images is not None
+    assert rewards is not None
+    assert images is not None
     return Result(rewards, images, tuple(means))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
-import yaml
 
-from chainrule.errors import UserError, unknown
+from chainrule.arguments import TRAIN_KEYS, at_least_one, configured, counted, method_of, said, weights, with_settings
+from chainrule.errors import UserError
 from chainrule.settings import Settings
 
 app = typer.Typer(
@@ -24,74 +22,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )  # fmt: skip
 
-ModelName = Annotated[str, typer.Option(help="Bundled model, diffusers folder or hub id.")]
 Steps = Annotated[int | None, typer.Option(help="Network calls per image; default: the model's best.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the model's best.")]
 Options = Annotated[list[str] | None, typer.Option("--method-option", help="An option of the method, as k=5. May be repeated.")]
 Prompts = Annotated[list[str], typer.Option(help="A prompt, a prompt set, or a text/JSON file. May be repeated.")]
-
-
-def _method_options(pairs: list[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs or []:
-        key, sign, value = pair.partition("=")
-        if not sign:
-            raise UserError(f"method option {pair!r} must look like k=5")
-        options[key.strip()] = yaml.safe_load(value)
-    return options
-
-
-def _said(sources: list[str]) -> list[str]:
-    from chainrule.prompts import SETS, prompts
-
-    found: list[str] = []
-    for source in sources:
-        name = source.removesuffix(":train").removesuffix(":test")
-        is_file = name.endswith((".txt", ".json", ".jsonl")) or Path(name).is_file()
-        found += prompts(source) if name in SETS or is_file else [source]
-    if not all(prompt.strip() for prompt in found):
-        raise UserError("a prompt is empty")
-    return found
-
-
-def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for every field of `Settings`, so that they are written down once."""
-    signature = inspect.signature(function, eval_str=True)
-    kept = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    for name, field in Settings.model_fields.items():
-        kind = field.annotation
-        if get_args(kind) and str in {type(a) for a in get_args(kind)}:  # a Literal: pydantic checks the value
-            help_text, kind = f"{field.description} ({' | '.join(get_args(kind))})", str
-        else:
-            help_text = str(field.description)
-        kind = next((a for a in get_args(kind) if a is not type(None)), kind)
-        shown = "" if field.default is None else f" [default: {field.default}]"
-        option = typer.Option(help=help_text[0].upper() + help_text[1:] + shown, show_default=False)
-        annotation = Annotated[kind | None, option]  # type: ignore[operator, valid-type]
-        kept.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    function.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
-    return function
-
-
-TRAIN_KEYS = ("model", "method", "reward", "held_out", "prompts", "out", "dtype")
-
-
-def _configured(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The YAML file's values, overridden by what was given on the command line."""
-    values: dict[str, Any] = {}
-    if config:
-        if not config.is_file():
-            raise UserError(f"the config file {config} does not exist")
-        try:
-            values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"the config file {config} is not valid YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(values, dict):
-            raise UserError(f"the config file {config} must hold keys and values")
-    for key in values:
-        if key not in (*TRAIN_KEYS, *Settings.model_fields):
-            raise unknown(f"key in {config}", str(key), [*TRAIN_KEYS, *Settings.model_fields])
-    return values | {key: value for key, value in given.items() if value is not None}
 
 
 @app.command()
@@ -111,31 +45,33 @@ def train(
     **options: Any,
 ) -> None:
     """Fine-tune an adapter so that its images score higher."""
-    from chainrule import methods, rewards
+    from chainrule import rewards
     from chainrule.prompts import prompts as read_prompts
+    from chainrule.runs import Run
 
     given = {"model": model, "method": method, "reward": reward, "held_out": held_out, "prompts": prompts, "out": out,
              "dtype": dtype} | options  # fmt: skip
-    values = _configured(config, given)
+    values = configured(config, given)
     named = {key: values.pop(key, None) for key in TRAIN_KEYS}
-    if not named["reward"] or not named["out"]:
-        raise UserError(f"no {'reward' if not named['reward'] else 'out'} given; pass --{'reward' if not named['reward'] else 'out'}")
-    chosen = named["method"] or "draft-lv"
-    spec = dict(chosen) if isinstance(chosen, dict) else {"name": chosen}
-    made = methods.make(str(spec.pop("name", "draft-lv")), spec | _method_options(method_option))
-    said = str(named["prompts"] or "animals:train")
-    Settings.make(values)
-    read_prompts(said)
-    source = str(named["model"] or "tiny-emoji")
-    from chainrule.models.load import check, load
-
-    check(source)
+    for key in ("reward", "out"):
+        if not named[key]:
+            raise UserError(f"no {key} given; pass --{key}")
+    settings = Settings.make(values)
+    if settings.patience and not named["held_out"]:
+        raise UserError("patience needs a held-out reward to watch; pass --held-out")
+    made = method_of(named["method"] or "draft-lv", method_option, settings.sample_steps)
+    source, shown = named["model"] or "tiny-emoji", named["prompts"] or "animals:train"
+    read_prompts(shown)
+    Run(named["out"]).check_place(resume=resume, overwrite=overwrite)
     scorer = rewards.parse(named["reward"])
     judge = rewards.parse(named["held_out"]) if named["held_out"] else None
+    from chainrule.models.loading import check, load
+
+    check(source)
     from chainrule.finetune import finetune
 
     run = finetune(
-        load(source, dtype=named["dtype"] or "float32"), made, scorer, said, out=named["out"], held_out=judge,
+        load(source, dtype=named["dtype"] or "float32"), made, scorer, shown, out=named["out"], held_out=judge,
         resume=resume, overwrite=overwrite, **values,
     )  # fmt: skip
     typer.echo(f"adapter: {run.adapter}")
@@ -143,20 +79,17 @@ def train(
 
 def _model(source: str, scale: float = 1.0, base: bool = False) -> Any:
     """A model by name, or the model of a run with the run's adapter on top."""
-    from chainrule.models.load import check, load
+    from chainrule.adapters.files import find
+    from chainrule.models.loading import check, load
     from chainrule.runs import Run
 
     folder = Path(source)
-    if not (folder / "config.yaml").is_file():
-        check(source)
-        return load(source)
-    run = Run(folder)
-    from chainrule.adapters.files import find
-
-    adapter, name = find(folder), str(run.config["model"])
+    is_run = (folder / "config.yaml").is_file()
+    name = str(Run(folder).config.get("model")) if is_run else source
+    adapter = find(folder) if is_run else None
     check(name)
     model = load(name)
-    return model if base else model.using(adapter, scale=scale)
+    return model.using(adapter, scale=scale) if adapter and not base else model
 
 
 @app.command()
@@ -172,12 +105,15 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
 ) -> None:
     """Make images."""
-    said = _said(prompts)
-    if seeds < 1:
-        raise UserError(f"seeds is {seeds}, but must be at least 1")
+    at_least_one(seeds=seeds, steps=steps)
+    every = [(prompt, first_seed + k) for prompt in said(prompts) for k in range(seeds)]
+    from chainrule.adapters.files import find
+    from chainrule.runs import check_folder
+
+    check_folder(out)
+    file = find(adapter) if adapter else None
     model = _model(source, scale)
-    model = model.using(adapter, scale=scale) if adapter else model
-    every = [(prompt, first_seed + k) for prompt in said for k in range(seeds)]
+    model = model.using(file, scale=scale) if file else model
     with _progress("sampling", len(every) * len(model.grid(steps)[1:]) // 16 + 1) as advance:
         images = model.sample([p for p, _ in every], [s for _, s in every], steps, guidance, on_call=advance)
     from chainrule.report.pictures import grid
@@ -218,27 +154,41 @@ def evaluate_command(
     from chainrule.prompts import prompts as read_prompts
     from chainrule.runs import Run
 
-    said, first = read_prompts(prompts), Run(runs[0]).config
-    if seeds < 1:
-        raise UserError(f"seeds is {seeds}, but must be at least 1")
-    for other in runs[1:]:
-        if Run(other).config["model"] != first["model"]:
-            raise UserError(f"{other} was trained from {Run(other).config['model']}, not from {first['model']}")
-    named = reward or [first[key] for key in ("reward", "held_out") if first.get(key)]
-    scorers = [rewards.parse(name) for name in named]
-    base = _model(str(runs[0]), base=True)
+    at_least_one(seeds=seeds, steps=steps)
+    shown, configs = read_prompts(prompts), [Run(folder).config for folder in runs]
+    first = configs[0]
+    for other, config in zip(runs, configs, strict=True):
+        if config.get("model") != first.get("model"):
+            raise UserError(f"{other} was trained from {config.get('model')}, not from {first.get('model')} as {runs[0]}")
+    scorers = [rewards.parse(name) for name in reward or filter(None, map(first.get, ("reward", "held_out")))]
+    if not scorers:
+        raise UserError(f"{runs[0]} does not say its reward; pass --reward")
     from chainrule.adapters.files import find
+
+    adapters = [find(folder) for folder in runs]
+    base = _model(str(runs[0]), base=True)
     from chainrule.evaluate import evaluate
 
     steps = steps if steps is not None else first.get("sample_steps")
     guidance = guidance if guidance is not None else first.get("guidance")
-    after = [folder.name for folder in runs] if len(runs) > 1 else ["after"]
-    models = {"before": base} | {name: base.using(find(f), scale=scale) for name, f in zip(after, runs, strict=True)}
-    with _progress("evaluating", len(models) * -(-len(said) * seeds // 16) * (len(base.grid(steps)) - 1)) as advance:
-        table = evaluate(models, said, scorers, seeds=range(seeds), steps=steps, guidance=guidance, on_call=advance)
-    typer.echo(f"{len(said)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
+    models = {"before": base} | {
+        name: base.using(adapter, scale=scale) for name, adapter in zip(_labels(runs), adapters, strict=True)
+    }
+    with _progress("evaluating", len(models) * -(-len(shown) * seeds // 16) * (len(base.grid(steps)) - 1)) as advance:
+        table = evaluate(models, shown, scorers, seeds=range(seeds), steps=steps, guidance=guidance, on_call=advance)
+    typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
     if len(runs) == 1:
         table.save(runs[0] / "evaluation.json")
+
+
+def _labels(runs: list[Path]) -> list[str]:
+    """A name for each run: its folder's, or the whole path where two folders have the same name."""
+    if len(runs) == 1:
+        return ["after"]
+    if len({folder.resolve() for folder in runs}) < len(runs):
+        raise UserError(f"a run is given twice: {', '.join(map(str, runs))}")
+    names = [folder.resolve().name for folder in runs]
+    return names if len({"before", *names}) > len(names) else list(map(str, runs))
 
 
 @app.command()
@@ -247,18 +197,15 @@ def mix(
     out: Annotated[Path, typer.Option(help="Folder of the mixed adapter.")],
 ) -> None:
     """Add scaled adapters into one, exactly."""
-    weights: dict[Path, float] = {}
-    for part in parts:
-        name, sign, value = part.rpartition("=")
-        try:
-            weights[Path(name)] = float(value)
-        except ValueError as error:
-            raise UserError(f"{part!r} must look like runs/pick=0.6") from error
-        if not sign or not name:
-            raise UserError(f"{part!r} must look like runs/pick=0.6")
+    given = weights(parts)
+    from chainrule.runs import check_folder
+
+    check_folder(out)
+    if (out / "config.yaml").exists():
+        raise UserError(f"{out} is a run with an adapter of its own; choose another out")
     from chainrule.adapters import mix as mixed
 
-    typer.echo(f"adapter: {mixed(weights).save(out)}")
+    typer.echo(f"adapter: {mixed(given).save(out)}")
 
 
 @app.command()
@@ -277,19 +224,17 @@ def plan(
     seed: Annotated[int, typer.Option(help="Of the method's random choices.")] = 0,
 ) -> None:
     """Draw what a method backpropagates through, and forecast its cost."""
-    from chainrule import methods
     from chainrule.plan import Forecast
 
-    if steps < 1:
-        raise UserError(f"steps is {steps}, but must be at least 1")
-    made = methods.make(method, _method_options(method_option))
+    at_least_one(steps=steps)
+    made = method_of(method, method_option, steps)
     drawn = made.plan(tuple(range(20 * steps, -1, -20)), Random(seed))
     typer.echo(f"{made}\n{drawn}\n  - constant call   = its weights   # weights and input   ^ noised again   [ branches | ]")
     for policy in ("recompute", "keep"):
         cost = Forecast.of(drawn, recompute=policy == "recompute")
         typer.echo(
-            f"{policy:9}  {cost.calls} network calls, {cost.backward} backward calls, about {cost.calls * cost.relative_time / steps:.2f}x "
-            f"the time of sampling, memory of {cost.graphs} call graph{'s' if cost.graphs > 1 else ''}"
+            f"{policy:9}  {counted(cost.calls, 'network call')}, {counted(cost.backward, 'backward call')}, about "
+            f"{cost.calls * cost.relative_time / steps:.2f}x the time of sampling, memory of {counted(cost.graphs, 'call graph')}"
         )
 
 
@@ -314,7 +259,7 @@ def rewards() -> None:
 @app.command()
 def models() -> None:
     """List the bundled models and the supported families."""
-    from chainrule.models.load import BUNDLED, FAMILIES
+    from chainrule.models.loading import BUNDLED, FAMILIES
 
     for name, (_, about) in BUNDLED.items():
         typer.echo(f"{name:12} {about}")
@@ -329,7 +274,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
 
 

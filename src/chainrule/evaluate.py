@@ -15,9 +15,10 @@ from torch import Tensor
 from chainrule.chain import Score
 from chainrule.errors import UserError
 from chainrule.models import Model
-from chainrule.rewards import reward_of
+from chainrule.prompts import prompts as read_prompts
+from chainrule.rewards import checked, reward_of
 
-# Two-sided 97.5% points of Student's t; beyond 30 degrees of freedom the normal one is close enough.
+# The 97.5% points of Student's t for 1 to 30 degrees of freedom; beyond, 1.96 + 2.4 / degrees is right to 0.003.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
       2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04)  # fmt: skip
 
@@ -37,7 +38,7 @@ class Estimate:
         if n < 2:
             return cls(mean, math.inf)
         spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        return cls(mean, (_T[n - 2] if n - 2 < len(_T) else 1.96) * spread / math.sqrt(n))
+        return cls(mean, (_T[n - 2] if n - 2 < len(_T) else 1.96 + 2.4 / (n - 1)) * spread / math.sqrt(n))
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} ± {self.interval:.2g}"
@@ -60,9 +61,10 @@ class Table:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON, the form the report reads."""
-        def plain(row: dict[str, Estimate]) -> dict[str, dict[str, float]]:
-            return {name: asdict(value) for name, value in row.items()}
+        """Write as JSON, the form the report reads. An infinite interval is null: JSON has no infinity."""
+
+        def plain(row: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
+            return {n: {k: v if math.isfinite(v) else None for k, v in asdict(e).items()} for n, e in row.items()}
 
         rows = [{"name": name, "metrics": plain(row)} for name, row in self.rows.items()]
         last = plain(list(self.gains.values())[-1]) if self.gains else {}
@@ -85,7 +87,7 @@ def diversity(images: Tensor) -> float:
 @torch.no_grad()
 def evaluate(
     models: Mapping[str, Model],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     rewards: Sequence[Score],
     *,
     seeds: Sequence[int] = range(4),
@@ -97,12 +99,16 @@ def evaluate(
     """Score every model on every prompt with every seed. The first model is the one others are compared with.
 
     Intervals are over prompts (the seeds of one prompt are averaged first), so they say how far the result carries to
-    other prompts of the same kind.
+    other prompts of the same kind. Raises UserError for no model, prompt, seed or reward, two rewards of one name, and a
+    reward that does not return one float per image.
     """
-    if not models or not prompts or not rewards:
-        raise UserError("evaluate needs at least one model, one prompt and one reward")
-    scorers = [reward_of(reward) for reward in rewards]
-    seeds, said = list(seeds), [prompt for prompt in prompts for _ in seeds]
+    prompts, seeds, scorers = read_prompts(prompts), list(seeds), [reward_of(reward) for reward in rewards]
+    if not models or not seeds or not scorers:
+        raise UserError("evaluate needs at least one model, one seed and one reward")
+    names = ["diversity", *(scorer.name for scorer in scorers)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two columns of the table would be called {twice!r}; rename one with reward_of(fn, name=...)")
+    said = [prompt for prompt in prompts for _ in seeds]
     per_prompt: dict[str, dict[str, list[float]]] = {}
     for name, model in models.items():
         images = model.render(said, seeds * len(prompts), steps, guidance, batch, on_call)
@@ -110,7 +116,7 @@ def evaluate(
         for scorer in scorers:
             scorer.to(model.device)
             parts = [
-                scorer(images[i : i + batch].to(model.device), said[i : i + batch]).float().cpu()
+                checked(scorer, images[i : i + batch].to(model.device), said[i : i + batch]).float().cpu()
                 for i in range(0, len(said), batch)
             ]
             columns[scorer.name] = torch.cat(parts).view(len(prompts), len(seeds)).mean(1).tolist()

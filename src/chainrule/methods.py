@@ -183,14 +183,14 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
     head, _, tail = key.rpartition("-")
     if key == "alignprop-1":
         key, options = "alignprop", {"last_only": True} | options
-    elif head == "draft" and tail.isdigit():
+    elif head == "draft" and tail.isdecimal():
         key, options = "draft", {"k": int(tail)} | options
     if key not in REGISTRY:
         raise unknown("method", name, [*REGISTRY, "draft-K", "alignprop-1"])
     kinds = {f.name: f.type for f in fields(REGISTRY[key])}
     for option, value in options.items():
         if option not in kinds:
-            raise unknown(f"option of {key}", option, kinds)
+            raise unknown(f"option of {key}", str(option), kinds)
         wanted = (bool,) if "bool" in str(kinds[option]) else (int,) if "None" not in str(kinds[option]) else (int, type(None))
         if type(value) not in wanted:
             raise UserError(f"option {option} of {key} is {value!r}, but must be {' or '.join(t.__name__ for t in wanted)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ DESCRIPTIONS = {
 
 def _read(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt file {path} is not text (UTF-8)") from error
     except OSError as error:
@@ -47,7 +48,7 @@ def _read(path: Path) -> list[str]:
         if path.suffix == ".json":
             rows = json.loads(text)
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = text.splitlines()
     except ValueError as error:
@@ -55,10 +56,10 @@ def _read(path: Path) -> list[str]:
     if not isinstance(rows, list):
         raise UserError(f"the prompt file {path} must hold a list of prompts")
     said = [row.get("prompt") if isinstance(row, dict) else row for row in rows]
-    wrong = next((row for row in said if not isinstance(row, str)), None)
-    if wrong is not None or any(row is None for row in said):
+    texts = [row.strip() for row in said if isinstance(row, str)]
+    if len(texts) < len(said):
         raise UserError(f"the prompt file {path} has a row that is neither text nor an object with a 'prompt'")
-    return [row.strip() for row in said if row.strip()]
+    return [text for text in texts if text]
 
 
 def prompts(source: str | Path | Sequence[str]) -> list[str]:
@@ -68,22 +69,22 @@ def prompts(source: str | Path | Sequence[str]) -> list[str]:
     Raises UserError for an unknown name and a file that is missing, empty or not text.
     """
     if not isinstance(source, (str, Path)):
-        said, name = [str(prompt) for prompt in source], "the list of prompts"
+        said = [str(prompt) for prompt in source]
     else:
-        name, _, half = str(source).partition(":") if str(source).endswith((":train", ":test")) else (str(source), "", "")
+        name, _, half = str(source).rpartition(":") if str(source).endswith((":train", ":test")) else (str(source), "", "")
         if name in SETS:
             said = SETS[name]()
-        elif Path(name).is_file():
+        elif os.path.isfile(name):
             said = _read(Path(name))
-        elif "/" in name or "." in name:
-            raise UserError(f"the prompt file {name} does not exist")
+        elif os.path.isdir(name) or "/" in name or "." in name:
+            raise UserError(f"the prompt file {name} {'is a folder' if os.path.isdir(name) else 'does not exist'}")
         else:
             raise unknown("prompt set", name, SETS)
         if half:
             train, test = split(said)
             said = train if half == "train" else test
     if not said:
-        raise UserError(f"{name} holds no prompts")
+        raise UserError(f"{source if isinstance(source, (str, Path)) else 'the list'} holds no prompts")
     return said
 
 

@@ -45,9 +45,7 @@ class Run:
         object.__setattr__(self, "folder", Path(self.folder))
 
     @classmethod
-    def create(
-        cls, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
-    ) -> Run:
+    def create(cls, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> Run:
         """Make the folder and write `config.yaml` and `environment.json`.
 
         `resume` continues the run in the folder if it has the same config apart from `CHANGEABLE` (an empty or missing
@@ -56,16 +54,11 @@ class Run:
         """
         run = cls(Path(folder))
         given = _plain(config, "config")
-        if resume and overwrite:
-            raise UserError(f"resume and overwrite were both asked for {run.folder}; choose one")
-        _check_place(run.folder)
-        used = run.folder.is_dir() and any(run.folder.iterdir())
+        used = run.check_place(resume=resume, overwrite=overwrite)
         if used and resume:
             run._check_same(given)
-        elif used and overwrite:
-            _empty(run.folder)
         elif used:
-            raise UserError(f"{run.folder} is not empty; pass resume to continue it, overwrite, or another out")
+            run._empty()
         run._prepare()
         now = environment()
         if used and resume:
@@ -75,6 +68,21 @@ class Run:
         run.write_text("environment.json", json.dumps(now, indent=2) + "\n")
         run.write_text("config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
         return run
+
+    def check_place(self, *, resume: bool = False, overwrite: bool = False) -> bool:
+        """Whether something is in the folder already. Raises UserError if a run cannot be put there; touches nothing."""
+        if resume and overwrite:
+            raise UserError(f"resume and overwrite were both asked for {self.folder}; choose one")
+        check_folder(self.folder)
+        used = self.folder.is_dir() and any(self.folder.iterdir())
+        if used and resume:
+            _ = self.config
+        elif used and overwrite:
+            if not all((self.folder / name).is_file() for name in ("config.yaml", "environment.json")):
+                raise UserError(f"will not overwrite {self.folder}: it does not look like a run; choose another out")
+        elif used:
+            raise UserError(f"{self.folder} is not empty; pass resume to continue it, overwrite, or another out")
+        return used
 
     @property
     def adapter(self) -> Path:
@@ -178,6 +186,16 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}; choose another out") from error
 
+    def _empty(self) -> None:
+        try:
+            for path in self.folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        except OSError as error:
+            raise UserError(f"cannot overwrite {self.folder}: {error.strerror or error}; choose another out") from error
+
     def _check_same(self, given: Mapping[str, Any]) -> None:
         difference = _difference(self.config, given)
         if difference:
@@ -200,27 +218,13 @@ def environment() -> dict[str, Any]:
     return {"date": date, "python": platform.python_version(), "platform": platform.platform(), **versions}
 
 
-def _check_place(folder: Path) -> None:
-    """The nearest thing that exists on the way to the folder has to be a folder."""
+def check_folder(folder: Path) -> None:
+    """The nearest thing that exists on the way to an output folder has to be a folder. UserError if not."""
     for place in (folder, *folder.parents):
         if place.is_dir():
             return
         if os.path.lexists(place):
-            raise UserError(f"{place} is a file, so {folder} cannot be a run folder; choose another out")
-
-
-def _empty(folder: Path) -> None:
-    """Delete what is in a run folder; a folder that is not one of ours is left alone."""
-    if not all((folder / name).is_file() for name in ("config.yaml", "environment.json")):
-        raise UserError(f"will not overwrite {folder}: it does not look like a run; choose another out")
-    try:
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    except OSError as error:
-        raise UserError(f"cannot overwrite {folder}: {error.strerror or error}; choose another out") from error
+            raise UserError(f"{place} is a file, so {folder} cannot be a folder; choose another out")
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

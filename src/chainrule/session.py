@@ -49,7 +49,9 @@ def load_checkpoint(run: Run, trainer: Trainer) -> None:
         tensors = load_file(found[-1] / "state.safetensors", device=str(trainer.model.device))
         trainer.restore(tensors, json.loads((found[-1] / "state.json").read_text()))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"the checkpoint {found[-1]} is damaged ({error}); delete that folder to resume from the one before") from error
+        raise UserError(
+            f"the checkpoint {found[-1]} is damaged ({error}); delete that folder to resume from the one before"
+        ) from error
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the checkpoint {found[-1]} belongs to another adapter or version; start a new run") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +20,9 @@ class Settings(BaseModel):
     batch: int = Field(8, ge=1, description="images per update, over all processes")
     accumulate: int = Field(1, ge=1, description="backward passes an update is split into; must divide the batch")
     lr: float = Field(4e-4, gt=0, description="AdamW learning rate")
-    schedule: Literal["constant", "sqrt"] = Field("constant", description="sqrt: lr * min(10 / sqrt(step), 1)")
+    schedule: Literal["constant", "sqrt"] = Field(
+        "constant", description="learning rate over the steps; sqrt: lr * min(10 / sqrt(step), 1)"
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, towards the pre-trained weights")
     clip: float = Field(1.0, gt=0, description="gradient norm is clipped here")
     rank: int = Field(8, ge=1, description="LoRA rank")
@@ -27,13 +30,15 @@ class Settings(BaseModel):
     kl: float = Field(0.0, ge=0, description="weight of the squared distance to the base model at the last call")
     sample_steps: int | None = Field(None, ge=1, description="network calls of a sampling chain; default: the model's")
     guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance; default: the model's")
-    memory: Literal["recompute", "keep"] = Field("recompute", description="recompute: one call's graph at a time")
+    memory: Literal["recompute", "keep"] = Field(
+        "recompute", description="how activations are held; recompute: one call's graph at a time"
+    )
     micro_batch: int = Field(8, ge=1, description="images decoded and scored at a time")
     seed: int = Field(0, ge=0, description="of the adapter, the plans, the prompts and the noise")
     sample_every: int = Field(50, ge=0, description="updates between sample grids; 0: only before and after")
     save_every: int = Field(50, ge=0, description="updates between checkpoints; 0: only at the end")
     patience: int = Field(0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never")
-    tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field("none", description="besides metrics.jsonl")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = Field("none", description="where numbers go besides metrics.jsonl")
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> Settings:
@@ -49,4 +54,6 @@ class Settings(BaseModel):
             raise UserError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}, but {reason}") from error
         if made.batch % made.accumulate:
             raise UserError(f"accumulate is {made.accumulate}, but must divide the batch of {made.batch}")
+        if made.tracker != "none" and find_spec(made.tracker) is None:
+            raise UserError(f"the tracker {made.tracker!r} is not installed; pip install {made.tracker}")
         return made

@@ -65,12 +65,11 @@ def read(source: str | Path) -> Weights:
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
     tensors = {
-        k.removeprefix(PREFIX).replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): v
-        for k, v in tensors.items()
+        k.removeprefix(PREFIX).replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): v for k, v in tensors.items()
     }
     if not tensors or not all(".lora_A." in k or ".lora_B." in k for k in tensors):
         raise UserError(f"{path} holds no LoRA for the denoiser")

@@ -131,11 +131,12 @@ def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None 
 
 def remove(adapter: Adapter) -> None:
     """Take the adapter out. After the last one the network holds its original modules, bit for bit."""
-    network, config = adapter.network, adapter.network.peft_config
+    network = adapter.network
+    config: dict[str, LoraConfig] = network.peft_config  # type: ignore[assignment]  # peft adds the attribute
     for layer in _layers(network):
         layer.delete_adapter(adapter.name)
         layer._active_adapter = []
-    del config[adapter.name]  # type: ignore[operator, arg-type]
+    del config[adapter.name]
     if config:
         return
     for parent in list(network.modules()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def levels(scheduler: DDIMScheduler, steps: int) -> Grid:
     stride, total = scheduler.config.num_train_timesteps // steps, scheduler.config.num_train_timesteps
     if max(times) >= total:
         raise UserError(f"steps is {steps}, but with steps_offset={scheduler.config.steps_offset} it must be below {total}")
-    for a, b in zip(times, times[1:], strict=False):
+    for a, b in itertools.pairwise(times):
         if a - b != stride:
             raise UserError(
                 f"steps is {steps}: with {scheduler.config.timestep_spacing} spacing diffusers' DDIM needs a divisor of {total}"

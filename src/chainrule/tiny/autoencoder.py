@@ -38,8 +38,7 @@ def pixels(images: list[np.ndarray]) -> Tensor:
 def ink(batch: list[scenes.Scene], images: list[np.ndarray]) -> Tensor:
     """(b, 1, 128, 128): 1 where a glyph covers the background."""
     masks = [
-        np.abs(image / 255 - scenes.backdrop(scene.background)).max(-1) > 0.02
-        for scene, image in zip(batch, images, strict=True)
+        np.abs(image / 255 - scenes.backdrop(scene.background)).max(-1) > 0.02 for scene, image in zip(batch, images, strict=True)
     ]
     return torch.from_numpy(np.stack(masks)).to(DEVICE)[:, None].float()
 
@@ -90,5 +89,3 @@ def encode(vae: AutoencoderKL, images: list[np.ndarray], batch: int = 32) -> Ten
             posterior = vae.encode(pixels(images[start : start + batch])).latent_dist
         rows.append(torch.cat([posterior.mean, posterior.std], 1).half().cpu())
     return torch.cat(rows)
-
-

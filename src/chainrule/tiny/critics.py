@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from chainrule.rewards.clip import MEAN, STD
 from chainrule.rewards.scorers import aesthetic_head
@@ -28,32 +30,28 @@ def build() -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=words.to_dict(), vision_config=vision.to_dict(), projection_dim=128)).to(DEVICE)
 
 
-def _normalized(images: list[object]) -> Tensor:
-    x = pixels(images) / 2 + 0.5  # type: ignore[arg-type]
+def _normalized(images: list[np.ndarray]) -> Tensor:
+    x = pixels(images) / 2 + 0.5
     return (x - x.new_tensor(MEAN).view(1, 3, 1, 1)) / x.new_tensor(STD).view(1, 3, 1, 1)
 
 
-def _embed(model: CLIPModel, images: list[object], captions: list[str]) -> tuple[Tensor, Tensor]:
+def _embed(model: CLIPModel, images: list[np.ndarray], captions: list[str]) -> tuple[Tensor, Tensor]:
     tokens = text.ids(_vocabulary(), captions).to(DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         out = model(input_ids=tokens, pixel_values=_normalized(images))
     return out.image_embeds.float(), out.text_embeds.float()
 
 
-_CACHE: list[object] = []
-
-
-def _vocabulary():  # type: ignore[no-untyped-def]
-    if not _CACHE:
-        _CACHE.append(text.tokenizer())
-    return _CACHE[0]
+@functools.cache
+def _vocabulary() -> CLIPTokenizer:
+    return text.tokenizer()
 
 
 def fit_clip(out: Path, steps: int, batch: int = 160) -> CLIPModel:
     """Contrastive training in which a caption is a positive for every image it is true of."""
     model = build()
 
-    def draw(rng: random.Random, count: int) -> tuple[list[scenes.Scene], list[object], list[str]]:
+    def draw(rng: random.Random, count: int) -> tuple[list[scenes.Scene], list[np.ndarray], list[str]]:
         drawn = [scenes.draw(rng) for _ in range(count)]
         images = [preferences.sample(rng, s).image if rng.random() < 0.5 else scenes.render(s) for s in drawn]
         return drawn, images, [s.caption(rng) for s in drawn]

@@ -16,8 +16,10 @@ from chainrule.errors import UserError
 from chainrule.tiny import autoencoder, scenes, text
 from chainrule.tiny.loop import DEVICE, RANK, WORLD, train
 
-PREVIEW = ("a fox", "a painting of a cat on a sea background", "a turtle, pink background", "an angry face", "a zebra", "two bees",
-           "a rabbit and a car", "three apples on a sunset background", "a guitar", "a lion", "a small dog", "a spider")  # fmt: skip
+PREVIEW = (
+    "a fox", "a painting of a cat on a sea background", "a turtle, pink background", "an angry face", "a zebra", "two bees",
+    "a rabbit and a car", "three apples on a sunset background", "a guitar", "a lion", "a small dog", "a spider",
+)  # fmt: skip
 
 
 def scheduler() -> DDIMScheduler:
@@ -46,7 +48,7 @@ class Generator(nn.Module):
             attention_head_dim=4,
             norm_num_groups=16,
         )
-        self.to(DEVICE, memory_format=torch.channels_last)
+        self.to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         states = self.text_encoder(tokens.to(DEVICE)).last_hidden_state

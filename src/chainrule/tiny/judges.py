@@ -145,9 +145,7 @@ def _held_out() -> tuple[list[Answer], list[Answer]]:
     rng = random.Random("held-out judges")
     alone = [scenes.single(rng, name) for name in NAMES for _ in range(8)]
     many = [scene for scene in (scenes.draw(rng) for _ in range(1600)) if len(scene.names) > 1]
-    singles, several = (
-        [Answer(scenes.render(s), s.names, GROUNDS.index(s.background)) for s in group] for group in (alone, many)
-    )
+    singles, several = ([Answer(scenes.render(s), s.names, GROUNDS.index(s.background)) for s in group] for group in (alone, many))
     return singles, several
 
 

@@ -106,5 +106,6 @@ def pair(rng: random.Random, rule: Rule) -> tuple[str, Sample, Sample, bool]:
         else:
             shown = asked if asked.named else replace(asked, background=rng.choice(list(scenes.BACKGROUNDS)))
         candidates.append(sample(rng, shown))
-    gap = rule.score(candidates[0], truth(asked, candidates[0].scene)) - rule.score(candidates[1], truth(asked, candidates[1].scene))
+    first, second = (rule.score(shown, truth(asked, shown.scene)) for shown in candidates)
+    gap = first - second
     return asked.caption(rng), candidates[0], candidates[1], rng.random() < 1 / (1 + math.exp(-rule.sharpness * gap))

@@ -154,10 +154,7 @@ def draw(rng: random.Random) -> Scene:
             other = pick_name(rng)
         names = (name, other)
     jitter = functools.partial(rng.gauss, 0, 1.5)
-    if len(names) == 2:
-        spots = [(34, 64), (94, 64)]
-    else:
-        spots = [(34, 38), (94, 38), (64, 92)]
+    spots = [(34, 64), (94, 64)] if len(names) == 2 else [(34, 38), (94, 38), (64, 92)]
     size = 2 * rng.randint(26, 29)
     things = (Thing(n, size, x + jitter(), y + jitter()) for n, (x, y) in zip(names, spots, strict=True))
     return Scene(tuple(things), background, named)

@@ -32,7 +32,8 @@ def corpus() -> list[str]:
 def tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges come from the captions; other words fall into smaller pieces."""
     bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bytes_of = pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), bytes_of])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     words = [word.replace(",", " ,") for word in corpus()]

@@ -92,7 +92,9 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None) -> M
         )  # fmt: skip
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        advice = "the folder is damaged" if local else "no such hub model, or the hub cannot be reached; a local folder works offline"
+        advice = (
+            "the folder is damaged" if local else "no such hub model, or the hub cannot be reached; a local folder works offline"
+        )
         raise UserError(f"cannot load {name!r}: {advice} ({reason})") from error
     family = _family(type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,386 @@
+"""What an update costs: its time against diffusers' own sampling, and its peak memory against N and K.
+
+    python benchmarks/bench.py [--quick] [--out docs/bench.json] [--model FOLDER_OR_NAME] [--device cuda]
+
+Prints the tables and writes them as JSON and as benchmarks/results.md. `--quick` only shows that the script works: a
+shorter chain, and nothing is written unless `--out` names a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the meter is there, next to the test that relies on it
+
+import torch
+from meter import peak_bytes
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import chainrule as cr
+from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method
+from chainrule.models.model import Defaults
+from chainrule.models.stable_diffusion import ddim
+from chainrule.plan import Forecast
+from chainrule.rewards import Reward, Symmetry, parse
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "chainrule")
+MEMORIES = ("keep", "recompute")
+PRISTINE, INJECTED = "pristine", "injected"
+DOES_NOT_FIT = "out of memory"
+console = Console(width=max(Console().width, 118))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how large."""
+
+    steps: int = 50
+    batch: int = 8
+    rounds: int = 5
+    methods: tuple[Method, ...] = (DRaFT(1), DRaFTLV(2), SDO(1), DRTune(), DRaFT(10), DRaFT(50))
+    along_n: tuple[int, ...] = (5, 10, 20, 50)
+    along_k: tuple[int, ...] = (1, 5, 10, 20)
+    k_steps: int = 20
+    memory_batch: int = 2
+
+
+QUICK = Plan(10, 2, 2, (DRaFT(1), DRaFTLV(2), SDO(1), DRTune(), DRaFT(10)), (5, 10), (1, 5), 5)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model with an adapter on, two plain pipelines to compare with, and the images that all of them make."""
+
+    model: cr.Model
+    adapter: cr.Adapter
+    pipes: Mapping[str, Any]
+    prompts: list[str]
+    seeds: list[int]
+    plan: Plan
+
+    @property
+    def guidance(self) -> float:
+        return self.model.defaults.guidance
+
+    def sample(self, which: str, number: int = 0) -> torch.Tensor:
+        """diffusers' own sampling of the batch, (b, 3, h, w) in [0, 1]."""
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        images = self.pipes[which](
+            self.prompts, num_inference_steps=self.plan.steps, guidance_scale=self.guidance, generator=generators, output_type="pt"
+        ).images
+        return images  # type: ignore[no-any-return]
+
+    def update(self, method: Method, reward: Reward, memory: str, optimizer: torch.optim.Optimizer, number: int) -> None:
+        """One full update: gradient, clipping and the optimizer's step."""
+        optimizer.zero_grad(set_to_none=True)
+        plan = method.plan(self.model.grid(self.plan.steps), Random(number))
+        cr.gradient(self.model, plan, reward, self.prompts, self.seeds, memory=memory)
+        torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
+        optimizer.step()
+
+    def peak(self, method: Method, steps: int, memory: str) -> int | None:
+        """Peak bytes of one gradient above what was there before it; None when it does not fit."""
+        prompts, seeds = self.prompts[: self.plan.memory_batch], self.seeds[: self.plan.memory_batch]
+        plan = method.plan(self.model.grid(steps), Random(0))
+        for weight in self.adapter.parameters():
+            weight.grad = None
+        run = partial(cr.gradient, self.model, plan, Symmetry(), prompts, seeds, memory=memory)
+        try:
+            return peak_bytes(run, self.model.device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None
+
+
+def load(name: str, device: str | None) -> tuple[cr.Model, bool]:
+    """The model, and whether it is a stand-in: the bundled model's shape with random weights, when it is missing."""
+    try:
+        return cr.load(name, device=device), False
+    except cr.UserError as error:
+        if name != "tiny-emoji":
+            raise SystemExit(f"error: {error}") from error
+        console.print(f"[yellow]{error}.\nMeasuring a stand-in of its shape with random weights; no results.md is written.")
+    from chainrule.tiny import autoencoder, generator
+
+    pipe = generator.pipeline(generator.Generator(), autoencoder.build())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return replace(cr.load(pipe), name="tiny-emoji's shape, random weights", defaults=Defaults(guidance=2.0)), True
+
+
+def plain(pipe: Any, unet: Any) -> Any:
+    """A pipeline of the same parts around another denoiser, with the DDIM scheduler the chain walks."""
+    made = type(pipe)(**{**pipe.components, "unet": unet, "scheduler": ddim(pipe.scheduler)}, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def prepare(model: cr.Model, plan: Plan) -> Bench:
+    """Put the adapter in; what it is compared with was copied before."""
+    pristine = plain(model.pipe, copy.deepcopy(model.pipe.unet))
+    adapter = model.adapt("bench")
+    said = cr.prompts("emoji")
+    prompts = [said[i % len(said)] for i in range(plan.batch)]
+    pipes = {PRISTINE: pristine, INJECTED: plain(model.pipe, model.pipe.unet)}
+    return Bench(model, adapter, pipes, prompts, list(range(plan.batch)), plan)
+
+
+def rewards(device: torch.device) -> list[Reward]:
+    """A reward without a network, and the bundled PickScore-like one if it is there."""
+    found: list[Reward] = [Symmetry()]
+    try:
+        found.append(parse("pickscore:tiny").to(device))
+    except cr.UserError as error:
+        console.print(f"[yellow]pickscore:tiny is left out: {error}")
+    return found
+
+
+def clock(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def race(contenders: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every contender in every round, A B A B ..., after a round that is not counted.
+
+    A contender that runs out of the GPU's memory leaves the race and gets no seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    racing = dict(contenders)
+    for number in range(-1, rounds):
+        for name, run in list(racing.items()):
+            try:
+                took = clock(partial(run, max(number, 0)), device)
+            except torch.OutOfMemoryError:
+                del racing[name]
+                seconds[name].clear()
+                torch.cuda.empty_cache()
+                continue
+            if number >= 0:
+                seconds[name].append(took)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Median, least and most; None for no values."""
+    return {"median": median(values), "min": min(values), "max": max(values)} if values else None
+
+
+def forecast(bench: Bench, method: Method, memory: str) -> float:
+    """The library's own estimate of the ratio: forward passes of an update over those of sampling."""
+    grid, steps = bench.model.grid(bench.plan.steps), bench.plan.steps
+    plans = [method.plan(grid, Random(number)) for number in range(bench.plan.rounds)]
+    return median(Forecast.of(p, recompute=memory == "recompute").relative_time * p.calls() / steps for p in plans)
+
+
+def times(bench: Bench, scored: Sequence[Reward]) -> list[dict[str, Any]]:
+    """One row for each reward, method and memory policy."""
+    optimizer = torch.optim.AdamW(bench.adapter.parameters(), lr=1e-4)
+    rows = []
+    for reward, method in track([(r, m) for r in scored for m in bench.plan.methods], "update time", console, transient=True):
+        contenders: dict[str, Callable[[int], object]] = {which: partial(bench.sample, which) for which in (PRISTINE, INJECTED)}
+        for memory in MEMORIES:
+            contenders[memory] = partial(bench.update, method, reward, memory, optimizer)
+        seconds = race(contenders, bench.plan.rounds, bench.model.device)
+        for memory in MEMORIES:
+            row: dict[str, Any] = {"reward": reward.name, "method": label(method), "memory": memory}
+            for which in (INJECTED, PRISTINE):
+                pairs = zip(seconds[memory], seconds[which], strict=bool(seconds[memory]))
+                row[f"ratio_{which}"] = spread([update / sampling for update, sampling in pairs])
+            row["forecast"] = forecast(bench, method, memory)
+            row["seconds"] = {"update": seconds[memory], INJECTED: seconds[INJECTED], PRISTINE: seconds[PRISTINE]}
+            rows.append(row)
+    return rows
+
+
+def label(method: Method) -> str:
+    """A method as the papers write it: DRaFT(10), DRaFT(), SDO()."""
+    return repr(method).replace("k=None", "").replace(", reuse_reward_gradient=False", "")
+
+
+def peaks(bench: Bench) -> list[dict[str, Any]]:
+    """Peak bytes along N for all of the chain and for SDO, and along K."""
+    plan = bench.plan
+    wanted: list[tuple[str, str, list[tuple[int, Method, int]]]] = [
+        ("N", "DRaFT()", [(n, DRaFT(), n) for n in plan.along_n]),
+        ("N", "SDO(samples=1)", [(n, SDO(), n) for n in plan.along_n]),
+        ("K", f"DRaFT(K), N = {plan.k_steps}", [(k, DRaFT(k), plan.k_steps) for k in plan.along_k]),
+    ]
+    bench.peak(DRaFT(1), plan.k_steps, "recompute")  # a GPU allocates its libraries' workspaces on first use
+    rows = []
+    for along, name, points in track(wanted, "peak memory", console, transient=True):
+        for memory in MEMORIES:
+            found = [bench.peak(method, steps, memory) for _, method, steps in points]
+            first, last = found[0], found[-1]
+            growth = last / first if first and last else None
+            at = [value for value, _, _ in points]
+            rows.append({"along": along, "method": name, "memory": memory, "at": at, "bytes": found, "growth": growth})
+    return rows
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table, for the terminal and for markdown."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def rich(self) -> Table:
+        table = Table(title=self.title, title_justify="left")
+        for name in self.columns:
+            table.add_column(name, justify="right" if any(c.isdigit() for c in self.rows[0][self.columns.index(name)]) else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        return f"### {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(value: Mapping[str, float] | None) -> str:
+    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})" if value else DOES_NOT_FIT
+
+
+def sheets(facts: Mapping[str, Any]) -> list[Sheet]:
+    """The update times, then memory along N, then along K."""
+    columns = ("reward", "method", "memory", "update, s", "/ sampling, LoRA off", "/ sampling, no LoRA", "forecast")
+    rows = []
+    for row in facts["time"]:
+        update = row["seconds"]["update"]
+        seconds = f"{median(update):.3f}" if update else DOES_NOT_FIT
+        ratios = (shown(row["ratio_injected"]), shown(row["ratio_pristine"]))
+        rows.append((row["reward"], row["method"], row["memory"], seconds, *ratios, f"{row['forecast']:.2f}"))
+    made = [Sheet("Time of one update, as a ratio to sampling", columns, rows)]
+    for along in ("N", "K"):
+        chosen = [row for row in facts["memory"] if row["along"] == along]
+        columns = ("method", "memory", *(f"{along} = {value}" for value in chosen[0]["at"]), "last / first")
+        rows = []
+        for row in chosen:
+            sizes = [f"{size / 2**20:.2f}" if size is not None else DOES_NOT_FIT for size in row["bytes"]]
+            rows.append((row["method"], row["memory"], *sizes, f"{row['growth']:.3f}" if row["growth"] else DOES_NOT_FIT))
+        made.append(Sheet(f"Peak memory of one gradient above the weights, MiB, along {along}", columns, rows))
+    return made
+
+
+def notes(facts: Mapping[str, Any]) -> list[str]:
+    """What was measured, in sentences."""
+    s, device = facts["settings"], facts["machine"]["device"]
+    meter = "`torch.cuda.max_memory_allocated`" if device == "cuda" else "every storage an operation returns (`tests/meter.py`)"
+    return [
+        f"Model: {facts['model']}, {s['steps']} steps, guidance {s['guidance']:g}, a batch of {s['batch']} prompts, LoRA rank {s['rank']}.",
+        "An update is the gradient (text encoding, the chain, decoding, the reward, the backward pass), clipping and AdamW's step.",
+        "Sampling is diffusers' own pipeline call for the same prompts, seeds, steps and guidance, with DDIM, decoded to tensors. "
+        f"`LoRA off`: the LoRA layers are in the network but none is active ({facts['sampling_injected_s']:.3f} s). "
+        f"`no LoRA`: a copy of the network as it was loaded ({facts['sampling_pristine_s']:.3f} s). "
+        f"The library's images and the pipeline's differ by at most {facts['largest_pixel_difference']:.1e}.",
+        f"Measured in turns, A B A B, after an uncounted round: median of {s['rounds']} ratios, each of an update to the sampling "
+        "of its own round, with the least and the most in brackets. Random plans are drawn anew in every round.",
+        "`forecast` is `chainrule.plan.Forecast`: forward passes, a backward pass counted as one.",
+        f"Memory: {s['memory_batch']} prompts, reward symmetry, one `chainrule.gradient`, by {meter}. Under `recompute` a further "
+        f"live call stores its input, {s['latent_bytes'] / 1024:g} KiB, and nothing else.",
+    ]  # fmt: skip
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it ran on."""
+    info = Path("/proc/cpuinfo")
+    named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    found = {"device": device.type, "cpu": (named or [platform.processor() or platform.machine()])[0], "threads": torch.get_num_threads()}
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """Everything, as what the JSON file holds."""
+    model, plan = bench.model, bench.plan
+    ours = model.render(bench.prompts, bench.seeds, plan.steps, batch=plan.batch)
+    apart = max(float((ours - bench.sample(which).float().cpu()).abs().max()) for which in bench.pipes)
+    time_rows = times(bench, rewards(model.device))
+    sampling = {which: median([s for row in time_rows for s in row["seconds"][which]]) for which in bench.pipes}
+    latent = torch.Size((plan.memory_batch, *model.latent_shape)).numel() * model.dtype.itemsize
+    settings = {
+        "steps": plan.steps, "batch": plan.batch, "rounds": plan.rounds, "guidance": bench.guidance, "rank": bench.adapter.config.r,
+        "memory_batch": plan.memory_batch, "latent_bytes": latent,
+    }  # fmt: skip
+    return {
+        "command": shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]]), "date": date.today().isoformat(),
+        "model": Path(model.name).name, "machine": machine(model.device), "versions": {name: version(name) for name in PACKAGES},
+        "settings": settings, "sampling_injected_s": sampling[INJECTED], "sampling_pristine_s": sampling[PRISTINE],
+        "largest_pixel_difference": apart, "time": time_rows, "memory": peaks(bench),
+    }  # fmt: skip
+
+
+def markdown(facts: Mapping[str, Any]) -> str:
+    """benchmarks/results.md."""
+    m = facts["machine"]
+    place = f"{m['gpu']}, " if "gpu" in m else ""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    head = f"Made by `{facts['command']}` on {facts['date']}: {place}{m['cpu']}, {m['threads']} CPU threads; {versions}."
+    body = "\n\n".join(sheet.markdown() for sheet in sheets(facts))
+    return f"# Benchmark\n\n{head}\n\n" + "\n".join(f"- {note}" for note in notes(facts)) + f"\n\n{body}\n"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a shorter chain; writes nothing unless --out is given")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: docs/bench.json)")
+    parser.add_argument("--model", default="tiny-emoji", help="a bundled model, a diffusers folder or a hub id")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
+    parser.add_argument("--batch", type=int, help="prompts of a timed update (default: 8)")
+    parser.add_argument("--rounds", type=int, help="measured rounds (default: 5)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    given = {key: value for key in ("batch", "rounds") if (value := getattr(args, key)) is not None}
+    if any(value < 1 for value in given.values()):
+        raise SystemExit("error: --batch and --rounds must be at least 1")
+    plan = replace(QUICK if args.quick else Plan(), **given)
+    model, stand_in = load(args.model, args.device)
+    bench = prepare(model, replace(plan, memory_batch=min(plan.memory_batch, plan.batch)))
+    try:
+        facts = measure(bench)
+    finally:
+        model.active.pop(bench.adapter.name, None)
+        bench.adapter.remove()
+    for sheet in sheets(facts):
+        console.print(sheet.rich())
+    console.print("\n".join(notes(facts)), markup=False)
+    out = args.out or (None if args.quick or stand_in else ROOT / "docs" / "bench.json")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(facts, indent=1) + "\n")
+    if not (args.quick or stand_in):
+        (ROOT / "benchmarks" / "results.md").write_text(markdown(facts))
+
+
+if __name__ == "__main__":
+    main()
