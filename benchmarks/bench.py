@@ -51,7 +51,7 @@ console = Console(width=max(Console().width, 118))
 
 
 @dataclass(frozen=True)
-class Plan:
+class Scope:
     """What is measured, and how large."""
 
     steps: int = 50
@@ -64,7 +64,7 @@ class Plan:
     memory_batch: int = 2
 
 
-QUICK = Plan(10, 2, 2, (DRaFT(1), DRaFTLV(2), SDO(1), DRTune(), DRaFT(10)), (5, 10), (1, 5), 5)
+QUICK = Scope(10, 2, 2, (DRaFT(1), DRaFTLV(2), SDO(1), DRTune(), DRaFT(10)), (5, 10), (1, 5), 5)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Bench:
     pipes: Mapping[str, Any]
     prompts: list[str]
     seeds: list[int]
-    plan: Plan
+    scope: Scope
 
     @property
     def guidance(self) -> float:
@@ -86,21 +86,21 @@ class Bench:
         """diffusers' own sampling of the batch, (b, 3, h, w) in [0, 1]."""
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         images = self.pipes[which](
-            self.prompts, num_inference_steps=self.plan.steps, guidance_scale=self.guidance, generator=generators, output_type="pt"
+            self.prompts, num_inference_steps=self.scope.steps, guidance_scale=self.guidance, generator=generators, output_type="pt"
         ).images
         return images  # type: ignore[no-any-return]
 
     def update(self, method: Method, reward: Reward, memory: str, optimizer: torch.optim.Optimizer, number: int) -> None:
         """One full update: gradient, clipping and the optimizer's step."""
         optimizer.zero_grad(set_to_none=True)
-        plan = method.plan(self.model.grid(self.plan.steps), Random(number))
+        plan = method.plan(self.model.grid(self.scope.steps), Random(number))
         cr.gradient(self.model, plan, reward, self.prompts, self.seeds, memory=memory)
         torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
         optimizer.step()
 
     def peak(self, method: Method, steps: int, memory: str) -> int | None:
         """Peak bytes of one gradient above what was there before it; None when it does not fit."""
-        prompts, seeds = self.prompts[: self.plan.memory_batch], self.seeds[: self.plan.memory_batch]
+        prompts, seeds = self.prompts[: self.scope.memory_batch], self.seeds[: self.scope.memory_batch]
         plan = method.plan(self.model.grid(steps), Random(0))
         for weight in self.adapter.parameters():
             weight.grad = None
@@ -135,14 +135,14 @@ def plain(pipe: Any, unet: Any) -> Any:
     return made
 
 
-def prepare(model: cr.Model, plan: Plan) -> Bench:
+def prepare(model: cr.Model, scope: Scope) -> Bench:
     """Put the adapter in; what it is compared with was copied before."""
     pristine = plain(model.pipe, copy.deepcopy(model.pipe.unet))
     adapter = model.adapt("bench")
     said = cr.prompts("emoji")
-    prompts = [said[i % len(said)] for i in range(plan.batch)]
+    prompts = [said[i % len(said)] for i in range(scope.batch)]
     pipes = {PRISTINE: pristine, INJECTED: plain(model.pipe, model.pipe.unet)}
-    return Bench(model, adapter, pipes, prompts, list(range(plan.batch)), plan)
+    return Bench(model, adapter, pipes, prompts, list(range(scope.batch)), scope)
 
 
 def rewards(device: torch.device) -> list[Reward]:
@@ -169,7 +169,7 @@ def clock(run: Callable[[], object], device: torch.device) -> float:
 def race(contenders: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every contender in every round, A B A B ..., after a round that is not counted.
 
-    A contender that runs out of the GPU's memory leaves the race and gets no seconds.
+    An update that runs out of the GPU's memory leaves the race and gets no seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     racing = dict(contenders)
@@ -178,6 +178,8 @@ def race(contenders: Mapping[str, Callable[[int], object]], rounds: int, device:
             try:
                 took = clock(partial(run, max(number, 0)), device)
             except torch.OutOfMemoryError:
+                if name not in MEMORIES:
+                    raise  # nothing to compare with
                 del racing[name]
                 seconds[name].clear()
                 torch.cuda.empty_cache()
@@ -194,8 +196,8 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def forecast(bench: Bench, method: Method, memory: str) -> float:
     """The library's own estimate of the ratio: forward passes of an update over those of sampling."""
-    grid, steps = bench.model.grid(bench.plan.steps), bench.plan.steps
-    plans = [method.plan(grid, Random(number)) for number in range(bench.plan.rounds)]
+    grid, steps = bench.model.grid(bench.scope.steps), bench.scope.steps
+    plans = [method.plan(grid, Random(number)) for number in range(bench.scope.rounds)]
     return median(Forecast.of(p, recompute=memory == "recompute").relative_time * p.calls() / steps for p in plans)
 
 
@@ -203,11 +205,12 @@ def times(bench: Bench, scored: Sequence[Reward]) -> list[dict[str, Any]]:
     """One row for each reward, method and memory policy."""
     optimizer = torch.optim.AdamW(bench.adapter.parameters(), lr=1e-4)
     rows = []
-    for reward, method in track([(r, m) for r in scored for m in bench.plan.methods], "update time", console, transient=True):
+    cells = [(reward, method) for reward in scored for method in bench.scope.methods]
+    for reward, method in track(cells, "update time", console=console, transient=True):
         contenders: dict[str, Callable[[int], object]] = {which: partial(bench.sample, which) for which in (PRISTINE, INJECTED)}
         for memory in MEMORIES:
             contenders[memory] = partial(bench.update, method, reward, memory, optimizer)
-        seconds = race(contenders, bench.plan.rounds, bench.model.device)
+        seconds = race(contenders, bench.scope.rounds, bench.model.device)
         for memory in MEMORIES:
             row: dict[str, Any] = {"reward": reward.name, "method": label(method), "memory": memory}
             for which in (INJECTED, PRISTINE):
@@ -226,15 +229,15 @@ def label(method: Method) -> str:
 
 def peaks(bench: Bench) -> list[dict[str, Any]]:
     """Peak bytes along N for all of the chain and for SDO, and along K."""
-    plan = bench.plan
+    scope = bench.scope
     wanted: list[tuple[str, str, list[tuple[int, Method, int]]]] = [
-        ("N", "DRaFT()", [(n, DRaFT(), n) for n in plan.along_n]),
-        ("N", "SDO(samples=1)", [(n, SDO(), n) for n in plan.along_n]),
-        ("K", f"DRaFT(K), N = {plan.k_steps}", [(k, DRaFT(k), plan.k_steps) for k in plan.along_k]),
+        ("N", "DRaFT()", [(n, DRaFT(), n) for n in scope.along_n]),
+        ("N", "SDO(samples=1)", [(n, SDO(), n) for n in scope.along_n]),
+        ("K", f"DRaFT(K), N = {scope.k_steps}", [(k, DRaFT(k), scope.k_steps) for k in scope.along_k]),
     ]
-    bench.peak(DRaFT(1), plan.k_steps, "recompute")  # a GPU allocates its libraries' workspaces on first use
+    bench.peak(DRaFT(1), scope.k_steps, "recompute")  # a GPU allocates its libraries' workspaces on first use
     rows = []
-    for along, name, points in track(wanted, "peak memory", console, transient=True):
+    for along, name, points in track(wanted, "peak memory", console=console, transient=True):
         for memory in MEMORIES:
             found = [bench.peak(method, steps, memory) for _, method, steps in points]
             first, last = found[0], found[-1]
@@ -254,8 +257,8 @@ class Sheet:
 
     def rich(self) -> Table:
         table = Table(title=self.title, title_justify="left")
-        for name in self.columns:
-            table.add_column(name, justify="right" if any(c.isdigit() for c in self.rows[0][self.columns.index(name)]) else "left")
+        for name, cell in zip(self.columns, self.rows[0], strict=True):
+            table.add_column(name, justify="right" if cell[:1].isdigit() else "left")
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -271,8 +274,9 @@ def shown(value: Mapping[str, float] | None) -> str:
 
 def sheets(facts: Mapping[str, Any]) -> list[Sheet]:
     """The update times, then memory along N, then along K."""
-    columns = ("reward", "method", "memory", "update, s", "/ sampling, LoRA off", "/ sampling, no LoRA", "forecast")
-    rows = []
+    columns: tuple[str, ...] = ("reward", "method", "memory", "update, s")
+    columns += ("/ sampling, LoRA off", "/ sampling, no LoRA", "forecast")
+    rows: list[tuple[str, ...]] = []
     for row in facts["time"]:
         update = row["seconds"]["update"]
         seconds = f"{median(update):.3f}" if update else DOES_NOT_FIT
@@ -284,18 +288,26 @@ def sheets(facts: Mapping[str, Any]) -> list[Sheet]:
         columns = ("method", "memory", *(f"{along} = {value}" for value in chosen[0]["at"]), "last / first")
         rows = []
         for row in chosen:
-            sizes = [f"{size / 2**20:.2f}" if size is not None else DOES_NOT_FIT for size in row["bytes"]]
-            rows.append((row["method"], row["memory"], *sizes, f"{row['growth']:.3f}" if row["growth"] else DOES_NOT_FIT))
+            sizes = [DOES_NOT_FIT if size is None else f"{size / 2**20:.2f}" for size in row["bytes"]]
+            rows.append((row["method"], row["memory"], *sizes, f"{row['growth']:.3f}" if row["growth"] else "-"))
         made.append(Sheet(f"Peak memory of one gradient above the weights, MiB, along {along}", columns, rows))
     return made
+
+
+def added(facts: Mapping[str, Any]) -> float:
+    """Bytes that one more live call of all of the chain adds under recompute."""
+    row = next(row for row in facts["memory"] if (row["along"], row["method"], row["memory"]) == ("N", "DRaFT()", "recompute"))
+    few, many = row["bytes"][-2:]
+    return (many - few) / (row["at"][-1] - row["at"][-2]) if few and many else float("nan")
 
 
 def notes(facts: Mapping[str, Any]) -> list[str]:
     """What was measured, in sentences."""
     s, device = facts["settings"], facts["machine"]["device"]
-    meter = "`torch.cuda.max_memory_allocated`" if device == "cuda" else "every storage an operation returns (`tests/meter.py`)"
+    meter = "`torch.cuda.max_memory_allocated`" if device == "cuda" else "the storages its operations return (`tests/meter.py`)"
     return [
-        f"Model: {facts['model']}, {s['steps']} steps, guidance {s['guidance']:g}, a batch of {s['batch']} prompts, LoRA rank {s['rank']}.",
+        f"Model: {facts['model']}, {s['steps']} steps, guidance {s['guidance']:g}, a batch of {s['batch']} prompts, "
+        f"LoRA rank {s['rank']}.",
         "An update is the gradient (text encoding, the chain, decoding, the reward, the backward pass), clipping and AdamW's step.",
         "Sampling is diffusers' own pipeline call for the same prompts, seeds, steps and guidance, with DDIM, decoded to tensors. "
         f"`LoRA off`: the LoRA layers are in the network but none is active ({facts['sampling_injected_s']:.3f} s). "
@@ -303,31 +315,35 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         f"The library's images and the pipeline's differ by at most {facts['largest_pixel_difference']:.1e}.",
         f"Measured in turns, A B A B, after an uncounted round: median of {s['rounds']} ratios, each of an update to the sampling "
         "of its own round, with the least and the most in brackets. Random plans are drawn anew in every round.",
-        "`forecast` is `chainrule.plan.Forecast`: forward passes, a backward pass counted as one.",
-        f"Memory: {s['memory_batch']} prompts, reward symmetry, one `chainrule.gradient`, by {meter}. Under `recompute` a further "
-        f"live call stores its input, {s['latent_bytes'] / 1024:g} KiB, and nothing else.",
+        "`forecast` is `chainrule.plan.Forecast`: the network's forward passes, a backward pass counted as one; decoding and "
+        "the reward are not in it.",
+        f"Memory: {s['memory_batch']} prompts, reward symmetry, one `chainrule.gradient`, by {meter}. A latent of that batch is "
+        f"{s['latent_bytes'] / 1024:g} KiB; under `recompute` a further live call of DRaFT() added {added(facts) / 1024:g} KiB "
+        "(last two columns along N). From the second live call on, the adapter's gradient summed so far is held as well.",
     ]  # fmt: skip
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What it ran on."""
     info = Path("/proc/cpuinfo")
-    named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    found = {"device": device.type, "cpu": (named or [platform.processor() or platform.machine()])[0], "threads": torch.get_num_threads()}
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cpu = named[0] if named else platform.processor() or platform.machine()
+    found = {"device": device.type, "cpu": cpu, "threads": torch.get_num_threads()}
     return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def measure(bench: Bench) -> dict[str, Any]:
     """Everything, as what the JSON file holds."""
-    model, plan = bench.model, bench.plan
-    ours = model.render(bench.prompts, bench.seeds, plan.steps, batch=plan.batch)
+    model, scope = bench.model, bench.scope
+    ours = model.render(bench.prompts, bench.seeds, scope.steps, batch=scope.batch)
     apart = max(float((ours - bench.sample(which).float().cpu()).abs().max()) for which in bench.pipes)
     time_rows = times(bench, rewards(model.device))
     sampling = {which: median([s for row in time_rows for s in row["seconds"][which]]) for which in bench.pipes}
-    latent = torch.Size((plan.memory_batch, *model.latent_shape)).numel() * model.dtype.itemsize
+    latent = torch.Size((scope.memory_batch, *model.latent_shape)).numel() * model.dtype.itemsize
     settings = {
-        "steps": plan.steps, "batch": plan.batch, "rounds": plan.rounds, "guidance": bench.guidance, "rank": bench.adapter.config.r,
-        "memory_batch": plan.memory_batch, "latent_bytes": latent,
+        "steps": scope.steps, "batch": scope.batch, "rounds": scope.rounds, "guidance": bench.guidance,
+        "rank": bench.adapter.config.r, "memory_batch": scope.memory_batch, "latent_bytes": latent,
     }  # fmt: skip
     return {
         "command": shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]]), "date": date.today().isoformat(),
@@ -363,9 +379,9 @@ def main() -> None:
     given = {key: value for key in ("batch", "rounds") if (value := getattr(args, key)) is not None}
     if any(value < 1 for value in given.values()):
         raise SystemExit("error: --batch and --rounds must be at least 1")
-    plan = replace(QUICK if args.quick else Plan(), **given)
+    scope = replace(QUICK if args.quick else Scope(), **given)
     model, stand_in = load(args.model, args.device)
-    bench = prepare(model, replace(plan, memory_batch=min(plan.memory_batch, plan.batch)))
+    bench = prepare(model, replace(scope, memory_batch=min(scope.memory_batch, scope.batch)))
     try:
         facts = measure(bench)
     finally:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
@@ -25,38 +25,42 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
-        self._watches: dict[int, weakref.finalize] = {}
+        self._watches: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, *kwargs.values())):
             self._watch(tensor, new=False)
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         for tensor in _tensors(out):
             self._watch(tensor, new=True)
         return out
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
-        for watch in self._watches.values():
-            watch.detach()
-        self._watches.clear()
+        self._watches.clear()  # a dropped weak reference calls nothing
 
     def _watch(self, tensor: Tensor, new: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes() if new else 0
-            self._watches[key] = weakref.finalize(storage, self._forget, key)
+            self._watches[key] = weakref.ref(storage, partial(self._forget, key))
             self.live += self._sizes[key]
             self.peak = max(self.peak, self.live)
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: object) -> None:
         self.live -= self._sizes.pop(key)
-        self._watches.pop(key, None)
+        del self._watches[key]
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in an operation's arguments or results."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for leaf in tree:
+            yield from _tensors(leaf)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:
@@ -64,8 +68,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device | None = None) ->
 
     On a GPU the caching allocator's own count, which has the kernels' scratch space too; elsewhere `LiveBytes`.
     """
-    gc.collect()
     if device is not None and device.type == "cuda":
+        gc.collect()  # garbage freed during the run would be subtracted
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -11,11 +11,11 @@ from chainrule.errors import UserError
 from chainrule.prompts import DESCRIPTIONS, SETS, prompts, split
 
 # The 45 common animals of DDPO (arXiv:2305.13301).
-DDPO = (
-    "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant "
-    "butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel "
-    "bat gorilla hedgehog kangaroo"
-).split()
+DDPO = """
+    cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant
+    butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama camel
+    bat gorilla hedgehog kangaroo
+""".split()  # noqa: SIM905
 
 
 def test_animals_are_the_45_of_the_paper_with_their_articles():

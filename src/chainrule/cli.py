@@ -128,11 +128,12 @@ def sample(
 def _progress(label: str, total: int) -> Any:
     from contextlib import contextmanager
 
+    from rich.console import Console
     from rich.progress import Progress
 
     @contextmanager
     def bar() -> Any:
-        with Progress(transient=True) as progress:
+        with Progress(transient=True, console=Console(stderr=True)) as progress:
             task = progress.add_task(label, total=total)
             yield lambda: progress.advance(task)
 
@@ -165,15 +166,13 @@ def evaluate_command(
         raise UserError(f"{runs[0]} does not say its reward; pass --reward")
     from chainrule.adapters.files import find
 
-    adapters = [find(folder) for folder in runs]
+    adapters, labels = [find(folder) for folder in runs], _labels(runs)
     base = _model(str(runs[0]), base=True)
     from chainrule.evaluate import evaluate
 
     steps = steps if steps is not None else first.get("sample_steps")
     guidance = guidance if guidance is not None else first.get("guidance")
-    models = {"before": base} | {
-        name: base.using(adapter, scale=scale) for name, adapter in zip(_labels(runs), adapters, strict=True)
-    }
+    models = {"before": base} | {name: base.using(adapter, scale=scale) for name, adapter in zip(labels, adapters, strict=True)}
     with _progress("evaluating", len(models) * -(-len(shown) * seeds // 16) * (len(base.grid(steps)) - 1)) as advance:
         table = evaluate(models, shown, scorers, seeds=range(seeds), steps=steps, guidance=guidance, on_call=advance)
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
@@ -272,7 +271,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
-        app()
+        app(prog_name="chainrule")
     except UserError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

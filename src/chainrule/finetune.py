@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,7 +25,7 @@ from chainrule.noise import derive
 from chainrule.objective import divergence
 from chainrule.plan import Plan
 from chainrule.prompts import prompts as read_prompts
-from chainrule.rewards import Reward, probe, reward_of
+from chainrule.rewards import Reward, checked, probe, reward_of
 from chainrule.runs import Run
 from chainrule.settings import Settings
 
@@ -41,8 +42,9 @@ def gradient(
     guidance = model.defaults.guidance if guidance is None else guidance
     chain = model.chain(prompts, seeds, guidance, Memory(memory))
     penalty = divergence(model.bare(guidance), chain.condition, kl * scale) if kl else None
+    score = partial(checked, reward_of(reward))
     return backpropagate(
-        chain, plan, model.noise(seeds), model.decode, reward, prompts, part=micro_batch, penalty=penalty, scale=scale
+        chain, plan, model.noise(seeds), model.decode, score, prompts, part=micro_batch, penalty=penalty, scale=scale
     )
 
 
@@ -207,8 +209,8 @@ def finetune(
     if settings.patience and not judge:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
     method.plan(model.grid(settings.sample_steps), Random(0))
-    for checked in filter(None, (scorer, judge)):
-        probe(checked.to(model.device), model.image_size)
+    for each in filter(None, (scorer, judge)):
+        probe(each.to(model.device), model.image_size)
     config = {"model": model.name, "method": repr(method), "reward": scorer.name, "held_out": judge.name if judge else None,
               "prompts": prompts if isinstance(prompts, str) else said, **settings.model_dump()}  # fmt: skip
     accelerator = processes(settings, model.device, out)

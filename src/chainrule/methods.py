@@ -169,6 +169,9 @@ REGISTRY: dict[str, type[Any]] = {
 }
 
 
+_WORDS = {bool: "true or false", int: "a whole number", type(None): "null"}
+
+
 def describe(name: str) -> str:
     """The first line of a method's docstring: what it does, and its drawing."""
     return (inspect.getdoc(REGISTRY[name]) or "").splitlines()[0]
@@ -193,5 +196,5 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
             raise unknown(f"option of {key}", str(option), kinds)
         wanted = (bool,) if "bool" in str(kinds[option]) else (int,) if "None" not in str(kinds[option]) else (int, type(None))
         if type(value) not in wanted:
-            raise UserError(f"option {option} of {key} is {value!r}, but must be {' or '.join(t.__name__ for t in wanted)}")
+            raise UserError(f"option {option} of {key} is {value!r}, but must be {' or '.join(_WORDS[kind] for kind in wanted)}")
     return REGISTRY[key](**options)  # type: ignore[no-any-return]

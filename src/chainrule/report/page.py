@@ -188,7 +188,7 @@ def _use(material: Material) -> str:
     )
     prompt = material.prompts[0] if material.prompts else "a painting of a fox"
     code = f"{load}\npipe.load_lora_weights({f'{where}/adapter'!r})\nimage = pipe({prompt!r}).images[0]"
-    command = f'chainrule sample --model {quote(model)} --adapter {quote(where)} --prompts "a painting of a fox"'
+    command = f"chainrule sample {quote(where)} --prompts {quote(prompt)}"
     return f"<h3>With diffusers alone</h3><pre>{escape(code)}</pre><h3>With chainrule</h3><pre>{escape(command)}</pre>"
 
 

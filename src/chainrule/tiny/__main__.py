@@ -7,6 +7,7 @@ Every stage keeps its state in the output folder, goes on where it was stopped, 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # what a stage does not need it does not import
     from transformers import CLIPModel
 
 WEIGHTS = Path(__file__).parent / "weights"
+BEST = {"steps": 20, "guidance": 2.0}  # the sampling settings `check` finds best
 SHARED = ("vae", "latents", "unet")  # the stages that can run in several processes
 
 
@@ -118,6 +120,7 @@ def pack(out: Path, steps: int) -> None:
     part = WEIGHTS.with_name("weights.part")
     shutil.rmtree(part, ignore_errors=True)
     _pipeline(out).to(dtype=torch.float16).save_pretrained(part / "emoji", safe_serialization=True)
+    (part / "emoji" / "chainrule.json").write_text(json.dumps(BEST) + "\n")
     for stage in ("clip", "pick", "hps"):
         critics.save(_clip(out, stage), part / stage)
     head = aesthetic_head(critics.build().visual_projection.out_features)
@@ -179,8 +182,8 @@ STAGES = {
     "latents": Stage(latents, 36000, _cached),
     "unet": Stage(unet, 5000, _trained("unet")),
     "clip": Stage(clip, 700, _trained("clip")),
-    "pick": Stage(pick, 500, _trained("pick")),
-    "hps": Stage(hps, 500, _trained("hps")),
+    "pick": Stage(pick, 400, _trained("pick")),
+    "hps": Stage(hps, 400, _trained("hps")),
     "aesthetic": Stage(aesthetic, 300, _trained("aesthetic")),
     "judges": Stage(judges, 1200, _trained("judge-color", "judge-shape")),
     "check": Stage(check, 20),

@@ -1,0 +1,178 @@
+"""The house keeps its rooms: who may import whom, who may know torch and diffusers, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import chainrule as cr
+
+SOURCE = Path(cr.__file__).parent
+
+# Room -> the rooms it may import. A room is a file or a folder of the package; a room imports only rooms above it.
+MAY_IMPORT = {
+    "errors": "",
+    "plan": "",
+    "runs": "errors",
+    "settings": "errors",
+    "methods": "errors plan",
+    "noise": "",
+    "solve": "noise",
+    "adapters": "errors",
+    "rewards": "errors",
+    "denoise": "adapters",
+    "objective": "plan denoise",
+    "chain": "plan noise solve adapters denoise",
+    "models": "errors plan noise solve adapters denoise chain",
+    "tiny": "errors rewards",
+    "prompts": "errors tiny",  # the names of what tiny-emoji can draw
+    "report": "errors plan runs",
+    "session": "errors noise models report runs",
+    "finetune": "errors plan runs settings methods noise adapters rewards objective chain models prompts session",
+    "evaluate": "errors rewards chain models prompts",
+    "arguments": "errors settings methods prompts",
+    "cli": "errors plan runs settings methods adapters rewards models prompts report finetune evaluate arguments",
+}
+WITHOUT_TORCH = ("errors", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
+KNOW_DIFFUSERS = ("models", "tiny")
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    """The room of a dotted module: "models" of "chainrule.models.load"; "chainrule" of the package itself."""
+    return module.removeprefix("chainrule.").split(".")[0]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def nodes(tree: ast.AST, *, types: bool = False, late: bool = True) -> Iterator[ast.AST]:
+    """Everything in the tree; with `types` what only a type checker reads too, without `late` nothing inside functions."""
+    for child in ast.iter_child_nodes(tree):
+        if (types or not for_types_only(child)) and (late or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)):
+            yield child
+            yield from nodes(child, types=types, late=late)
+
+
+def imports(path: Path, *, types: bool = False, late: bool = True) -> set[str]:
+    """The modules a file imports, dotted; `from chainrule import methods` is "chainrule.methods"."""
+    found = set()
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8")), types=types, late=late):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & MODULES or {str(node.module)}
+    return found
+
+
+MODULES = {module_of(path) for path in FILES}
+IDS = [str(path.relative_to(SOURCE)) for path in FILES]
+
+
+def test_every_room_is_in_the_list_and_imports_only_rooms_above_it():
+    rooms = {room(name) for name in MODULES} - {"chainrule"}
+    assert rooms == set(MAY_IMPORT), "say in MAY_IMPORT what the new room may import"
+    above: set[str] = set()
+    for name, allowed in MAY_IMPORT.items():
+        assert set(allowed.split()) <= above
+        above.add(name)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent != SOURCE or p.stem != "__init__"], ids=IDS[1:])
+def test_a_file_imports_only_what_its_room_may(path):
+    here = room(module_of(path))
+    there = {room(name) for name in imports(path) if name.split(".")[0] == "chainrule"}
+    assert there <= {here, *MAY_IMPORT[here].split()}
+
+
+def test_the_package_imports_nothing_until_asked():
+    assert not [name for name in imports(SOURCE / "__init__.py") if room(name) in MAY_IMPORT]
+
+
+def test_no_module_imports_itself_around_a_corner():
+    edges = {module_of(path): imports(path, late=False) & MODULES for path in FILES}
+    finished: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in finished:
+            for other in sorted(edges[name] - {name}):
+                visit(other, (*path, name))
+            finished.add(name)
+
+    for name in sorted(MODULES):
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_models_and_tiny_know_diffusers(path):
+    if room(module_of(path)) not in KNOW_DIFFUSERS:
+        assert not [name for name in imports(path, types=True) if name.split(".")[0] == "diffusers"]
+
+
+def test_rooms_without_torch_can_be_entered_where_there_is_no_torch():
+    rooms = [name for name in sorted(MODULES) if room(name) in WITHOUT_TORCH] + ["chainrule.rewards.registry"]
+    absent = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
+    code = f"import sys, importlib\nsys.modules.update(dict.fromkeys({absent!r}))\n[importlib.import_module(m) for m in {rooms!r}]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(module_of(p)) in WITHOUT_TORCH], ids=lambda p: p.name)
+def test_rooms_without_torch_do_not_fetch_it_later_either(path):
+    assert not {name.split(".")[0] for name in imports(path, types=True)} & {"torch", "diffusers", "transformers", "peft"}
+
+
+@pytest.mark.parametrize("name", cr.__all__)
+def test_every_public_name_is_a_class_or_a_function_that_says_what_it_is(name):
+    value = getattr(cr, name)
+    assert inspect.isclass(value) or inspect.isfunction(value)
+    assert inspect.getdoc(value)
+
+
+@pytest.mark.parametrize("name", ["finetune", "evaluate", "prompts", "report"])
+def test_a_name_that_is_a_module_too_stays_a_function(name):
+    importlib.import_module(f"chainrule.{name}")
+    assert inspect.isfunction(getattr(cr, name))
+    code = (
+        f"import importlib; m = importlib.import_module('chainrule.{name}'); import chainrule as cr; from chainrule import {name}\n"
+        f"assert cr.{name} is {name} is m.{name}, cr.{name}"
+    )
+    if name in ("prompts", "report"):  # a fresh interpreter, where the module comes first; the others would load torch again
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'fintune'"):
+        cr.fintune  # noqa: B018
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_a_file_is_short_and_reads_no_pickle(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+    for node in nodes(ast.parse(text)):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) != "torch.load", f"line {node.lineno}"
+        if isinstance(node, ast.keyword):
+            assert node.arg != "allow_pickle", f"line {node.value.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_no_room_is_a_drawer_for_the_rest(path):
+    assert not {"utils", "common", "helpers", "misc", "manager"} & set(path.with_suffix("").relative_to(SOURCE).parts)

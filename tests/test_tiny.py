@@ -1,0 +1,105 @@
+"""The bundled models: they ship, load through the ordinary code, and can do what their card says."""
+
+from __future__ import annotations
+
+import random
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+import chainrule as cr
+from chainrule import rewards
+from chainrule.methods import DRaFTLV
+from chainrule.tiny import preferences, scenes, text
+
+WEIGHTS = Path(str(files("chainrule"))) / "tiny" / "weights"
+BUNDLED_REWARDS = [rewards.PickScore("tiny"), rewards.HPSv2("tiny"), rewards.Aesthetic("tiny"), rewards.CLIPScore("tiny")]
+
+
+@pytest.fixture(scope="module")
+def model() -> cr.Model:
+    return cr.load("tiny-emoji")
+
+
+def test_all_weights_together_are_at_most_30_mb_and_safetensors():
+    every = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in every) <= 30e6
+    assert {path.suffix for path in every} <= {".safetensors", ".json", ".txt"}
+
+
+def test_the_bundled_model_is_an_ordinary_pipeline_and_samples_as_diffusers_does(model):
+    prompts, seeds = ["a painting of a fox", "a turtle, pink background"], [0, 1]
+    theirs = model.pipe(
+        prompts, num_inference_steps=8, guidance_scale=2.0, output_type="latent",
+        generator=[torch.Generator().manual_seed(s) for s in seeds],
+    ).images  # fmt: skip
+    *_, ours = model.states(prompts, seeds, 8, 2.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert type(model.pipe).__name__ == "StableDiffusionPipeline" and model.image_size == 128
+    assert model.pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_what_is_asked_for_is_drawn(model):
+    """The bundled CLIP, trained apart from the generator, finds the right one of all 111 things in most pictures."""
+    asked = random.Random(0).sample(list(scenes.ANIMALS), 16)
+    images = model.render([f"a painting of {scenes.article(name)}" for name in asked], list(range(16)), 12, 2.0)
+    names = list(scenes.THINGS)
+    score = rewards.CLIPScore("tiny")
+    every = torch.stack([score(images, [f"a picture of {scenes.article(name)}"] * 16) for name in names])
+    right = sum(names[int(i)] == name for i, name in zip(every.argmax(0), asked, strict=True))
+    assert right >= 12
+
+
+@pytest.mark.parametrize("reward", BUNDLED_REWARDS, ids=lambda r: r.name)
+def test_bundled_rewards_are_the_real_classes_on_small_weights(reward):
+    assert reward.name.endswith(":tiny")
+    rewards.probe(reward, 128)
+
+
+def test_bundled_clips_load_in_plain_transformers():
+    for kind in ("clip", "pick", "hps"):
+        loaded = CLIPModel.from_pretrained(WEIGHTS / kind)
+        assert loaded.config.vision_config.image_size == 128
+        assert CLIPProcessor.from_pretrained(WEIGHTS / kind).tokenizer.model_max_length == text.LENGTH
+
+
+def test_every_caption_word_is_one_token(model):
+    words = {word for phrase in text.corpus() for word in phrase.replace(",", " ,").split()}
+    assert all(len(model.pipe.tokenizer(word).input_ids) == 3 for word in words)
+
+
+def test_the_preference_rules_like_the_true_and_the_undamaged():
+    rng = random.Random(0)
+    scene = scenes.Scene((scenes.Thing("fox", 96, 64, 64),), "sunset", named=True)
+    assert preferences.truth(scene, scene) == 1
+    other = scenes.Scene((scenes.Thing("cat", 96, 64, 64),), "sunset", named=True)
+    plain = scenes.Scene(scene.things, "gray", named=True)
+    assert preferences.truth(scene, other) == 0 and 0.5 < preferences.truth(scene, plain) < 1
+    caption, first, second, chosen = preferences.pair(rng, preferences.PICK)
+    assert caption and first.damage >= 0 and second.damage >= 0 and isinstance(chosen, bool)
+    assert preferences.PICK != preferences.HPS
+
+
+def test_captions_are_english():
+    assert scenes.plural("mouse") == "mice" and scenes.plural("butterfly") == "butterflies" and scenes.plural("monkey") == "monkeys"
+    assert scenes.plural("fox") == "foxes" and scenes.plural("smiling face") == "smiling faces" and scenes.article("ant") == "an ant"
+    assert len(scenes.ANIMALS) == 45 and 100 <= len(scenes.THINGS) <= 150 and len(scenes.BACKGROUNDS) >= 10
+
+
+def test_a_few_updates_on_the_bundled_model_leave_an_adapter_that_plain_diffusers_loads(model, tmp_path):
+    reward = rewards.PickScore("tiny")
+    run = cr.finetune(
+        model, DRaFTLV(1), reward, "animals:train", out=tmp_path / "run", steps=2, batch=2, sample_steps=4, sample_every=0,
+        watch=["a painting of a fox"],
+    )  # fmt: skip
+    *_, ours = model.using(run.adapter).states(["a painting of a fox"], [3], 4, 2.0)
+    pipe = cr.load("tiny-emoji").pipe
+    pipe.load_lora_weights(run.adapter)
+    theirs = pipe(
+        ["a painting of a fox"], num_inference_steps=4, guidance_scale=2.0, output_type="latent",
+        generator=[torch.Generator().manual_seed(3)],
+    ).images  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
