@@ -21,7 +21,8 @@ from chainrule import methods
 from chainrule.evaluate import evaluate
 from chainrule.rewards import parse
 
-N, BATCH, UPDATES, SEEDS, LR = 50, 4, 30, (0, 1, 2), 1e-3
+N, BATCH, UPDATES, SEEDS, LR = 50, 4, 20, (0, 1, 2), 2e-3
+KEPT = Path("docs/experiments")  # one small file a run, so that what was measured is not measured again
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "DRaFT-1": ("draft", {"k": 1}), "DRaFT-LV": ("draft-lv", {}), "ReFL": ("refl", {}), "SDO": ("sdo", {}),
     "DRTune": ("drtune", {}), "DRaFT-5": ("draft", {"k": 5}), "DRaFT-10": ("draft", {"k": 10}),
@@ -39,7 +40,7 @@ def slug(name: str, seed: int) -> str:
 
 def run_one(name: str, seed: int, folder: Path) -> dict[str, float]:
     """Train and measure one method with one seed; the result is kept, so a second call is free."""
-    kept = folder / "result.json"
+    kept = KEPT / f"{slug(name, seed)}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     model = cr.load("tiny-emoji")
@@ -57,7 +58,8 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, float]:
         "base": table.rows["base"][TRAINED].mean,
         "update_seconds": statistics.median(r["seconds"] for r in run.metrics()),
     }  # fmt: skip
-    kept.write_text(json.dumps(result))
+    KEPT.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({key: float(f"{value:.5g}") for key, value in result.items()}) + "\n")
     return result
 
 
@@ -94,7 +96,7 @@ def main() -> None:
         print(name, seed, run_one(name, seed, given.out / slug(name, seed)), flush=True)
     found: dict[str, list[dict[str, float]]] = {}
     for name, seed in jobs:
-        kept = given.out / slug(name, seed) / "result.json"
+        kept = KEPT / f"{slug(name, seed)}.json"
         if kept.exists():
             found.setdefault(name, []).append(json.loads(kept.read_text()))
     about = (

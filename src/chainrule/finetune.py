@@ -209,6 +209,7 @@ def finetune(
     if settings.patience and not judge:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
     method.plan(model.grid(settings.sample_steps), Random(0))
+    Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
     for each in filter(None, (scorer, judge)):
         probe(each.to(model.device), model.image_size)
     config = {"model": model.name, "method": repr(method), "reward": scorer.name, "held_out": judge.name if judge else None,

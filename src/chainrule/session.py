@@ -107,7 +107,7 @@ class Session:
             plans = [trainer.method.plan(chain, Random(derive(s.seed, "plan", i))) for i in range(3)]
             run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
         smooth: float | None = None
-        with interrupts() as asked, _bar(Console(quiet=not main)) as bar:
+        with interrupts() as asked, _bar(Console(stderr=True, quiet=not main)) as bar:
             task = bar.add_task("update", total=s.steps, completed=trainer.step, reward="-", speed="-")
             while trainer.step < s.steps:
                 row = trainer.update()

@@ -83,6 +83,11 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None) -> M
         defaults = Defaults(**json.loads(settings.read_text()))
     import torch
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):  # loading bars say nothing here, errors come after them
+        library.disable_progress_bar()
 
     local = Path(source).is_dir()
     try:
