@@ -114,9 +114,7 @@ def test_early_stopping_watches_the_held_out_reward(tmp_path):
     def against(images, prompts):
         return -gray(images, prompts)
 
-    done = run(
-        tmp_path / "run", DRaFT(1), held_out=against, steps=40, sample_every=2, patience=2, lr=1e-2
-    )
+    done = run(tmp_path / "run", DRaFT(1), held_out=against, steps=40, sample_every=2, patience=2, lr=1e-2)
     assert len(done.metrics()) < 40 and any("held_out" in row for row in done.metrics())
     assert "held-out" in (done.folder / "stopped.txt").read_text()
 

@@ -219,7 +219,7 @@ def test_sdo_on_weights_is_equation_20():
     plan = SDO().plan(model.grid(STEPS), Random(3))
     (path,) = plan.branches
     i = next(n for n, jump in enumerate(path) if jump.grad is not Grad.NONE)
-    found, result = gradients(model, adapter, plan)
+    found, _ = gradients(model, adapter, plan)
     states = _states(model, path)
     latent = states[-1].requires_grad_()
     (v,) = torch.autograd.grad(-score(model.decode(latent), PROMPTS).mean(), latent)

@@ -77,19 +77,20 @@ def train(
     typer.echo(f"adapter: {run.adapter}")
 
 
-def _model(source: str, scale: float = 1.0, base: bool = False) -> Any:
-    """A model by name, or the model of a run with the run's adapter on top."""
-    from chainrule.adapters.files import find
-    from chainrule.models.loading import check, load
+def _run(source: str | Path) -> Path | None:
+    """The run folder this is, or None when it names a model."""
+    return Path(source) if (Path(source) / "config.yaml").is_file() else None
+
+
+def _base(source: str | Path) -> str:
+    """The name, checked, of a model or of the model of a run."""
+    from chainrule.models.loading import check
     from chainrule.runs import Run
 
-    folder = Path(source)
-    is_run = (folder / "config.yaml").is_file()
-    name = str(Run(folder).config.get("model")) if is_run else source
-    adapter = find(folder) if is_run else None
+    folder = _run(source)
+    name = str(Run(folder).config.get("model")) if folder else str(source)
     check(name)
-    model = load(name)
-    return model.using(adapter, scale=scale) if adapter and not base else model
+    return name
 
 
 @app.command()
@@ -102,6 +103,9 @@ def sample(
     guidance: Guidance = None,
     scale: Annotated[float, typer.Option(help="Strength of the run's adapter.")] = 1.0,
     adapter: Annotated[str | None, typer.Option(help="An adapter file or folder to put on top of a model.")] = None,
+    adapter_steps: Annotated[
+        tuple[int, int] | None, typer.Option(help="The sampling steps adapters are on for: first, and the one after the last.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
 ) -> None:
     """Make images."""
@@ -111,10 +115,13 @@ def sample(
     from chainrule.runs import check_folder
 
     check_folder(out)
-    file = find(adapter) if adapter else None
-    model = _model(source, scale)
-    model = model.using(file, scale=scale) if file else model
-    with _progress("sampling", len(every) * len(model.grid(steps)[1:]) // 16 + 1) as advance:
+    name, files = _base(source), [find(place) for place in (_run(source), adapter) if place]
+    from chainrule.models.loading import load
+
+    model = load(name)
+    for file in files:
+        model = model.using(file, scale=scale, adapter_steps=adapter_steps, steps=steps)
+    with _progress("sampling", -(-len(every) // 16) * len(model.grid(steps)[1:])) as advance:
         images = model.sample([p for p, _ in every], [s for _, s in every], steps, guidance, on_call=advance)
     from chainrule.report.pictures import grid
 
@@ -167,8 +174,11 @@ def evaluate_command(
     from chainrule.adapters.files import find
 
     adapters, labels = [find(folder) for folder in runs], _labels(runs)
-    base = _model(str(runs[0]), base=True)
+    name = _base(runs[0])
     from chainrule.evaluate import evaluate
+    from chainrule.models.loading import load
+
+    base = load(name)
 
     steps = steps if steps is not None else first.get("sample_steps")
     guidance = guidance if guidance is not None else first.get("guidance")

@@ -37,12 +37,10 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, description="of the adapter, the plans, the prompts and the noise")
     sample_every: int = Field(50, ge=0, description="updates between sample grids; 0: only before and after")
     save_every: int = Field(50, ge=0, description="updates between checkpoints; 0: only at the end")
-    patience: int = Field(
-        0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never"
+    patience: int = Field(0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never")
+    tracker: Literal["none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"] = (
+        Field("none", description="where numbers go besides metrics.jsonl")
     )
-    tracker: Literal[
-        "none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
-    ] = Field("none", description="where numbers go besides metrics.jsonl")
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> Settings:
