@@ -11,7 +11,6 @@ import torch
 from conftest import make_pipeline
 
 import chainrule as cr
-from chainrule.adapters.files import weights
 from chainrule.evaluate import Estimate, Table, diversity, evaluate
 from chainrule.prompts import SETS
 from chainrule.rewards import Symmetry, reward_of
@@ -36,7 +35,7 @@ def models():
     torch.manual_seed(0)
     for weight in adapter.parameters():
         weight.data.normal_(0, 0.3)
-    stored = weights(adapter)
+    stored = adapter.weights()
     base.active.clear()
     adapter.remove()
     return {"base": base, "tuned": base.using(stored)}

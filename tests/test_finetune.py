@@ -15,10 +15,10 @@ from conftest import make_pipeline
 from safetensors.torch import load_file
 
 import chainrule as cr
-from chainrule.finetune import build, processes
 from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.rewards import reward_of
 from chainrule.settings import Settings
+from chainrule.trainer import build, processes
 
 PROMPTS = ["a fox", "two bees", "a cat"]
 SMALL = {"batch": 2, "sample_steps": 4, "guidance": 2.0, "rank": 2, "sample_every": 0, "save_every": 0}

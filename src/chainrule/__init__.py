@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from chainrule.chain import Result
     from chainrule.errors import UserError
     from chainrule.evaluate import Table, evaluate
-    from chainrule.finetune import finetune, gradient
+    from chainrule.finetune import finetune
     from chainrule.models import Model, load
     from chainrule.prompts import prompts
     from chainrule.report import report
     from chainrule.runs import Run
+    from chainrule.trainer import gradient
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 # Imported on first use, so that the command line can answer --help without loading torch.
 _HOMES = {
     "Adapter": "adapters", "mix": "adapters", "Result": "chain", "UserError": "errors", "Table": "evaluate",
-    "evaluate": "evaluate", "finetune": "finetune", "gradient": "finetune", "Model": "models", "load": "models",
+    "evaluate": "evaluate", "finetune": "finetune", "gradient": "trainer", "Model": "models", "load": "models",
     "prompts": "prompts", "report": "report", "Run": "runs",
 }  # fmt: skip
 

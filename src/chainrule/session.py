@@ -7,24 +7,25 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from chainrule.errors import UserError
 from chainrule.models.model import pictures
 from chainrule.noise import derive
-from chainrule.report.pictures import before_after, grid
+from chainrule.report import before_after, grid, report
+from chainrule.rewards import Reward
 from chainrule.runs import Run
-
-if TYPE_CHECKING:
-    from chainrule.finetune import Trainer, Watch
+from chainrule.trainer import Trainer
 
 BAD_IN_A_ROW = 8  # updates that may be skipped for NaN or Inf in a row before a session gives up
 KEPT = 2  # checkpoints
@@ -84,6 +85,30 @@ def _bar(console: Console) -> Progress:
         TextColumn("reward [bold]{task.fields[reward]}"), TextColumn("{task.fields[speed]} images/s"),
         TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a run shows while it trains: a grid of the same images, and the held-out reward on them."""
+
+    prompts: list[str]
+    seeds: list[int]
+    held_out: Reward | None = None
+    seen: list[float] = field(default_factory=list)
+    before: list[Tensor] = field(default_factory=list)
+
+    @property
+    def stale(self) -> int:
+        """Looks since the best held-out reward."""
+        return len(self.seen) - 1 - self.seen.index(max(self.seen)) if self.seen else 0
+
+    def look(self, trainer: Trainer) -> tuple[Tensor, float | None]:
+        s = trainer.settings
+        images = trainer.model.render(self.prompts, self.seeds, s.sample_steps, s.guidance)
+        if not self.held_out:
+            return images, None
+        with torch.no_grad():
+            return images, float(self.held_out(images.to(trainer.model.device), self.prompts).mean())
 
 
 @dataclass(slots=True)
@@ -167,3 +192,4 @@ class Session:
         if self.stop_reason != "interrupted":
             self._sample(trainer, watch, "after")
         self.run.write_text("stopped.txt", f"{self.stop_reason} at update {trainer.step}\n")
+        report(self.run.folder)

@@ -1,7 +1,8 @@
 """LoRA adapters: peft's layers and file formats, selected ambiently instead of by flipping flags."""
 
 from chainrule.adapters.bands import ALWAYS, Active, Band
-from chainrule.adapters.files import Weights, load, mix, save
-from chainrule.adapters.select import Adapter, inject, recompute, remove, selected
+from chainrule.adapters.files import Weights, mix
+from chainrule.adapters.lora import Adapter, inject, load
+from chainrule.adapters.select import recompute, selected
 
-__all__ = ["ALWAYS", "Active", "Adapter", "Band", "Weights", "inject", "load", "mix", "recompute", "remove", "save", "selected"]
+__all__ = ["ALWAYS", "Active", "Adapter", "Band", "Weights", "inject", "load", "mix", "recompute", "selected"]

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from chainrule.adapters.select import Adapter, inject
 from chainrule.errors import UserError
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -75,33 +74,6 @@ def read(source: str | Path) -> Weights:
         raise UserError(f"{path} holds no LoRA for the denoiser")
     rank = next(t.shape[0] for k, t in tensors.items() if ".lora_A." in k)
     return Weights(tensors, float(meta.get(PREFIX + "lora_alpha", rank)))
-
-
-def weights(adapter: Adapter) -> Weights:
-    return Weights({k: v.detach().clone() for k, v in adapter.named_parameters().items()}, float(adapter.config.lora_alpha))
-
-
-def save(adapter: Adapter, folder: str | Path) -> Path:
-    """Write the adapter so that `StableDiffusionPipeline.load_lora_weights(folder)` reads it."""
-    return weights(adapter).save(folder)
-
-
-def load(network: nn.Module, name: str, source: str | Path | Weights) -> Adapter:
-    """Add a saved adapter to a network, frozen. UserError when it was made for another architecture."""
-    stored = source if isinstance(source, Weights) else read(source)
-    modules = dict(network.named_modules())
-    for target in stored.targets:
-        if target not in modules:
-            raise UserError(f"the adapter was made for another model: {type(network).__name__} has no layer {target}")
-    adapter = inject(network, name, rank=stored.rank, alpha=stored.alpha, targets=stored.targets)
-    here = adapter.named_parameters()
-    for key, value in stored.tensors.items():
-        if key not in here or here[key].shape != value.shape:
-            adapter.remove()
-            raise UserError(f"the adapter was made for another model: {key} has shape {tuple(value.shape)}")
-        here[key].data.copy_(value)
-        here[key].requires_grad_(False)
-    return adapter
 
 
 def mix(parts: Mapping[str, float] | Mapping[Path, float]) -> Weights:

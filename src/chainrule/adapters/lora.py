@@ -1,0 +1,123 @@
+"""LoRA layers in a network: put in, loaded, taken out. The layers are peft's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from chainrule.adapters.files import Weights, read
+from chainrule.adapters.select import forget, layers_of
+from chainrule.errors import UserError
+
+# Cross- and self-attention and the feed-forward layers, as DRaFT (arXiv:2309.17400, A.1) trains them.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One named LoRA inside one network."""
+
+    name: str
+    network: nn.Module
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            key.replace(f".{self.name}.", "."): value
+            for key, value in self.network.named_parameters()
+            if f".{self.name}." in key and "lora_" in key
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters().values())
+
+    @property
+    def config(self) -> LoraConfig:
+        return self.network.peft_config[self.name]  # type: ignore[no-any-return, index, union-attr]
+
+    def weights(self) -> Weights:
+        tensors = {key: value.detach().clone() for key, value in self.named_parameters().items()}
+        return Weights(tensors, float(self.config.lora_alpha))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter so that `StableDiffusionPipeline.load_lora_weights(folder)` reads it."""
+        return self.weights().save(folder)
+
+    def remove(self) -> None:
+        remove(self)
+
+
+def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None = None, seed: int = 0,
+           targets: tuple[str, ...] = TARGETS) -> Adapter:  # fmt: skip
+    """Add a LoRA of this rank, an identity until trained, in float32 (float64 in a float64 network).
+
+    `alpha` defaults to the rank, so the scale is 1. Raises UserError for a rank below 1, a name in use, or a network
+    without a layer to adapt.
+    """
+    if rank < 1:
+        raise UserError(f"rank is {rank}, but must be at least 1")
+    if name in getattr(network, "peft_config", {}):
+        raise UserError(f"an adapter named {name!r} is already there; remove it first or choose another name")
+    kept = {id(weight): weight.requires_grad for weight in network.parameters()}
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, network, name)
+        except ValueError as error:
+            raise UserError(f"no layer of {type(network).__name__} takes a LoRA on {', '.join(targets)}") from error
+    forget(network)
+    adapter = Adapter(name, network)
+    for layer in layers_of(network):
+        layer._active_adapter = []
+    for weight in network.parameters():  # peft freezes whatever else is there
+        weight.requires_grad_(kept.get(id(weight), False))
+    for weight in adapter.parameters():
+        weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+        weight.requires_grad_(True)
+    return adapter
+
+
+def remove(adapter: Adapter) -> None:
+    """Take the adapter out. After the last one the network holds its original modules, bit for bit."""
+    network = adapter.network
+    config: dict[str, LoraConfig] = network.peft_config  # type: ignore[assignment]  # peft adds the attribute
+    for layer in layers_of(network):
+        layer.delete_adapter(adapter.name)
+        layer._active_adapter = []
+    del config[adapter.name]
+    if config:
+        return
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+    del network.peft_config
+    forget(network)
+
+
+def load(network: nn.Module, name: str, source: str | Path | Weights) -> Adapter:
+    """Add a saved adapter to a network, frozen. UserError when it was made for another architecture."""
+    stored = source if isinstance(source, Weights) else read(source)
+    modules = dict(network.named_modules())
+    for target in stored.targets:
+        if target not in modules:
+            raise UserError(f"the adapter was made for another model: {type(network).__name__} has no layer {target}")
+    adapter = inject(network, name, rank=stored.rank, alpha=stored.alpha, targets=stored.targets)
+    here = adapter.named_parameters()
+    for key, value in stored.tensors.items():
+        if key not in here or here[key].shape != value.shape:
+            adapter.remove()
+            raise UserError(f"the adapter was made for another model: {key} has shape {tuple(value.shape)}")
+        here[key].data.copy_(value)
+        here[key].requires_grad_(False)
+    return adapter
+
+
+def gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """All gradients as one flat vector, zeros where a plan left an adapter unused."""
+    return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
