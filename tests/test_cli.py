@@ -335,7 +335,7 @@ def rows() -> list[dict[str, object]]:
 
 def test_train_leaves_a_whole_run_and_resume_goes_on(trained, sd_folder, chainrule):
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    given = {"model": str(sd_folder), "method": "SDO(samples=1)", "reward": "symmetry", "prompts": "prompts.txt", "steps": 2,
+    given = {"model": str(sd_folder), "method": {"name": "sdo"}, "reward": "symmetry", "prompts": "prompts.txt", "steps": 2,
              "batch": 2, "sample_steps": 3, "guidance": 2.0, "lr": 0.05, "rank": 2}  # fmt: skip
     assert config == config | given
     assert [row["step"] for row in rows()] == [1, 2]

@@ -234,3 +234,11 @@ def test_a_forecast_is_what_one_counts_by_hand(method, recompute, cost):
 def test_a_plan_that_cannot_be_walked_is_refused(trunk, branches, message):
     with pytest.raises(ValueError, match=message):
         Plan(trunk, branches)
+
+
+@pytest.mark.parametrize(
+    "method", [DRaFT(), DRaFT(3), DRaFTLV(1, True), ReFL(5, guided=False), AlignProp(True), DRTune(2, 3), SDO(4)], ids=str
+)
+def test_a_method_is_spelled_so_that_make_gives_it_back(method):
+    said = methods.spelled(method)
+    assert methods.make(said.pop("name"), said) == method

@@ -9,7 +9,7 @@ from typing import Any
 
 from chainrule.chain import Score
 from chainrule.errors import UserError
-from chainrule.methods import Method
+from chainrule.methods import Method, spelled
 from chainrule.models import Model
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import probe, reward_of
@@ -48,7 +48,7 @@ def finetune(
     Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
     for each in filter(None, (scorer, judge)):
         probe(each.to(model.device), model.image_size)
-    config = {"model": model.name, "method": repr(method), "reward": scorer.name, "held_out": judge.name if judge else None,
+    config = {"model": model.name, "method": spelled(method), "reward": scorer.name, "held_out": judge.name if judge else None,
               "prompts": prompts if isinstance(prompts, str) else said, **settings.model_dump()}  # fmt: skip
     accelerator = processes(settings, model.device, out)
     with accelerator.main_process_first():  # the others find the folder made

@@ -177,6 +177,19 @@ def describe(name: str) -> str:
     return (inspect.getdoc(REGISTRY[name]) or "").splitlines()[0]
 
 
+def spelled(method: Method) -> dict[str, Any]:
+    """The name and options that `make` turns back into this method; for one's own method, its repr as the name."""
+    for name, kind in REGISTRY.items():
+        if type(method) is kind:
+            found: dict[str, Any] = {"name": name}
+            for option in fields(kind):
+                value = getattr(method, option.name)
+                if value != option.default:
+                    found[option.name] = value
+            return found
+    return {"name": repr(method)}
+
+
 def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """A method by name: `draft`, `draft-5` (k = 5), `draft-lv`, `alignprop-1`, ... with its fields as options.
 

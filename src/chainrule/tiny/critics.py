@@ -107,32 +107,37 @@ def fit_preference(name: str, rule: preferences.Rule, clip: CLIPModel, out: Path
     return model.eval()
 
 
-def fit_aesthetic(clip: CLIPModel, out: Path, steps: int, batch: int = 128) -> nn.Sequential:
+def _rated(clip: CLIPModel, rng: random.Random, count: int) -> tuple[Tensor, Tensor]:
+    """Normalized CLIP features (count, 128) of random pictures, and noisy ratings of them from 1 to 10."""
+    features, ratings = [], []
+    for _ in range(count // 128):
+        samples = [preferences.sample(rng, scenes.draw(rng)) for _ in range(128)]
+        with torch.no_grad():
+            features.append(_embed(clip, [s.image for s in samples], ["a picture"] * 128)[0])
+        ratings += [4.0 + 2.0 * preferences.AESTHETIC.score(s, 0) + rng.gauss(0, 0.3) for s in samples]
+    return torch.cat(features), torch.tensor(ratings, device=DEVICE).clamp(1, 10)
+
+
+def fit_aesthetic(clip: CLIPModel, out: Path, steps: int, batch: int = 256) -> nn.Sequential:
     """The LAION head on normalized CLIP features, regressed on a 1-10 rating of the caption-free rule."""
     torch.manual_seed(0)
     head = aesthetic_head(clip.config.projection_dim).to(DEVICE)
-
-    def batch_of(rng: random.Random, count: int) -> tuple[Tensor, Tensor]:
-        samples = [preferences.sample(rng, scenes.draw(rng)) for _ in range(count)]
-        with torch.no_grad():
-            image, _ = _embed(clip, [s.image for s in samples], ["a picture"] * count)
-        ratings = [2.5 + 2.0 * preferences.AESTHETIC.score(s, 0) + rng.gauss(0, 0.3) for s in samples]
-        return image, torch.tensor(ratings, device=DEVICE).clamp(1, 10)
+    features, ratings = _rated(clip, random.Random("aesthetic"), 16384)
+    held_features, held_ratings = _rated(clip, random.Random("held-out aesthetic"), 1024)
+    head[-1].bias.data.fill_(float(ratings.mean()))  # type: ignore[union-attr, operator]
 
     def loss(rng: random.Random) -> Tensor:
-        image, rating = batch_of(rng, batch)
-        return (head(image)[:, 0] - rating).square().mean()
-
-    held_image, held_rating = batch_of(random.Random("held-out aesthetic"), 400)
+        picked = [rng.randrange(len(features)) for _ in range(batch)]
+        return (head(features[picked])[:, 0] - ratings[picked]).square().mean()
 
     @torch.no_grad()
     def check() -> dict[str, float]:
         head.eval()
-        guess = head(held_image)[:, 0]
+        guess = head(held_features)[:, 0]
         head.train()
-        return {"correlation": round(torch.corrcoef(torch.stack([guess, held_rating]))[0, 1].item(), 4)}
+        return {"correlation": round(torch.corrcoef(torch.stack([guess, held_ratings]))[0, 1].item(), 4)}
 
-    train("aesthetic", head, loss, out, steps=steps, lr=0.005, every=100, check=check)
+    train("aesthetic", head, loss, out, steps=steps, lr=0.005, every=500, check=check)
     return head.eval()
 
 
