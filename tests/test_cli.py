@@ -402,7 +402,7 @@ def test_eval_and_report(trained, sd_folder, chainrule):
     found = chainrule("report", "run")
     assert (found.code, found.out) == (0, "run/report.html\n")
     page = Path("run/report.html").read_text()
-    assert "SDO(samples=1)" in page
+    assert "sdo" in page
     assert "two bees" in page
     assert "data:image" in page
 
@@ -454,7 +454,7 @@ def test_a_config_file_is_overridden_by_the_command_line(sd_folder, chainrule, t
     found = chainrule("train", "config.yaml", "--steps", 1, "--method-option", "n=3")
     assert found.code == 0, found.err
     written = yaml.safe_load(Path("run/config.yaml").read_text())
-    expected = {"steps": 1, "batch": 1, "lr": 1e-3, "method": "DRaFTLV(n=3, reuse_reward_gradient=False)", "held_out": "rotation",
+    expected = {"steps": 1, "batch": 1, "lr": 1e-3, "method": {"name": "draft-lv", "n": 3}, "held_out": "rotation",
                 "reward": "2*symmetry", "prompts": ["a fox", "a cat"], "guidance": 1.5}  # fmt: skip
     assert written == written | expected
     assert Path("run/plan.txt").read_text() == "-[#|^#|^#|^#]\n"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from random import Random
 from typing import Any, Protocol
 
@@ -180,9 +180,9 @@ def describe(name: str) -> str:
 def spelled(method: Method) -> dict[str, Any]:
     """The name and options that `make` turns back into this method; for one's own method, its repr as the name."""
     for name, kind in REGISTRY.items():
-        if type(method) is kind:
+        if type(method) is kind and is_dataclass(method):
             found: dict[str, Any] = {"name": name}
-            for option in fields(kind):
+            for option in fields(method):
                 value = getattr(method, option.name)
                 if value != option.default:
                     found[option.name] = value
