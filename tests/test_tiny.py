@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import chainrule as cr
 from chainrule import rewards
@@ -66,9 +66,20 @@ def test_bundled_clips_load_in_plain_transformers():
         assert CLIPProcessor.from_pretrained(WEIGHTS / kind).tokenizer.model_max_length == text.LENGTH
 
 
-def test_every_caption_word_is_one_token(model):
-    words = {word for phrase in text.corpus() for word in phrase.replace(",", " ,").split()}
-    assert all(len(model.pipe.tokenizer(word).input_ids) == 3 for word in words)
+def caption_words() -> set[str]:
+    """Every word of the caption grammar."""
+    phrases = [*scenes.TEMPLATES, *scenes.PLACES, *scenes.BACKGROUNDS, *scenes.NUMBERS.values(), "an and small"]
+    phrases += [form for name in scenes.THINGS for form in (name, scenes.plural(name))]
+    return {word for phrase in phrases for word in phrase.replace("{}", " ").replace(",", " , ").split()}
+
+
+def test_every_caption_word_is_one_token_and_the_same_in_all_bundled_models(model):
+    words = caption_words()
+    assert len(words) > 250 and all(len(model.pipe.tokenizer(word).input_ids) == 3 for word in words)
+    vocabulary = text.tokenizer().get_vocab()
+    assert model.pipe.tokenizer.get_vocab() == vocabulary
+    for kind in ("clip", "pick", "hps"):
+        assert CLIPTokenizer.from_pretrained(WEIGHTS / kind).get_vocab() == vocabulary
 
 
 def test_the_preference_rules_like_the_true_and_the_undamaged():

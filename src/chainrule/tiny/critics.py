@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
 from chainrule.rewards.clip import MEAN, STD
 from chainrule.rewards.scorers import aesthetic_head
@@ -36,15 +35,10 @@ def _normalized(images: list[np.ndarray]) -> Tensor:
 
 
 def _embed(model: CLIPModel, images: list[np.ndarray], captions: list[str]) -> tuple[Tensor, Tensor]:
-    tokens = text.ids(_vocabulary(), captions).to(DEVICE)
+    tokens = text.ids(text.tokenizer(), captions).to(DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         out = model(input_ids=tokens, pixel_values=_normalized(images))
     return out.image_embeds.float(), out.text_embeds.float()
-
-
-@functools.cache
-def _vocabulary() -> CLIPTokenizer:
-    return text.tokenizer()
 
 
 def fit_clip(out: Path, steps: int, batch: int = 160) -> CLIPModel:
@@ -144,7 +138,7 @@ def fit_aesthetic(clip: CLIPModel, out: Path, steps: int, batch: int = 256) -> n
 def save(model: CLIPModel, folder: Path) -> None:
     """A folder `CLIPModel.from_pretrained` and `CLIPProcessor` read, weights in half precision."""
     model.cpu().half().save_pretrained(folder)
-    _vocabulary().save_pretrained(folder)
+    text.tokenizer().save_pretrained(folder)
     side = {"height": scenes.SIZE, "width": scenes.SIZE}
     CLIPImageProcessorPil(size={"shortest_edge": scenes.SIZE}, crop_size=side).save_pretrained(folder)
 
