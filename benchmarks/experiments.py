@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: only every n-th run, starting with the i-th")
     given = parser.parse_args()
     part, parts = map(int, given.shard.split("/"))
-    jobs = [(name, seed) for seed in SEEDS for name in NAMES]
+    jobs = [(name, seed) for name in NAMES for seed in SEEDS]
     for name, seed in jobs[part::parts]:
         print(name, seed, run_one(name, seed, given.out / slug(name, seed)), flush=True)
     found: dict[str, list[dict[str, float]]] = {}
