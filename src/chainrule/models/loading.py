@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,12 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None) -> M
 
     local = Path(source).is_dir()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=local,
-            safety_checker=None, requires_safety_checker=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():  # newer versions rename torch_dtype, older ones know no other word
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(
+                str(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=local,
+                safety_checker=None, requires_safety_checker=False,
+            )  # fmt: skip
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         advice = (
