@@ -89,7 +89,7 @@ def test_scale_zero_is_the_base_and_steps_bound_where_an_adapter_is_on(tmp_path)
     assert torch.equal(list(plain.using(tmp_path, scale=0).states(PROMPTS, SEEDS, 5, 2.0))[-1], base[-1])
     late = list(plain.using(tmp_path, adapter_steps=(3, 5), steps=5).states(PROMPTS, SEEDS, 5, 2.0))
     assert torch.equal(late[2], base[2]) and not torch.equal(late[3], base[3])
-    assert Band(0.5, high=10, low=4).at(10) == 0.5 and Band(0.5, high=10, low=4).at(4) == 0
+    assert Band(0.5, ((4, 10),)).at(10) == 0.5 and Band(0.5, ((4, 10),)).at(4) == 0
 
 
 def _net() -> torch.nn.Module:
@@ -169,7 +169,7 @@ def test_selecting_restores_and_does_not_touch_requires_grad():
         assert net[0].scaling == {"early": 0.5, "late": 2.0}
     assert net[0]._active_adapter == [] and net[0].scaling == {"early": 1.0, "late": 1.0}
     assert not any(p.requires_grad for p in frozen)
-    assert Active({"late": Band(2.0, high=5)}).at(6) == {}
+    assert Active({"late": Band(2.0, ((0, 5),))}).at(6) == {}
 
 
 def test_bad_adapters_are_refused(tmp_path):

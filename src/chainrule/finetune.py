@@ -9,7 +9,7 @@ from typing import Any
 
 from chainrule.chain import Score
 from chainrule.errors import UserError
-from chainrule.methods import Method, spelled
+from chainrule.methods import Method, spelled, stages
 from chainrule.models import Model
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import probe, reward_of
@@ -44,12 +44,16 @@ def finetune(
     scorer, judge = reward_of(reward), reward_of(held_out) if held_out else None
     if settings.patience and not judge:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
-    method.plan(model.grid(settings.sample_steps), Random(0))
+    for stage in stages(method):
+        calls = stage.plan(model.grid(settings.sample_steps), Random(0)).jumps
+        if not model.student and any(jump.via == "student" for jump in calls):
+            raise UserError(f"{spelled(method)['name']} jumps by a student, and the model has none; use model.with_student(...)")
     Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
     for each in filter(None, (scorer, judge)):
         probe(each.to(model.device), model.image_size)
-    config = {"model": model.name, "method": spelled(method), "reward": scorer.name, "held_out": judge.name if judge else None,
-              "prompts": prompts if isinstance(prompts, str) else said, **settings.model_dump()}  # fmt: skip
+    config = {"model": model.name, "student": model.student_name, "method": spelled(method), "reward": scorer.name,
+              "held_out": judge.name if judge else None, "prompts": prompts if isinstance(prompts, str) else said,
+              **settings.model_dump()}  # fmt: skip
     accelerator = processes(settings, model.device, out)
     with accelerator.main_process_first():  # the others find the folder made
         main = accelerator.is_main_process
@@ -59,5 +63,4 @@ def finetune(
     try:
         return Session(run).train(trainer, Watch(shown, list(range(len(shown))), judge), resume, on_update)
     finally:
-        model.active.pop(trainer.adapter.name, None)
-        trainer.adapter.remove()
+        trainer.remove()

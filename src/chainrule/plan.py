@@ -8,11 +8,12 @@ There is no torch here: a plan can be drawn, counted and compared before a singl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 Grid = Sequence[int]  # strictly falling levels, ending at 0
+Levels = tuple[tuple[int, int | None], ...]  # spans of levels, (low, high]: low < level <= high; None: no upper end
 
 
 class Grad(Enum):
@@ -52,11 +53,16 @@ class Plan:
     A branch starts where the trunk ended, or at level 0: then it starts from the image the first branch finished,
     taken as a constant. With `reuse_reward_gradient`, the reward is differentiated for the first branch only and the
     others are pulled back with that same gradient of the image latent.
+
+    `adapters` says at which levels each of a method's own adapters is on in the base model's calls, while training and
+    afterwards, and `trained` which of them this plan trains; a plan that says nothing has one, on everywhere.
     """
 
     trunk: Path
     branches: tuple[Path, ...]
     reuse_reward_gradient: bool = False
+    adapters: Mapping[str, Levels] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.branches:
@@ -73,6 +79,8 @@ class Plan:
                     raise ValueError(f"gap between {a} and {b}")
         if any(jump.start == jump.stop for jump in self.jumps):
             raise ValueError("a jump must change the level")
+        if not set(self.trained) <= set(self.adapters):
+            raise ValueError("a plan trains adapters it does not have")
 
     @property
     def jumps(self) -> Path:
@@ -89,7 +97,7 @@ class Plan:
 
     def __str__(self) -> str:
         def draw(path: Path) -> str:
-            return "".join("^" if jump.up else jump.grad.value for jump in path)
+            return "".join("^" if jump.up else ">" if jump.via == "student" else jump.grad.value for jump in path)
 
         return f"{draw(self.trunk)}[{'|'.join(map(draw, self.branches))}]"
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from random import Random
 from types import FrameType
 from typing import Any
@@ -36,7 +36,7 @@ def save_checkpoint(run: Run, trainer: Trainer) -> None:
     folder = run.folder / "checkpoints" / f"step-{trainer.step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in trainer.tensors().items()}, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps({"step": trainer.step, "skipped": trainer.skipped}))
+    (folder / "state.json").write_text(json.dumps(asdict(trainer.progress)))
     for old in run.checkpoints()[:-KEPT]:
         shutil.rmtree(old)
 
@@ -53,7 +53,7 @@ def load_checkpoint(run: Run, trainer: Trainer) -> None:
         raise UserError(
             f"the checkpoint {found[-1]} is damaged ({error}); delete that folder to resume from the one before"
         ) from error
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"the checkpoint {found[-1]} belongs to another adapter or version; start a new run") from error
 
 
@@ -129,7 +129,7 @@ class Session:
         if main and not (run.samples / "before.png").exists():
             self._sample(trainer, watch, "before")
             chain = trainer.model.grid(s.sample_steps)
-            plans = [trainer.method.plan(chain, Random(derive(s.seed, "plan", i))) for i in range(3)]
+            plans = [stage.plan(chain, Random(derive(s.seed, "plan", i))) for stage in trainer.stages for i in range(3)]
             run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
         smooth: float | None = None
         with interrupts() as asked, _bar(Console(stderr=True, quiet=not main)) as bar:
@@ -141,7 +141,9 @@ class Session:
                     held = self._periodic(trainer, watch)
                     run.log(row | ({"held_out": held} if held is not None else {}))
                 trainer.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=trainer.step)
-                bar.update(task, completed=trainer.step, reward=f"{smooth:.4g}", speed=f"{s.batch / row['seconds']:.1f}")
+                label = f"stage {row['stage']} of {len(trainer.stages)}" if "stage" in row else "update"
+                speed = f"{s.batch / row['seconds']:.1f}"
+                bar.update(task, completed=trainer.step, description=label, reward=f"{smooth:.4g}", speed=speed)
                 if on_update:
                     on_update(row)
                 if trainer.bad >= BAD_IN_A_ROW:

@@ -38,6 +38,10 @@ class Settings(BaseModel):
     sample_every: int = Field(50, ge=0, description="updates between sample grids; 0: only before and after")
     save_every: int = Field(50, ge=0, description="updates between checkpoints; 0: only at the end")
     patience: int = Field(0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never")
+    stage_steps: list[int] | None = Field(None, description="updates of each stage of a staged method; default: equal shares")
+    plateau: int = Field(
+        0, ge=0, description="end a stage early after this many updates without a better (smoothed) reward; 0: never"
+    )
     tracker: Literal["none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"] = (
         Field("none", description="where numbers go besides metrics.jsonl")
     )
@@ -54,6 +58,8 @@ class Settings(BaseModel):
             first = error.errors()[0]
             reason = first["msg"].replace("Input should be", "must be")
             raise UserError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}, but {reason}") from error
+        if made.stage_steps is not None and not (all(n >= 1 for n in made.stage_steps) and sum(made.stage_steps) == made.steps):
+            raise UserError(f"stage_steps is {made.stage_steps}, but must be numbers of at least 1 that sum to steps, {made.steps}")
         if made.batch % made.accumulate:
             raise UserError(f"accumulate is {made.accumulate}, but must divide the batch of {made.batch}")
         if made.tracker != "none" and find_spec(made.tracker) is None:

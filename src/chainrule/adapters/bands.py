@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """An adapter's scale, on for levels with low < level <= high (None: no bound).
+    """An adapter's scale, on for the levels of its spans: low < level <= high (None: no upper end). No spans: always.
 
-    DRaFT's start and end steps (arXiv:2309.17400, Fig. 26-27) are bands over the sampling grid.
+    DRaFT's start and end steps (arXiv:2309.17400, Fig. 26-27) are one span of the sampling grid; ShortFT's adapters
+    (arXiv:2507.22604, section 3.3) are on at chosen calls.
     """
 
     scale: float = 1.0
-    high: int | None = None
-    low: int | None = None
+    spans: tuple[tuple[int, int | None], ...] | None = None
 
     def at(self, level: int) -> float:
-        inside = (self.high is None or level <= self.high) and (self.low is None or level > self.low)
-        return self.scale if inside else 0.0
+        on = self.spans is None or any(low < level and (high is None or level <= high) for low, high in self.spans)
+        return self.scale if on else 0.0
 
 
 ALWAYS = Band()

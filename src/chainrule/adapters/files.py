@@ -1,4 +1,4 @@
-"""Adapters on disk: the folder plain diffusers' `load_lora_weights` reads; and exact mixes of several."""
+"""Adapters on disk: the folder plain diffusers' `load_lora_weights` reads, alone or several by level; and exact mixes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from chainrule.errors import UserError
 
 FILE = "pytorch_lora_weights.safetensors"
+BANDS = "bands.json"  # of several adapters: which is on at which levels
 PREFIX = "unet."
+Spans = tuple[tuple[int, int | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,28 @@ class Weights:
         return path
 
 
+def save_bands(folder: str | Path, bands: Mapping[str, Spans]) -> None:
+    """Write down at which levels each of the adapters in `folder/NAME` is on."""
+    (Path(folder) / BANDS).write_text(json.dumps({name: {"levels": spans} for name, spans in bands.items()}, indent=2) + "\n")
+
+
+def parts(source: str | Path) -> dict[Path, Spans | None]:
+    """The files of one adapter, or of several by level, with their levels (None: all). UserError if there is none."""
+    for folder in (Path(source), Path(source) / "adapter"):
+        if (folder / BANDS).is_file():
+            try:
+                bands = json.loads((folder / BANDS).read_text())
+                return {find(folder / name): tuple((low, high) for low, high in band["levels"]) for name, band in bands.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{folder / BANDS} is damaged ({error})") from error
+    return {find(source): None}
+
+
 def find(source: str | Path) -> Path:
     """The safetensors file of an adapter file, an adapter folder or a run folder. UserError if there is none."""
     path = Path(source)
+    if any((folder / BANDS).is_file() for folder in (path, path / "adapter")):
+        raise UserError(f"{source} has several adapters, each for its own levels; this needs a single one")
     candidates = (path, path / FILE, path / "adapter" / FILE)
     for candidate in candidates:
         if candidate.is_file():

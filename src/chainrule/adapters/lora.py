@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None 
         raise UserError(f"an adapter named {name!r} is already there; remove it first or choose another name")
     kept = {id(weight): weight.requires_grad for weight in network.parameters()}
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights="gaussian")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are wanted
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, network, name)

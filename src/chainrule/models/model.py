@@ -18,7 +18,7 @@ from chainrule.chain import Chain, Memory
 from chainrule.denoise import Cast, Condition, Denoiser, Member
 from chainrule.errors import UserError
 from chainrule.noise import Noise
-from chainrule.plan import Grid, walk
+from chainrule.plan import Grid, Levels, walk
 from chainrule.solve import DDIM
 
 
@@ -48,6 +48,8 @@ class Model:
     image_size: int
     defaults: Defaults = field(default_factory=Defaults)
     active: dict[str, Band] = field(default_factory=dict)
+    student: Member | None = None
+    student_name: str | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -78,7 +80,8 @@ class Model:
 
     def cast(self, guidance: float) -> Cast:
         active = Active(dict(self.active))
-        return {"base": Member(self.denoiser, guidance, active), "unguided": Member(self.denoiser, 1.0, active)}
+        cast = {"base": Member(self.denoiser, guidance, active), "unguided": Member(self.denoiser, 1.0, active)}
+        return cast | ({"student": self.student} if self.student else {})
 
     def bare(self, guidance: float) -> Member:
         """The pre-trained model: no adapter on."""
@@ -97,11 +100,18 @@ class Model:
 
     # Adapters
 
-    def adapt(self, name: str = "default", *, rank: int = 8, alpha: float | None = None, seed: int = 0) -> Adapter:
-        """Add a trainable LoRA and switch it on. It is an identity until trained. (b, rank) is not bounded above."""
+    def adapt(
+        self, name: str = "default", *, rank: int = 8, alpha: float | None = None, seed: int = 0, levels: Levels | None = None,
+    ) -> Adapter:  # fmt: skip
+        """Add a trainable LoRA and switch it on, for these levels or for all. It is an identity until trained."""
         adapter = adapters.inject(self.network, name, rank=rank, alpha=alpha, seed=seed)
-        self.active[name] = Band()
+        self.active[name] = Band(spans=levels)
         return adapter
+
+    def drop(self, adapter: Adapter) -> None:
+        """Take an adapter out again."""
+        self.active.pop(adapter.name, None)
+        adapter.remove()
 
     def using(
         self, source: str | Path | adapters.Weights, *, scale: float = 1.0,
@@ -112,16 +122,38 @@ class Model:
         `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
         excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model, which stays as it is.
         """
-        band = Band(scale)
+        stored = {source: None} if isinstance(source, adapters.Weights) else adapters.parts(source)
+        spans: Levels | None = None
         if adapter_steps:
             grid, (first, last) = self.grid(steps), adapter_steps
             if not 0 <= first < last <= len(grid) - 1:
                 raise UserError(f"adapter_steps is {adapter_steps}, but must satisfy 0 <= first < last <= {len(grid) - 1}")
-            band = Band(scale, high=grid[first], low=grid[last])
+            if any(own is not None for own in stored.values()):
+                raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
+            spans = ((grid[last], grid[first]),)
+        active = dict(self.active)
+        for each, own in stored.items():
+            name = self._free("loaded")
+            adapters.load(self.network, name, each)
+            active[name] = Band(scale, own or spans)
+        return replace(self, active=active)
+
+    def with_student(self, source: str | Path | None = None) -> Model:
+        """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).
+
+        `source` is a LoRA for this model (a folder of `distill`, a file, or OWNER/NAME:FILE on the hub), or the folder or
+        hub id of a network of its own; by default the student that ships with a bundled model. UserError when it does
+        not fit.
+        """
+        from chainrule.models import students
+
+        name = str(source) if source is not None else f"{self.name}'s own"
+        return replace(self, student=students.load(self, source), student_name=name)
+
+    def _free(self, stem: str) -> str:
+        """An adapter name that is not taken."""
         taken = getattr(self.network, "peft_config", {})
-        name = next(f"loaded{i}" for i in range(len(taken) + 1) if f"loaded{i}" not in taken)
-        adapters.load(self.network, name, source)
-        return replace(self, active={**self.active, name: band})
+        return next(f"{stem}{i}" for i in range(len(taken) + 1) if f"{stem}{i}" not in taken)
 
     # Sampling
 

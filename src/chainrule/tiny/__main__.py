@@ -1,6 +1,7 @@
 """Train tiny-emoji and its reward models from nothing: `python -m chainrule.tiny STAGE [--out build] [--steps N]`.
 
 Every stage keeps its state in the output folder, goes on where it was stopped, and does nothing when it is finished.
+`unpack` puts the shipped models there instead, to train them further with a larger `--steps`.
 `vae`, `latents` and `unet` also run in several processes: `torchrun --nproc_per_node 2 -m chainrule.tiny vae`.
 """
 
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from chainrule.errors import UserError
 from chainrule.tiny import autoencoder
-from chainrule.tiny.loop import RANK, WORLD, restore
+from chainrule.tiny.loop import RANK, WORLD, restore, start
 
 if TYPE_CHECKING:  # what a stage does not need it does not import
     from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -135,6 +137,32 @@ def pack(out: Path, steps: int) -> None:
     print(f"packed {WEIGHTS} ({size / 1e6:.1f} MB)")
 
 
+def unpack(out: Path, steps: int) -> None:
+    """The shipped models as checkpoints that have made their stages' default steps, so that training can go on from them.
+
+    Optimizer states are not shipped; they start anew.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel
+
+    from chainrule.rewards.scorers import aesthetic_head
+
+    encoder = CLIPTextModel.from_pretrained(WEIGHTS / "emoji" / "text_encoder")
+    denoiser = UNet2DConditionModel.from_pretrained(WEIGHTS / "emoji" / "unet")
+    critics = {name: CLIPModel.from_pretrained(WEIGHTS / name) for name in ("clip", "pick", "hps")}
+    head = aesthetic_head(critics["clip"].config.projection_dim)
+    head.load_state_dict(load_file(WEIGHTS / "aesthetic" / "head.safetensors"))
+    trained = {
+        "vae": AutoencoderKL.from_pretrained(WEIGHTS / "emoji" / "vae"),
+        "unet": torch.nn.ModuleDict({"text_encoder": encoder, "unet": denoiser}),
+        **critics,
+        "aesthetic": head,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, module in trained.items():
+        start(name, module, out, STAGES[name].steps)
+
+
 def _latents(out: Path) -> list[Path]:
     return sorted(out.glob("latents-*.safetensors"))
 
@@ -188,7 +216,9 @@ STAGES = {
     "judges": Stage(judges, 1200, _trained("judge-color", "judge-shape")),
     "check": Stage(check, 20),
     "pack": Stage(pack, 0),
+    "unpack": Stage(unpack, 1, _trained("vae", "unet")),  # nothing when training has begun here
 }
+ALL = [name for name in STAGES if name != "unpack"]
 
 
 def run(name: str, out: Path, steps: int | None = None) -> None:
@@ -214,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        for name in STAGES if given.stage == "all" else (given.stage,):
+        for name in ALL if given.stage == "all" else (given.stage,):
             run(name, given.out, given.steps)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

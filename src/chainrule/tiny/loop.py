@@ -138,6 +138,14 @@ def train(
         weight.data.copy_(average[name])
 
 
+def start(stage: str, module: nn.Module, out: Path, step: int) -> None:
+    """Write the checkpoint a stage would have left after `step` steps with `module`'s weights and no optimizer state."""
+    tensors = {
+        f"{part}/{n}": p.detach().float().contiguous() for part in ("weight", "average") for n, p in module.named_parameters()
+    }
+    save_file({k: v.clone() for k, v in tensors.items()} | {"step": torch.tensor(step)}, out / f"{stage}.safetensors")
+
+
 def restore(stage: str, module: nn.Module, out: Path) -> int:
     """Give `module` the averaged weights a stage has reached; returns the steps it was trained for."""
     saved = out / f"{stage}.safetensors"

@@ -1,30 +1,12 @@
-"""The published methods: each a small value that draws a plan for a grid of levels.
-
-`method.plan(grid, rng)` is all there is. Everything that tells the methods apart is where the gradient may flow.
-"""
+"""The methods with one adapter for the whole chain: DRaFT, DRaFT-LV, ReFL, AlignProp, DRTune, SDO."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from random import Random
-from typing import Any, Protocol
 
-from chainrule.errors import UserError, unknown
+from chainrule.methods.method import within
 from chainrule.plan import Grad, Grid, Jump, Plan, walk
-
-
-class Method(Protocol):
-    """Anything with a plan is a method."""
-
-    def plan(self, grid: Grid, rng: Random) -> Plan: ...
-
-
-def _within(name: str, value: int | None, low: int, high: int | None = None) -> None:
-    if value is not None and (value < low or (high is not None and value > high)):
-        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UserError(f"{name} is {value}, but must be {wanted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +19,11 @@ class DRaFT:
     k: int | None = None
 
     def __post_init__(self) -> None:
-        _within("k", self.k, 1)
+        within("k", self.k, 1)
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
         steps = len(grid) - 1
-        _within("k", self.k, 1, steps)
+        within("k", self.k, 1, steps)
         cut = steps - (self.k or steps)
         return Plan(walk(grid[: cut + 1]), (walk(grid[cut:], Grad.FULL),))
 
@@ -59,7 +41,7 @@ class DRaFTLV:
     reuse_reward_gradient: bool = False
 
     def __post_init__(self) -> None:
-        _within("n", self.n, 1)
+        within("n", self.n, 1)
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
         last = grid[-2]
@@ -80,10 +62,10 @@ class ReFL:
     guided: bool = True
 
     def __post_init__(self) -> None:
-        _within("m", self.m, 1)
+        within("m", self.m, 1)
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
-        _within("m", self.m, 1, len(grid) - 1)
+        within("m", self.m, 1, len(grid) - 1)
         start = len(grid) - 1 - rng.randint(1, self.m)
         via = "base" if self.guided else "unguided"
         return Plan(walk(grid[: start + 1]), ((Jump(grid[start], 0, via, Grad.FULL),),))
@@ -116,13 +98,13 @@ class DRTune:
     m: int = 5
 
     def __post_init__(self) -> None:
-        _within("k", self.k, 1)
-        _within("m", self.m, 1)
+        within("k", self.k, 1)
+        within("m", self.m, 1)
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
         steps = len(grid) - 1
-        _within("k", self.k, 1, steps)
-        _within("m", self.m, 1, steps)
+        within("k", self.k, 1, steps)
+        within("m", self.m, 1, steps)
         stride = steps // self.k
         offset = rng.randrange(stride)
         live = {offset + i * stride for i in range(self.k)}
@@ -148,66 +130,12 @@ class SDO:
     samples: int = 1
 
     def __post_init__(self) -> None:
-        _within("samples", self.samples, 1)
+        within("samples", self.samples, 1)
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
         steps = len(grid) - 1
-        _within("samples", self.samples, 1, steps)
+        within("samples", self.samples, 1, steps)
         first, *rest = sorted(rng.sample(range(steps), self.samples))
         grads = {first: Grad.FULL} | dict.fromkeys(rest, Grad.WEIGHTS)
         path = [Jump(j.start, j.stop, j.via, grads.get(i, Grad.NONE), j.finish) for i, j in enumerate(walk(grid))]
         return Plan((), (tuple(path),))
-
-
-REGISTRY: dict[str, type[Any]] = {
-    "draft": DRaFT,
-    "draft-lv": DRaFTLV,
-    "refl": ReFL,
-    "alignprop": AlignProp,
-    "drtune": DRTune,
-    "sdo": SDO,
-}
-
-
-_WORDS = {bool: "true or false", int: "a whole number", type(None): "null"}
-
-
-def describe(name: str) -> str:
-    """The first line of a method's docstring: what it does, and its drawing."""
-    return (inspect.getdoc(REGISTRY[name]) or "").splitlines()[0]
-
-
-def spelled(method: Method) -> dict[str, Any]:
-    """The name and options that `make` turns back into this method; for one's own method, its repr as the name."""
-    for name, kind in REGISTRY.items():
-        if type(method) is kind and is_dataclass(method):
-            found: dict[str, Any] = {"name": name}
-            for option in fields(method):
-                value = getattr(method, option.name)
-                if value != option.default:
-                    found[option.name] = value
-            return found
-    return {"name": repr(method)}
-
-
-def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """A method by name: `draft`, `draft-5` (k = 5), `draft-lv`, `alignprop-1`, ... with its fields as options.
-
-    Raises UserError for an unknown name or option, with the nearest known one.
-    """
-    options, key = dict(options or {}), name.lower().replace("_", "-")
-    head, _, tail = key.rpartition("-")
-    if key == "alignprop-1":
-        key, options = "alignprop", {"last_only": True} | options
-    elif head == "draft" and tail.isdecimal():
-        key, options = "draft", {"k": int(tail)} | options
-    if key not in REGISTRY:
-        raise unknown("method", name, [*REGISTRY, "draft-K", "alignprop-1"])
-    kinds = {f.name: f.type for f in fields(REGISTRY[key])}
-    for option, value in options.items():
-        if option not in kinds:
-            raise unknown(f"option of {key}", str(option), kinds)
-        wanted = (bool,) if "bool" in str(kinds[option]) else (int,) if "None" not in str(kinds[option]) else (int, type(None))
-        if type(value) not in wanted:
-            raise UserError(f"option {option} of {key} is {value!r}, but must be {' or '.join(_WORDS[kind] for kind in wanted)}")
-    return REGISTRY[key](**options)  # type: ignore[no-any-return]

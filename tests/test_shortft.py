@@ -1,0 +1,327 @@
+"""ShortFT: its stages against tables written by hand, its gradients against a plain loop that swaps adapters by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from conftest import make_pipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+import chainrule as cr
+from chainrule.adapters import Band
+from chainrule.methods import DRaFT, ShortFT, make, stages
+from chainrule.models.students import check
+from chainrule.plan import Grad, Plan, walk
+
+PROMPTS, SEEDS, GUIDANCE = ["a fox", "two bees"], [4, 9], 3.0
+FIFTY = (*range(982, 0, -20), 0)  # Stable Diffusion's 50 leading steps, as levels
+NINE = (*range(900, 0, -100), 0)
+SIX = (600, 500, 400, 300, 200, 100, 0)
+
+# One row a call: level, level it leads to, who answers, adapters on, whether the reward reaches it. Written by hand.
+B, S, N_, F_ = "base", "student", Grad.NONE, Grad.FULL
+TABLES: dict[tuple[tuple[int, ...], int, int], list[tuple[int, int, str, str, Grad]]] = {
+    (SIX, 2, 1): [
+        (600, 500, B, "1", F_), (500, 400, B, "1", F_), (400, 300, B, "1", F_), (300, 100, S, "", F_), (100, 0, B, "12", F_),
+    ],
+    (SIX, 2, 2): [
+        (600, 500, B, "1", N_), (500, 400, B, "1", N_), (400, 300, B, "1", N_), (300, 200, B, "", N_), (200, 100, B, "", N_),
+        (100, 0, B, "12", F_),
+    ],
+    (NINE, 3, 1): [
+        (900, 800, B, "1", F_), (800, 700, B, "1", F_), (700, 600, B, "1", F_), (600, 400, S, "", F_), (400, 300, B, "12", F_),
+        (300, 100, S, "", F_), (100, 0, B, "123", F_),
+    ],
+    (NINE, 3, 2): [
+        (900, 800, B, "1", N_), (800, 700, B, "1", N_), (700, 600, B, "1", N_), (600, 500, B, "", N_), (500, 400, B, "", N_),
+        (400, 300, B, "12", F_), (300, 100, S, "", F_), (100, 0, B, "123", F_),
+    ],
+    (NINE, 3, 3): [
+        (900, 800, B, "1", N_), (800, 700, B, "1", N_), (700, 600, B, "1", N_), (600, 500, B, "", N_), (500, 400, B, "", N_),
+        (400, 300, B, "12", N_), (300, 200, B, "", N_), (200, 100, B, "", N_), (100, 0, B, "123", F_),
+    ],
+}  # fmt: skip
+
+
+def steps(high: int, low: int) -> list[int]:
+    return list(range(high, low - 1, -20))
+
+
+# The paper's chain (arXiv:2507.22604, section 4.1), in levels: timesteps plus one.
+def paper(stage: int) -> list[tuple[int, int, str, str, Grad]]:
+    first = [(level, level - 20, B, "1", F_ if stage == 1 else N_) for level in steps(982, 762)]
+    middle = {
+        "742": [(742, 502, S, "", F_)] if stage < 2 else [(level, level - 20, B, "", N_) for level in steps(742, 522)],
+        "482": [(482, 262, S, "", F_)] if stage < 3 else [(level, level - 20, B, "", N_) for level in steps(482, 282)],
+        "242": [(242, 2, S, "", F_)] if stage < 4 else [(level, level - 20, B, "", N_) for level in steps(242, 22)],
+    }
+    lora2 = [(502, 482, B, "12", F_ if stage <= 2 else N_)]
+    lora3 = [(262, 242, B, "123", F_ if stage <= 3 else N_)]
+    return [*first, *middle["742"], *lora2, *middle["482"], *lora3, *middle["242"], (2, 0, B, "1234", F_)]
+
+
+TABLES |= {(FIFTY, 4, stage): paper(stage) for stage in (1, 2, 3, 4)}
+
+
+def table(plan: Plan) -> list[tuple[int, int, str, str, Grad]]:
+    def active(level: int) -> str:
+        return "".join(name[-1] for name, spans in plan.adapters.items() if Band(1.0, spans).at(level))
+
+    return [(j.start, j.stop, j.via, active(j.start) if j.via == "base" else "", j.grad) for j in plan.jumps]
+
+
+@pytest.mark.parametrize(("grid", "k", "stage"), TABLES, ids=lambda v: str(v)[:12])
+def test_a_stage_is_its_table(grid, k, stage):
+    plan = ShortFT(k=k, stage=stage).plan(grid, Random(0))
+    assert table(plan) == TABLES[grid, k, stage]
+    assert plan.trained == tuple(f"lora{i}" for i in range(stage, k + 1))
+    assert [jump.finish for jump in plan.jumps] == [False] * (len(plan.jumps) - 1) + [True]
+
+
+def test_the_papers_chain_is_18_calls_in_its_first_stage_and_50_in_its_last():
+    plans = [stage.plan(FIFTY, Random(0)) for stage in stages(ShortFT())]
+    assert [plan.calls() for plan in plans] == [18, 29, 39, 50]
+    assert [str(plan) for plan in plans][::3] == ["[############>#>#>#]", "-" * 49 + "[#]"]
+    assert ShortFT(levels=(762, 502, 262, 2)).plan(FIFTY, Random(0)) == ShortFT().plan(FIFTY, Random(0))
+
+
+def test_options_shape_the_chain():
+    assert str(ShortFT(k=3, depth=3).plan(NINE, Random(0))) == "--->[#>#]"
+    shared = ShortFT(k=3, shared=True, stage=2).plan(NINE, Random(0))
+    assert shared.trained == ("shared",) and list(shared.adapters) == ["shared"]
+    part = ShortFT(levels=(700, 100), shortcuts=((500, 200),)).plan(NINE, Random(0))
+    assert [(j.start, j.stop) for j in part.jumps if j.via == "student"] == [(500, 200)] and part.calls() == 7
+    assert stages(ShortFT(stage=1)) == (ShortFT(stage=1),) and len(stages(ShortFT(k=3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"k": 51}, "k is 51"), ({"levels": [761, 2]}, "761"), ({"levels": [762, 502]}, "end with the last call's, 2"),
+        ({"shortcuts": [[742, 500]]}, "500"), ({"shortcuts": [[762, 602]]}, "742 to 502"), ({"stage": 5}, "stage is 5"),
+        ({"depth": 0}, "depth is 0"), ({"levels": "high"}, "a list of levels"), ({"shortcuts": [[3]]}, "pairs of levels"),
+    ],
+)  # fmt: skip
+def test_bad_options_get_one_line_before_anything_is_loaded(options, said):
+    with pytest.raises(cr.UserError, match=said):
+        make("shortft", options).plan(FIFTY, Random(0))
+
+
+def score(images: Tensor, prompts: object) -> Tensor:
+    ramp = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).view_as(images[0])
+    return -(images - 0.4 - 0.2 * ramp).square().mean((1, 2, 3))
+
+
+def shake(adapter: cr.Adapter, seed: int) -> cr.Adapter:
+    torch.manual_seed(seed)
+    for weight in adapter.parameters():
+        weight.data.normal_(0, 0.2)
+    return adapter
+
+
+def student_file(folder: Path, dtype: torch.dtype = torch.float64) -> Path:
+    """A LoRA that stands for a student."""
+    net = cr.load(make_pipeline(dtype=dtype))
+    return shake(net.adapt("student", rank=2), 5).save(folder)
+
+
+def prepared(folder: Path, plan: Plan, network: bool = False) -> tuple[cr.Model, dict[str, cr.Adapter]]:
+    """A model with a student, a LoRA or a network of its own, and the plan's adapters away from the identity."""
+    net = cr.load(make_pipeline("v_prediction"))
+    if network:
+        make_pipeline("v_prediction", seed=8).unet.save_pretrained(folder)
+    net = net.with_student(folder if network else student_file(folder))
+    adapters = {name: shake(net.adapt(name, rank=2, levels=spans), i) for i, (name, spans) in enumerate(plan.adapters.items())}
+    for name, adapter in adapters.items():
+        for weight in adapter.parameters():
+            weight.requires_grad_(name in plan.trained)
+    return net, adapters
+
+
+def by_hand(net: cr.Model, rows: list[tuple[int, int, str, str, Grad]], names: list[str], other: torch.nn.Module | None) -> Tensor:
+    """The final latent of a table of calls, with autograd through every call that is live. Adapters are set by hand."""
+    pipe = net.pipe
+    layers = [m for m in pipe.unet.modules() if hasattr(m, "lora_A")]
+    cumulative = torch.cat([torch.ones(1, dtype=torch.float64), pipe.scheduler.alphas_cumprod.double()])
+    positive, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
+    x = net.noise(SEEDS)
+    for start, stop, via, on, grad in rows:
+        for layer in layers:
+            layer._active_adapter = (
+                ["student0"] if via == "student" and other is None else [n for n in names if n[-1] in on or n == on]
+            )
+        network = other if via == "student" and other is not None else pipe.unet
+        t = torch.tensor(start - 1)
+        with torch.set_grad_enabled(grad is Grad.FULL):
+            m = network(x, t, encoder_hidden_states=positive).sample
+            if via == "base":
+                u = network(x, t, encoder_hidden_states=negative).sample
+                m = u + GUIDANCE * (m - u)
+            a, s = cumulative[start].sqrt(), (1 - cumulative[start]).sqrt()
+            target = cumulative[1] if stop == 0 else cumulative[stop]
+            x = target.sqrt() * (a * x - s * m) + (1 - target).sqrt() * (s * x + a * m)
+    for layer in layers:
+        layer._active_adapter = []
+    return x
+
+
+@pytest.mark.parametrize("network", [False, True], ids=["lora-student", "network-student"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_gradient_of_every_stage_is_a_plain_loop_that_swaps_adapters_by_hand(tmp_path, stage, network):
+    plan = ShortFT(k=3, stage=stage).plan(NINE, Random(0))
+    net, adapters = prepared(tmp_path / "student", plan, network)
+    other = net.student.denoiser.network if network else None
+    latent = by_hand(net, TABLES[NINE, 3, stage], list(adapters), other)
+    images = (net.pipe.vae.decode(latent / net.pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    live = [weight for name in plan.trained for weight in adapters[name].parameters()]
+    expected = torch.autograd.grad(-score(images, PROMPTS).mean(), live)
+    scale = max(float(g.abs().max()) for g in expected)
+    assert scale > 0
+    frozen = [w for name in adapters if name not in plan.trained for w in adapters[name].parameters()]
+    student = list(net.student.denoiser.network.parameters()) if network else [
+        w for n, w in net.network.named_parameters() if ".student0." in n
+    ]  # fmt: skip
+    for memory in ("keep", "recompute"):
+        cr.gradient(net, plan, score, PROMPTS, SEEDS, guidance=GUIDANCE, memory=memory)
+        for weight, gradient in zip(live, expected, strict=True):
+            torch.testing.assert_close(weight.grad, gradient, rtol=1e-8, atol=1e-8 * scale)
+            weight.grad = None
+        assert student and all(weight.grad is None for weight in (*frozen, *student))
+
+
+def test_an_adapter_that_is_on_nowhere_behind_the_first_live_call_gets_nothing(tmp_path):
+    """With depth 1 only the last call is live: lora1 to lora3 are all on there, and only the student's jumps are not seen."""
+    plan = ShortFT(k=3, depth=1).plan(NINE, Random(0))
+    net, adapters = prepared(tmp_path / "student", plan)
+    extra = shake(net.adapt("early", rank=2, levels=((500, None),)), 7)
+    cr.gradient(net, plan, score, PROMPTS, SEEDS, guidance=GUIDANCE)
+    assert all(w.grad is None for w in extra.parameters())
+    assert all(w.grad is not None and w.grad.abs().sum() > 0 for a in adapters.values() for w in a.parameters())
+
+
+def test_inference_is_the_original_chain_with_the_adapters_of_each_level(tmp_path):
+    plan = ShortFT(k=3, stage=3).plan(NINE, Random(0))
+    net, adapters = prepared(tmp_path / "student", plan)
+    rows = [(*row[:4], Grad.NONE) for row in TABLES[NINE, 3, 3]]
+    expected = by_hand(net, rows, list(adapters), None)
+    *_, found = net.chain(PROMPTS, SEEDS, GUIDANCE).states(net.noise(SEEDS), walk(NINE))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_fresh_adapters_are_the_base_model_bit_for_bit():
+    net = cr.load(make_pipeline(dtype=torch.float32))
+    before = list(net.states(PROMPTS, SEEDS, 10, 2.0))
+    for name, spans in ShortFT(k=3).plan(net.grid(10), Random(0)).adapters.items():
+        net.adapt(name, rank=2, levels=spans)
+    assert all(torch.equal(a, b) for a, b in zip(net.states(PROMPTS, SEEDS, 10, 2.0), before, strict=True))
+
+
+SMALL = {"steps": 7, "batch": 2, "lr": 5e-3, "rank": 2, "sample_steps": 5, "guidance": 2.0, "save_every": 2, "sample_every": 0}
+
+
+def gray(images: Tensor, prompts: object) -> Tensor:
+    return -(images - 0.2).square().mean((1, 2, 3))
+
+
+def tuned(folder: Path, student: Path, method: ShortFT | None = None, **options) -> cr.Run:
+    net = cr.load(make_pipeline(dtype=torch.float32)).with_student(student)
+    return cr.finetune(net, method or ShortFT(k=3), gray, ["a fox", "a cat"], out=folder, **{**SMALL, **options})
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("options", [{}, {"stage_steps": [2, 4, 1]}, {"plateau": 1, "lr": 1.0}], ids=str)
+def test_killed_and_resumed_over_a_stage_is_the_uninterrupted_run(tmp_path, options):
+    student = student_file(tmp_path / "student", torch.float32)
+    whole = tuned(tmp_path / "whole", student, **options)
+
+    def die(row: dict) -> None:
+        if row["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        tuned(tmp_path / "cut", student, on_update=die, **options)
+    cut = tuned(tmp_path / "cut", student, resume=True, **options)
+    first, second = (load_file(run.folder / "checkpoints/step-000007/state.safetensors") for run in (whole, cut))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert strip(whole.metrics()) == strip(cut.metrics())
+    turns = [row["stage"] for row in whole.metrics()]
+    assert turns == sorted(turns) and turns[-1] > 1
+    if not options:
+        assert turns == [1, 1, 1, 2, 2, 3, 3]
+    if "stage_steps" in options:
+        assert turns == [1, 1, 2, 2, 2, 2, 3]
+
+
+def test_a_stage_trains_its_own_adapters_and_leaves_the_earlier_ones_as_they_are(tmp_path):
+    run = tuned(tmp_path / "run", student_file(tmp_path / "student", torch.float32), save_every=1, stage_steps=[5, 1, 1])
+    states = {step: load_file(run.checkpoint(step) / "state.safetensors") for step in (6, 7)}
+    for name, moved in (("lora1", False), ("lora2", False), ("lora3", True)):
+        keys = [key for key in states[6] if key.startswith(f"weight/{name}/") and "lora_B" in key]
+        assert keys and any(not torch.equal(states[6][key], states[7][key]) for key in keys) == moved
+
+
+def test_a_run_is_one_folder_with_its_levels_and_loads_back(tmp_path):
+    run = tuned(tmp_path / "run", student_file(tmp_path / "student", torch.float32))
+    bands = json.loads((run.adapter / "bands.json").read_text())
+    grid = cr.load(make_pipeline(dtype=torch.float32)).grid(5)
+    assert {n: [tuple(s) for s in b["levels"]] for n, b in bands.items()} == {
+        n: list(s) for n, s in ShortFT(k=3).plan(grid, Random(0)).adapters.items()
+    }
+    fresh = cr.load(make_pipeline(dtype=torch.float32))
+    base = fresh.render(PROMPTS, SEEDS, 5, 2.0)
+    with_run = fresh.using(run.folder)
+    assert not torch.equal(with_run.render(PROMPTS, SEEDS, 5, 2.0), base)
+    assert torch.equal(fresh.using(run.folder, scale=0).render(PROMPTS, SEEDS, 5, 2.0), base)
+    with pytest.raises(cr.UserError, match="levels of their own"):
+        fresh.using(run.folder, adapter_steps=(1, 3), steps=5)
+    with pytest.raises(cr.UserError, match="several adapters"):
+        cr.mix({run.folder: 1.0})
+
+
+@pytest.mark.parametrize("method", [ShortFT(k=2, shared=True), ShortFT(k=2, stage=1), ShortFT(k=2, depth=2)], ids=str)
+def test_the_ablations_run(tmp_path, method):
+    run = tuned(tmp_path / "run", student_file(tmp_path / "student", torch.float32), method, steps=3, save_every=0)
+    assert len(run.metrics()) == 3 and all(row["reward"] is not None for row in run.metrics())
+
+
+def test_tuning_the_student_itself_is_draft_on_the_model_with_the_student_on(tmp_path):
+    net = cr.load(make_pipeline(dtype=torch.float32)).using(student_file(tmp_path / "student", torch.float32))
+    run = cr.finetune(
+        net, DRaFT(), gray, ["a fox"], out=tmp_path / "run", **{**SMALL, "guidance": 1.0, "sample_steps": 4, "steps": 2}
+    )
+    assert len(run.metrics()) == 2
+
+
+def test_a_student_that_is_missing_or_does_not_fit_gets_one_line(tmp_path, sd_folder):
+    net = cr.load(make_pipeline(dtype=torch.float32))
+    with pytest.raises(cr.UserError, match="has none; use model"):
+        cr.finetune(net, ShortFT(k=2), gray, ["a fox"], out=tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(cr.UserError, match="no student at"):
+        check(tmp_path / "nowhere", str(sd_folder))
+    with pytest.raises(cr.UserError, match="no student of its own"):
+        check(None, str(sd_folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(cr.UserError, match="expected a LoRA"):
+        check(tmp_path / "empty", str(sd_folder))
+    other = make_pipeline(dtype=torch.float32)
+    other.scheduler.register_to_config(prediction_type="v_prediction")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(cr.UserError, match="predicts v_prediction"):
+        check(tmp_path / "other", str(sd_folder))
+    other.unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(cr.UserError, match="cross_attention_dim is 16"):
+        check(tmp_path / "unet", "tiny-emoji")
+    lora = student_file(tmp_path / "lora", torch.float32)
+    check(lora, str(sd_folder))
+    with pytest.raises(cr.UserError, match="another model"):
+        check(lora, "tiny-emoji")
