@@ -24,8 +24,10 @@ def block(*words: str) -> str:
 
 
 def page() -> str:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return "\n".join([INTRODUCTION, block(), *map(block, commands)])
+    blocks = [block()]
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        blocks += [block(name), *(block(name, word) for word in getattr(command, "commands", ()))]
+    return "\n".join([INTRODUCTION, *blocks])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ from chainrule.adapters.files import read
 from chainrule.cli import app, main
 
 DOCS = Path(__file__).parent.parent / "docs"
-COMMANDS = typer.main.get_command(app).commands
+GROUP = typer.main.get_command(app).commands
+COMMANDS = dict(GROUP) | {
+    f"{name} {word}": inner for name, command in GROUP.items() for word, inner in getattr(command, "commands", {}).items()
+}
 Call = Callable[..., SimpleNamespace]
 
 
@@ -58,7 +61,7 @@ def test_the_page_has_every_command():
     assert list(committed()) == ["chainrule", *(f"chainrule {name}" for name in COMMANDS)]
 
 
-@pytest.mark.parametrize("words", [(), *((name,) for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), *(tuple(name.split()) for name in COMMANDS)], ids=" ".join)
 def test_help_equals_the_committed_text(words, chainrule, monkeypatch):
     monkeypatch.setenv("COLUMNS", "102")  # click leaves two columns free
     found = chainrule(*words, "--help")
@@ -104,9 +107,9 @@ def test_plan_draws_the_method_and_counts_its_cost(chainrule):
     assert found.out.splitlines() == [
         "DRaFTLV(n=2, reuse_reward_gradient=False)",
         "---------[#|^#|^#]",
-        "  - constant call   = its weights   # weights and input   ^ noised again   [ branches | ]",
         "recompute  12 network calls, 3 backward calls, about 1.80x the time of sampling, memory of 1 call graph",
         "keep       12 network calls, 3 backward calls, about 1.50x the time of sampling, memory of 1 call graph",
+        "- constant call   = its weights   # weights and input   > a student's jump   ^ noised again   [ branches | ]",
     ]
     drawings = {chainrule("plan", "sdo", "--steps", 4, "--seed", seed).out.splitlines()[1] for seed in range(30)}
     assert drawings == {"[#---]", "[-#--]", "[--#-]", "[---#]"}

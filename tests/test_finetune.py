@@ -148,7 +148,7 @@ def test_an_update_does_not_depend_on_accumulation_or_micro_batches(tmp_path):
         settings = Settings(**{**SMALL, "batch": 4, **options})
         trainer = build(net, DRaFTLV(), reward_of(gray), PROMPTS, settings, processes(settings, net.device, tmp_path))
         trainer.update()
-        found.append(torch.cat([p.detach().flatten() for p in trainer.named_parameters().values()]))
+        found.append(torch.cat([p.detach().flatten() for p in trainer.learner.named_parameters().values()]))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-7, atol=1e-9)
 

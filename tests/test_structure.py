@@ -34,12 +34,15 @@ MAY_IMPORT = {
     "tiny": "errors rewards",
     "prompts": "errors tiny",  # the names of what tiny-emoji can draw
     "report": "errors plan runs",
-    "trainer": "errors plan settings methods noise adapters rewards objective chain models",
-    "session": "errors noise models report runs rewards trainer",
+    "learner": "adapters",
+    "trainer": "errors plan settings methods noise adapters rewards objective chain models learner",
+    "session": "errors noise models report runs rewards learner trainer",
     "finetune": "errors runs settings methods rewards chain models prompts session trainer",
+    "distill": "plan runs settings noise adapters denoise models prompts learner session",
     "evaluate": "errors rewards chain models prompts",
+    "analyze": "errors plan rewards chain models prompts report distill evaluate",
     "arguments": "errors settings methods prompts",
-    "cli": "errors plan runs settings methods adapters rewards models prompts report finetune evaluate arguments",
+    "cli": "errors plan runs settings methods adapters rewards models prompts report finetune distill evaluate analyze arguments",
 }
 WITHOUT_TORCH = ("errors", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
 KNOW_DIFFUSERS = ("models", "tiny")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chainrule.adapters import Adapter, mix
     from chainrule.chain import Result
+    from chainrule.distill import distill
     from chainrule.errors import UserError
     from chainrule.evaluate import Table, evaluate
     from chainrule.finetune import finetune
-    from chainrule.models import Model, load
+    from chainrule.models import Model, attach, load
     from chainrule.prompts import prompts
     from chainrule.report import report
     from chainrule.runs import Run
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Adapter", "Model", "Result", "Run", "Table", "UserError",
-    "evaluate", "finetune", "gradient", "load", "mix", "prompts", "report",
+    "attach", "distill", "evaluate", "finetune", "gradient", "load", "mix", "prompts", "report",
 ]  # fmt: skip
 
 # Imported on first use, so that the command line can answer --help without loading torch.
 _HOMES = {
     "Adapter": "adapters", "mix": "adapters", "Result": "chain", "UserError": "errors", "Table": "evaluate",
-    "evaluate": "evaluate", "finetune": "finetune", "gradient": "trainer", "Model": "models", "load": "models",
+    "attach": "models", "distill": "distill", "evaluate": "evaluate", "finetune": "finetune", "gradient": "trainer",
+    "Model": "models", "load": "models",
     "prompts": "prompts", "report": "report", "Run": "runs",
 }  # fmt: skip
 
@@ -42,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`finetune`, `evaluate`, `prompts` and `report` are functions here and modules too: the function is the attribute,
+    """`distill`, `finetune`, `evaluate`, `prompts` and `report` are functions here and modules too: the function is the attribute,
     the module is reached by `from chainrule.finetune import ...`."""
 
     def __setattr__(self, name: str, value: Any) -> None:

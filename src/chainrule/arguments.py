@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -12,25 +13,31 @@ from typing import Annotated, Any, get_args
 
 import typer
 import yaml
+from pydantic import BaseModel
 
 from chainrule import methods
 from chainrule.errors import UserError, unknown
 from chainrule.prompts import SETS, prompts
 from chainrule.settings import Settings
 
-TRAIN_KEYS = ("model", "method", "reward", "held_out", "prompts", "out", "dtype")
+TRAIN_KEYS = ("model", "student", "adapter", "method", "reward", "held_out", "prompts", "out", "dtype")
 """What `train` takes besides the settings, on the command line or in its config file."""
 
 
-def with_settings(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for every field of `Settings`, so that they are written down once."""
+def with_settings(settings: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for every field of its settings, so that they are written down once."""
+    return functools.partial(_with, settings)
+
+
+def _with(settings: type[BaseModel], function: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(function, eval_str=True)
     kept = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    for name, field in Settings.model_fields.items():
+    for name, field in settings.model_fields.items():
         kind, help_text = field.annotation, str(field.description)
         if get_args(kind) and str in {type(a) for a in get_args(kind)}:  # a Literal: pydantic checks the value
             help_text, kind = f"{help_text} ({' | '.join(get_args(kind))})", str
-        kind = next((a for a in get_args(kind) if a is not type(None)), kind)
+        if type(None) in get_args(kind):
+            kind = next(a for a in get_args(kind) if a is not type(None))
         shown = "" if field.default is None else f" [default: {field.default}]"
         option = typer.Option(help=f"{help_text[0].upper()}{help_text[1:]}.{shown}", show_default=False)
         annotation = Annotated[kind | None, option]  # type: ignore[operator, valid-type]
@@ -46,7 +53,7 @@ def configured(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
         if key not in (*TRAIN_KEYS, *Settings.model_fields):
             raise unknown(f"key in {config}", str(key), [*TRAIN_KEYS, *Settings.model_fields])
     values |= {key: value for key, value in given.items() if value is not None}
-    for key in ("model", "reward", "held_out", "out", "dtype"):
+    for key in ("model", "student", "adapter", "reward", "held_out", "out", "dtype"):
         if not isinstance(values.get(key), str | None):
             raise UserError(f"{key} is {values[key]!r}, but must be text")
     return values
@@ -72,7 +79,7 @@ def method_of(chosen: Any, pairs: Sequence[str] | None, steps: int | None) -> me
         raise UserError(f"method is {chosen!r}, but must be a name, or a name with options")
     spec = dict(chosen) if isinstance(chosen, dict) else {"name": chosen}
     made = methods.make(str(spec.pop("name", "draft-lv")), spec | _options(pairs))
-    if steps is not None:
+    if steps is not None and not getattr(made, "levels", None) and not getattr(made, "shortcuts", None):
         made.plan(range(steps, -1, -1), Random(0))
     return made
 

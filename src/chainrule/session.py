@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from random import Random
 from types import FrameType
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chainrule.errors import UserError
+from chainrule.learner import Learner
 from chainrule.models.model import pictures
 from chainrule.noise import derive
 from chainrule.report import before_after, grid, report
@@ -31,24 +32,24 @@ BAD_IN_A_ROW = 8  # updates that may be skipped for NaN or Inf in a row before a
 KEPT = 2  # checkpoints
 
 
-def save_checkpoint(run: Run, trainer: Trainer) -> None:
+def save_checkpoint(run: Run, learner: Learner) -> None:
     """Write `checkpoints/step-000123`; `state.json` comes last, so a folder that has it is complete."""
-    folder = run.folder / "checkpoints" / f"step-{trainer.step:06d}"
+    folder = run.checkpoint(learner.progress.step)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in trainer.tensors().items()}, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps(asdict(trainer.progress)))
+    save_file({k: v.detach().cpu().contiguous() for k, v in learner.tensors().items()}, folder / "state.safetensors")
+    (folder / "state.json").write_text(json.dumps(learner.state))
     for old in run.checkpoints()[:-KEPT]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(run: Run, trainer: Trainer) -> None:
+def load_checkpoint(run: Run, learner: Learner) -> None:
     """Continue from the last complete checkpoint. UserError when it is damaged or of another adapter."""
     found = run.checkpoints()
     if not found:
         return
     try:
-        tensors = load_file(found[-1] / "state.safetensors", device=str(trainer.model.device))
-        trainer.restore(tensors, json.loads((found[-1] / "state.json").read_text()))
+        tensors = load_file(found[-1] / "state.safetensors")
+        learner.restore(tensors, json.loads((found[-1] / "state.json").read_text()))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"the checkpoint {found[-1]} is damaged ({error}); delete that folder to resume from the one before"
@@ -79,11 +80,12 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _bar(console: Console) -> Progress:
+def progress_bar(what: str, quiet: bool = False) -> Progress:
+    """A bar on stderr with the updates, a value (the reward, the loss), speed, elapsed and remaining time."""
     return Progress(
         TextColumn("[bold]{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(),
-        TextColumn("reward [bold]{task.fields[reward]}"), TextColumn("{task.fields[speed]} images/s"),
-        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console,
+        TextColumn(what + " [bold]{task.fields[value]}"), TextColumn("{task.fields[speed]} images/s"),
+        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=Console(stderr=True, quiet=quiet),
     )  # fmt: skip
 
 
@@ -122,7 +124,7 @@ class Session:
         """Update until `steps`, Ctrl-C, the held-out reward stops rising, or too many bad updates."""
         run, s, main = self.run, trainer.settings, trainer.accelerator.is_main_process
         if resume:
-            load_checkpoint(run, trainer)
+            load_checkpoint(run, trainer.learner)
             run.truncate(trainer.step)
         if s.tracker != "none":
             trainer.accelerator.init_trackers("chainrule", {k: str(v) for k, v in run.config.items()})
@@ -132,8 +134,8 @@ class Session:
             plans = [stage.plan(chain, Random(derive(s.seed, "plan", i))) for stage in trainer.stages for i in range(3)]
             run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
         smooth: float | None = None
-        with interrupts() as asked, _bar(Console(stderr=True, quiet=not main)) as bar:
-            task = bar.add_task("update", total=s.steps, completed=trainer.step, reward="-", speed="-")
+        with interrupts() as asked, progress_bar("reward", quiet=not main) as bar:
+            task = bar.add_task("update", total=s.steps, completed=trainer.step, value="-", speed="-")
             while trainer.step < s.steps:
                 row = trainer.update()
                 smooth = row["reward"] if smooth is None else 0.9 * smooth + 0.1 * row["reward"]
@@ -143,7 +145,7 @@ class Session:
                 trainer.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=trainer.step)
                 label = f"stage {row['stage']} of {len(trainer.stages)}" if "stage" in row else "update"
                 speed = f"{s.batch / row['seconds']:.1f}"
-                bar.update(task, completed=trainer.step, description=label, reward=f"{smooth:.4g}", speed=speed)
+                bar.update(task, completed=trainer.step, description=label, value=f"{smooth:.4g}", speed=speed)
                 if on_update:
                     on_update(row)
                 if trainer.bad >= BAD_IN_A_ROW:
@@ -174,7 +176,7 @@ class Session:
                 if watch.stale == 0:
                     trainer.save_adapter(self.run.folder / "best")
         if s.save_every and trainer.step % s.save_every == 0:
-            save_checkpoint(self.run, trainer)
+            save_checkpoint(self.run, trainer.learner)
         return held
 
     def _sample(self, trainer: Trainer, watch: Watch, name: str) -> float | None:
@@ -189,7 +191,7 @@ class Session:
         return held
 
     def _finish(self, trainer: Trainer, watch: Watch) -> None:
-        save_checkpoint(self.run, trainer)
+        save_checkpoint(self.run, trainer.learner)
         trainer.save_adapter(self.run.adapter)
         if self.stop_reason != "interrupted":
             self._sample(trainer, watch, "after")

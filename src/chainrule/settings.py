@@ -11,6 +11,46 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from chainrule.errors import UserError, unknown
 
 
+def _made(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
+    """Checked settings. Raises UserError naming the first wrong key and value."""
+    for key in values:
+        if key not in kind.model_fields:
+            raise unknown("option", key, kind.model_fields)
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].replace("Input should be", "must be")
+        raise UserError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}, but {reason}") from error
+
+
+class Distillation(BaseModel):
+    """How to distill a few-step student."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    steps: int = Field(4, ge=2, le=16, description="network calls the student makes an image with")
+    updates: int = Field(1000, ge=1, description="updates")
+    batch: int = Field(8, ge=1, description="trajectories of the base model per update")
+    starts: int = Field(12, ge=1, description="states of each trajectory that are learned from")
+    teacher_steps: int = Field(20, ge=2, description="network calls of a trajectory; at least two per step of the student")
+    guidance: float | None = Field(None, ge=0, le=100, description="guidance that is baked in; default: the model's")
+    lr: float = Field(1e-3, gt=0, description="AdamW learning rate, falling linearly to 0")
+    clip: float = Field(1.0, gt=0, description="gradient norm is clipped here")
+    rank: int = Field(32, ge=1, description="LoRA rank, on every linear layer and convolution")
+    ema: float = Field(0.98, ge=0, lt=1, description="decay of the average of the student that is saved; 0: none")
+    seed: int = Field(0, ge=0, description="of the student, the prompts, the noise and the levels")
+    save_every: int = Field(100, ge=0, description="updates between checkpoints; 0: only at the end")
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any]) -> Distillation:
+        """Checked settings. Raises UserError naming the first wrong key and value."""
+        made: Distillation = _made(cls, values)
+        if made.teacher_steps < 2 * made.steps:
+            raise UserError(f"teacher_steps is {made.teacher_steps}, but must be at least twice the student's {made.steps} steps")
+        return made
+
+
 class Settings(BaseModel):
     """How to fine-tune. Defaults are DRaFT's small-scale ones (arXiv:2309.17400, Table 1) where the paper has one."""
 
@@ -49,15 +89,7 @@ class Settings(BaseModel):
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> Settings:
         """Checked settings. Raises UserError naming the first wrong key and value."""
-        for key in values:
-            if key not in cls.model_fields:
-                raise unknown("option", key, cls.model_fields)
-        try:
-            made = cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = first["msg"].replace("Input should be", "must be")
-            raise UserError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}, but {reason}") from error
+        made: Settings = _made(cls, values)
         if made.stage_steps is not None and not (all(n >= 1 for n in made.stage_steps) and sum(made.stage_steps) == made.steps):
             raise UserError(f"stage_steps is {made.stage_steps}, but must be numbers of at least 1 that sum to steps, {made.steps}")
         if made.batch % made.accumulate:

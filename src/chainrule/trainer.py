@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
-from chainrule.adapters import Adapter, save_bands
+from chainrule.adapters import save_bands
 from chainrule.adapters.lora import gradients
 from chainrule.chain import Memory, Result, Score, backpropagate
 from chainrule.errors import UserError
+from chainrule.learner import Learner
 from chainrule.methods import Method, stages
 from chainrule.models import Model
 from chainrule.noise import derive
@@ -47,59 +47,26 @@ def gradient(
 
 
 @dataclass(slots=True)
-class Progress:
-    """How far a run has come: its updates, the stage it is in, and what the end of that stage depends on."""
-
-    step: int = 0
-    skipped: int = 0
-    stage: int = 0  # counted from 0
-    began: int = 0  # the update the stage began with
-    smooth: float | None = None  # the reward of the stage's updates, averaged over about the last ten
-    best: float | None = None
-    best_at: int = 0
-
-    def saw(self, reward: float) -> None:
-        """Count an update of this reward."""
-        self.smooth = reward if self.smooth is None else 0.9 * self.smooth + 0.1 * reward
-        if self.best is None or self.smooth > self.best:
-            self.best, self.best_at = self.smooth, self.step
-
-    def next_stage(self) -> None:
-        self.stage, self.began, self.smooth, self.best, self.best_at = self.stage + 1, self.step, None, None, self.step
-
-
-@dataclass(slots=True)
 class Trainer:
-    """Everything an update needs. Its whole state is the adapters, the optimizer, the averages and `progress`."""
+    """Everything an update needs. Its whole state is the learner's."""
 
     model: Model
-    adapters: dict[str, Adapter]
+    learner: Learner
     stages: tuple[Method, ...]
     reward: Reward
     prompts: list[str]
     settings: Settings
     accelerator: Accelerator
-    optimizer: torch.optim.AdamW
-    average: dict[str, Tensor]
-    progress: Progress = field(default_factory=Progress)
-    bad: int = 0
+    bad: int = 0  # updates skipped in a row
 
     @property
     def step(self) -> int:
-        return self.progress.step
+        return self.learner.progress.step
 
-    @property
-    def method(self) -> Method:
-        """What is trained now."""
-        return self.stages[self.progress.stage]
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every adapter's weights, the frozen ones too."""
-        return {f"{name}/{key}": w for name, adapter in self.adapters.items() for key, w in adapter.named_parameters().items()}
-
-    def plan(self, step: int) -> Plan:
-        """The plan of an update, the same on every process."""
-        return self.method.plan(self.model.grid(self.settings.sample_steps), Random(derive(self.settings.seed, "plan", step)))
+    def plan(self) -> Plan:
+        """The plan of the next update, the same on every process."""
+        method = self.stages[self.learner.progress.stage]
+        return method.plan(self.model.grid(self.settings.sample_steps), Random(derive(self.settings.seed, "plan", self.step)))
 
     def batch(self, step: int) -> tuple[list[str], list[int]]:
         """This process's share of the prompts and image seeds of an update: the same global batch for any number."""
@@ -111,8 +78,8 @@ class Trainer:
 
     def update(self) -> dict[str, Any]:
         s, step, began = self.settings, self.step, time.perf_counter()
-        plan = self.plan(step)
-        weights = self._thaw(plan.trained or tuple(self.adapters))
+        plan, progress = self.plan(), self.learner.progress
+        weights = self.learner.train_only(plan.trained or self.learner.adapters)
         prompts, seeds = self.batch(step)
         rewards = []
         for part in range(s.accumulate):
@@ -129,75 +96,40 @@ class Trainer:
         norm = float(flat.norm())
         rate = s.lr * (min(10 / math.sqrt(step + 1), 1.0) if s.schedule == "sqrt" else 1.0)
         if math.isfinite(norm) and math.isfinite(reward):
-            flat = flat * min(1.0, s.clip / (norm + 1e-12))
-            for weight, piece in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
-                weight.grad = piece.view_as(weight).to(weight.dtype)
-            self.optimizer.param_groups[0]["lr"] = rate
-            self.optimizer.step()
-            for name, weight in self.named_parameters().items():
-                self.average[name].lerp_(weight.detach(), 1 - min(s.ema, (step + 1) / (step + 10)) if s.ema else 1.0)
+            self.learner.step(weights, flat, lr=rate, clip=s.clip, ema=s.ema)
             self.bad = 0
-            self.progress.saw(reward)
+            progress.saw(reward)
         else:
-            self.progress.skipped, self.bad = self.progress.skipped + 1, self.bad + 1
-        self.optimizer.zero_grad(set_to_none=True)
-        self.progress.step += 1
+            progress.skipped, self.bad = progress.skipped + 1, self.bad + 1
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
         row = {"step": self.step, "reward": reward, "grad_norm": norm, "lr": rate}
-        row |= {"seconds": time.perf_counter() - began, "skipped": self.progress.skipped}
+        row |= {"seconds": time.perf_counter() - began, "skipped": progress.skipped}
         if len(self.stages) > 1:
-            row["stage"] = self.progress.stage + 1
+            row["stage"] = progress.stage + 1
             self._advance()
         return row
 
-    def _thaw(self, trained: tuple[str, ...]) -> list[nn.Parameter]:
-        """Train these adapters and freeze the others; returns the trained weights. Their optimizer state stays."""
-        for name, adapter in self.adapters.items():
-            for weight in adapter.parameters():
-                weight.requires_grad_(name in trained)
-        return [weight for name in self.adapters if name in trained for weight in self.adapters[name].parameters()]
-
     def _advance(self) -> None:
         """Go on to the next stage when this one has had its updates, or stopped getting better."""
-        s, now = self.settings, self.progress
+        s, now = self.settings, self.learner.progress
         length = s.stage_steps[now.stage] if s.stage_steps else _share(s.steps, len(self.stages), now.stage)
         over = now.step - now.began >= length or (s.plateau and now.step - now.best_at > s.plateau)
         if over and now.stage + 1 < len(self.stages):
             now.next_stage()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The trainer's state as flat tensors."""
-        found = {f"average/{k}": v for k, v in self.average.items()}
-        for name, weight in self.named_parameters().items():
-            found[f"weight/{name}"] = weight.detach()
-            found |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
-        return found
-
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.progress = Progress(**state)
-        for name, weight in self.named_parameters().items():
-            weight.data.copy_(tensors[f"weight/{name}"])
-            self.average[name].copy_(tensors[f"average/{name}"])
-            keys = [k.split("/")[1] for k in tensors if k.startswith("optimizer/") and k.endswith(f"/{name}")]
-            self.optimizer.state[weight] = {key: tensors[f"optimizer/{key}/{name}"].clone() for key in keys}
-
     def save_adapter(self, folder: Path) -> None:
         """The averaged adapter, in the format plain diffusers loads; several by level in a folder each, with their levels."""
-        kept = {name: weight.detach().clone() for name, weight in self.named_parameters().items()}
-        self._put(self.average)
-        levels = self.plan(0).adapters
-        for name, adapter in self.adapters.items():
-            adapter.save(folder / name if levels else folder)
+        levels = self.stages[0].plan(self.model.grid(self.settings.sample_steps), Random(0)).adapters
+        with self.learner.averaged():
+            for name, adapter in self.learner.adapters.items():
+                adapter.save(folder / name if levels else folder)
         if levels:
             save_bands(folder, levels)
-        self._put(kept)
-
-    def _put(self, values: dict[str, Tensor]) -> None:
-        for name, weight in self.named_parameters().items():
-            weight.data.copy_(values[name])
 
     def remove(self) -> None:
         """Give the model back without the adapters."""
-        for adapter in self.adapters.values():
+        for adapter in self.learner.adapters.values():
             self.model.drop(adapter)
 
 
@@ -229,8 +161,5 @@ def build(
         name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels.get(name))
         for i, name in enumerate(levels or ("default",))
     }
-    weights = [weight for adapter in adapters.values() for weight in adapter.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=settings.lr, weight_decay=settings.weight_decay)
-    made = Trainer(model, adapters, turns, reward, prompts, settings, accelerator, optimizer, {})
-    made.average = {name: weight.detach().clone() for name, weight in made.named_parameters().items()}
-    return made
+    learner = Learner.of(adapters, settings.lr, settings.weight_decay)
+    return Trainer(model, learner, turns, reward, prompts, settings, accelerator)

@@ -35,6 +35,10 @@ class Weights:
     def targets(self) -> tuple[str, ...]:
         return tuple(sorted({key.split(".lora_")[0] for key in self.tensors}))
 
+    def half(self) -> Weights:
+        """The same in float16."""
+        return Weights({key: value.half() for key, value in self.tensors.items()}, self.alpha)
+
     def save(self, folder: str | Path) -> Path:
         """Write `folder/pytorch_lora_weights.safetensors`; rank and alpha go into the header, as diffusers does."""
         path = Path(folder)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from chainrule.errors import UserError, unknown
+from chainrule.models import bundled
+from chainrule.models.bundled import BUNDLED
 from chainrule.models.model import Defaults, Model
 
-# The bundled models: their folder in the package, and one line for `chainrule models`.
-BUNDLED = {"tiny-emoji": ("tiny/weights/emoji", "128x128 emoji scenes, ships with the package, runs on a laptop's CPU")}
 # Pipeline class -> the module of its family.
 FAMILIES = {"StableDiffusionPipeline": "chainrule.models.stable_diffusion"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -77,7 +76,7 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None) -> M
     check(source)
     name, defaults = str(source), Defaults()
     if name in BUNDLED:
-        source = Path(str(files("chainrule"))) / BUNDLED[name][0]
+        source = bundled.folder(name)
         settings = source / "chainrule.json"
         if not settings.is_file():
             raise UserError(f"the bundled model {name} is missing from this installation; reinstall chainrule")

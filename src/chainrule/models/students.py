@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +12,12 @@ from safetensors import safe_open
 from chainrule import adapters
 from chainrule.adapters.files import find
 from chainrule.errors import UserError
-from chainrule.models.loading import BUNDLED
+from chainrule.models import bundled
 
 if TYPE_CHECKING:
     from chainrule.denoise import Member
     from chainrule.models.model import Model
 
-# The students that ship with the package, as LoRAs of their bundled models.
-BUNDLED_STUDENTS = {"tiny-emoji": "tiny/weights/student"}
 # What two networks must have in common for one to answer for the other.
 SHARED = ("in_channels", "out_channels", "cross_attention_dim", "sample_size")
 
@@ -29,9 +26,9 @@ def locate(source: str | Path | None, base: str) -> str | Path:
     """Where a student is: the source itself, or the bundled one. UserError when there is none."""
     if source is not None:
         return source
-    if base not in BUNDLED_STUDENTS:
+    if base not in bundled.STUDENTS:
         raise UserError(f"{base} has no student of its own; pass one (chainrule distill {base} --out runs/student makes it)")
-    return Path(str(files("chainrule"))) / BUNDLED_STUDENTS[base]
+    return bundled.student(base)
 
 
 def _is_lora(place: Path) -> bool:
@@ -56,6 +53,11 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def facts(place: str | Path) -> dict[str, Any]:
+    """What `distill` wrote about a student: its base, steps and prediction; {} for others."""
+    return _read(Path(place) / "adapter" / "student.json") or _read(Path(place) / "student.json")
+
+
 def check(source: str | Path | None, base: str) -> None:
     """Everything about a student that its files say before anything is loaded: there, of this architecture and prediction.
 
@@ -68,7 +70,7 @@ def check(source: str | Path | None, base: str) -> None:
         raise UserError(
             f"no student at {str(source)!r}: give a folder, a .safetensors file, or a hub id OWNER/NAME or OWNER/NAME:FILE"
         )
-    here = Path(str(files("chainrule"))) / BUNDLED[base][0] if base in BUNDLED else Path(base)
+    here = bundled.folder(base) if base in bundled.BUNDLED else Path(base)
     predicts = _read(here / "scheduler" / "scheduler_config.json").get("prediction_type")
     said = _read(place / "student.json").get("prediction") or _read(place / "scheduler" / "scheduler_config.json").get(
         "prediction_type"

@@ -1,0 +1,129 @@
+"""Measurements the papers rest on. So far: how far a student's shortcut leads from where the base model ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from chainrule.chain import Score
+from chainrule.distill import route
+from chainrule.errors import UserError
+from chainrule.evaluate import Estimate
+from chainrule.models import Model
+from chainrule.models.model import pictures
+from chainrule.plan import Path as Jumps
+from chainrule.plan import walk
+from chainrule.prompts import prompts as read_prompts
+from chainrule.report import grid as sheet
+from chainrule.rewards import Reward, checked, reward_of
+
+
+@dataclass(frozen=True, slots=True)
+class Shortcut:
+    """How far from the base model's own end each way down leads, from each level: rows of a table, and pictures.
+
+    `rows[level][way][measure]`; measures are `latent` and `pixels`, root mean squares, and the absolute change of every
+    reward. The ways are `shortcut` (the student's jumps), `ddim` (the base model by the same jumps, so with as many
+    calls, guided) and `one step` (its clean prediction).
+    """
+
+    prompts: list[str]
+    rows: dict[int, dict[str, dict[str, Estimate]]]
+    calls: dict[int, int]
+    picture: Image.Image
+
+    def __str__(self) -> str:
+        measures = list(next(iter(next(iter(self.rows.values())).values())))
+        lines = ["| from level | calls | way | " + " | ".join(measures) + " |", "|---" * (len(measures) + 3) + "|"]
+        for level, ways in self.rows.items():
+            for way, found in ways.items():
+                calls = 1 if way == "one step" else self.calls[level]
+                lines.append(f"| {level} | {calls} | {way} | " + " | ".join(str(found[m]) for m in measures) + " |")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def shortcut(
+    model: Model,
+    prompts: str | Sequence[str],
+    rewards: Sequence[Score] = (),
+    *,
+    seeds: int = 2,
+    steps: int = 50,
+    student_steps: int = 4,
+    guidance: float | None = None,
+    points: int = 5,
+    batch: int = 16,
+    shown: int = 4,
+    on_call: Callable[[], None] = lambda: None,
+) -> Shortcut:
+    """ShortFT's Fig. 3 (arXiv:2507.22604) for this model and its student: from `points` levels of the sampling grid.
+
+    Raises UserError for a model without a student (`model.with_student`).
+    """
+    if not model.student:
+        raise UserError(f"{model.name} has no student to analyze; use model.with_student(...)")
+    said = [prompt for prompt in read_prompts(prompts) for _ in range(seeds)]
+    numbers = list(range(seeds)) * (len(said) // seeds)
+    guidance = model.defaults.guidance if guidance is None else guidance
+    levels, top = model.grid(steps), len(model.solver.schedule.alpha) - 1
+    starts = [levels[i * steps // points] for i in range(points)]
+    ways: dict[int, dict[str, Jumps]] = {}
+    for level in starts:
+        jumps = route(level, top, student_steps)
+        ways[level] = {"shortcut": jumps, "ddim": walk([level, *(j.stop for j in jumps)]), "one step": walk([level, 0])}
+    scorers = [reward_of(reward).to(model.device) for reward in rewards]
+    found: dict[int, dict[str, list[dict[str, Tensor]]]] = {level: {way: [] for way in each} for level, each in ways.items()}
+    columns: dict[str, list[Tensor]] = {}
+    for start in range(0, len(said), batch):
+        part, own = said[start : start + batch], numbers[start : start + batch]
+        chain = model.chain(part, own, guidance, on_call=on_call)
+        states = [model.noise(own), *chain.states(model.noise(own), walk(levels))]
+        end = _seen(model, states[-1], part, scorers)
+        columns.setdefault(f"{steps} steps", []).append(end["images"])
+        for level, each in ways.items():
+            for way, jumps in each.items():
+                *_, latent = chain.states(states[list(levels).index(level)], jumps)
+                there = _seen(model, latent, part, scorers)
+                found[level][way].append({name: _apart(name, there[name], end[name]) for name in there})
+                columns.setdefault(f"{way} from {level}", []).append(there["images"])
+    rows = {level: {way: _estimates(parts, seeds) for way, parts in each.items()} for level, each in found.items()}
+    calls = {level: len(each["shortcut"]) for level, each in ways.items()}
+    first = range(0, len(said), max(1, len(said) // shown))[:shown]
+    drawn = [(name, torch.cat(images)[i]) for i in first for name, images in columns.items() if not name.startswith("ddim")]
+    picture = sheet(pictures(torch.stack([image for _, image in drawn])), len(drawn) // len(first), [name for name, _ in drawn])
+    return Shortcut(read_prompts(prompts), rows, calls, picture)
+
+
+def _seen(model: Model, latent: Tensor, prompts: Sequence[str], scorers: Sequence[Reward]) -> dict[str, Tensor]:
+    images = model.decode(latent)
+    rewards = {scorer.name: checked(scorer, images, prompts) for scorer in scorers}
+    return {"latent": latent, "images": images} | rewards
+
+
+def _apart(name: str, there: Tensor, end: Tensor) -> Tensor:
+    """(b,): root mean square distance of latents and images, absolute difference of rewards."""
+    difference = (there - end).flatten(1) if there.ndim > 1 else (there - end)[:, None]
+    return difference.square().mean(1).sqrt().float().cpu()
+
+
+def _estimates(parts: list[dict[str, Tensor]], seeds: int) -> dict[str, Estimate]:
+    """Over prompts; the seeds of one are averaged first."""
+    return {
+        "pixels" if name == "images" else name: Estimate.of(torch.cat([p[name] for p in parts]).view(-1, seeds).mean(1).tolist())
+        for name in parts[0]
+    }
+
+
+def save(found: Shortcut, folder: str | Path) -> Path:
+    """Write `shortcut.md` and `shortcut.png` into a folder."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "shortcut.md").write_text(f"{found}\n")
+    found.picture.save(place / "shortcut.png")
+    return place

@@ -1,0 +1,131 @@
+"""Commands that look: `plan`, `analyze`, `methods`, `rewards`, `models`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Annotated
+
+import typer
+
+from chainrule.arguments import at_least_one, counted, method_of
+from chainrule.cli.app import Guidance, Options, progress
+from chainrule.errors import UserError
+from chainrule.plan import Grid, Levels
+
+
+def plan(
+    method: Annotated[str, typer.Argument(help="See `chainrule methods`.")],
+    steps: Annotated[int, typer.Option(help="Network calls of the sampling chain.")] = 50,
+    stage: Annotated[int | None, typer.Option(help="Of a method with stages; default: all of them.")] = None,
+    method_option: Options = None,
+    seed: Annotated[int, typer.Option(help="Of the method's random choices.")] = 0,
+) -> None:
+    """Draw what a method backpropagates through, and forecast its cost."""
+    from chainrule.methods import stages
+    from chainrule.plan import Forecast
+
+    at_least_one(steps=steps)
+    # Stable Diffusion's leading steps, as levels: 982, 962, ..., 2, 0 for 50 of them.
+    levels = (*(1000 // steps * i + 2 for i in reversed(range(steps))), 0) if steps < 1000 else tuple(range(steps, -1, -1))
+    made = method_of(method, method_option, None)
+    turns = stages(made)
+    plans = [turn.plan(levels, Random(seed)) for turn in turns]
+    if stage is not None and not 1 <= stage <= len(turns):
+        raise UserError(f"stage is {stage}, but {method} has {counted(len(turns), 'stage')}")
+    typer.echo(made)
+    for drawn in plans if stage is None else plans[stage - 1 : stage]:
+        typer.echo(drawn)
+        if drawn.adapters:
+            on = {name: ", ".join(_calls(levels, spans)) for name, spans in drawn.adapters.items()}
+            typer.echo(
+                "\n".join(
+                    f"  {'trained' if name in drawn.trained else 'frozen '}  {name} on at {where}" for name, where in on.items()
+                )
+            )
+        for policy in ("recompute", "keep"):
+            cost = Forecast.of(drawn, recompute=policy == "recompute")
+            times = cost.calls * cost.relative_time / steps
+            typer.echo(
+                f"{policy:9}  {counted(cost.calls, 'network call')}, {counted(cost.backward, 'backward call')}, about "
+                f"{times:.2f}x the time of sampling, memory of {counted(cost.graphs, 'call graph')}"
+            )
+    typer.echo("- constant call   = its weights   # weights and input   > a student's jump   ^ noised again   [ branches | ]")
+
+
+def _calls(levels: Grid, spans: Levels) -> list[str]:
+    """The calls of a grid that lie in these spans, as levels."""
+    found = []
+    for low, high in spans:
+        inside = [level for level in levels[:-1] if low < level and (high is None or level <= high)]
+        found += [f"{inside[0]} to {inside[-1]}" if len(inside) > 1 else str(level) for level in inside[:1]]
+    return found
+
+
+analyses = typer.Typer(no_args_is_help=True, help="Measurements the papers rest on.", rich_markup_mode=None)
+
+
+@analyses.command("shortcut")
+def analyze_shortcut(
+    model: Annotated[str, typer.Argument(help="Bundled model, diffusers folder or hub id.")] = "tiny-emoji",
+    student: Annotated[str | None, typer.Option(help="Its student; default: the model's own.")] = None,
+    student_steps: Annotated[int, typer.Option(help="Network calls the student makes an image with.")] = 4,
+    prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:test",
+    reward: Annotated[list[str] | None, typer.Option(help="Rewards to compare. May be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(help="Images per prompt.")] = 2,
+    steps: Annotated[int, typer.Option(help="Network calls of the base model's own chain.")] = 50,
+    points: Annotated[int, typer.Option(help="Levels to start from.")] = 5,
+    guidance: Guidance = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/shortcut"),
+) -> None:
+    """How far a student's shortcut leads from where the model itself ends (ShortFT, Fig. 3)."""
+    from chainrule import rewards
+    from chainrule.prompts import prompts as read_prompts
+    from chainrule.runs import check_folder
+
+    at_least_one(seeds=seeds, steps=steps, points=points, student_steps=student_steps)
+    said, scorers = read_prompts(prompts), [rewards.parse(name) for name in reward or ()]
+    check_folder(out)
+    from chainrule.models.loading import check, load
+    from chainrule.models.students import check as check_student
+
+    check(model)
+    check_student(student, model)
+    from chainrule.analyze import save, shortcut
+
+    net = load(model).with_student(student)
+    batches = -(-len(said) * seeds // 16)
+    with progress("analyzing", batches * (steps + points * (2 * student_steps + 1))) as advance:
+        found = shortcut(
+            net, prompts, scorers, seeds=seeds, steps=steps, student_steps=student_steps, guidance=guidance, points=points,
+            on_call=advance,
+        )  # fmt: skip
+    typer.echo(
+        f"{len(said)} prompts x {seeds} seeds; distance from the {steps}-step image, mean ± 95% interval over prompts\n{found}"
+    )
+    typer.echo(f"table and picture: {save(found, out)}")
+
+
+def methods() -> None:
+    """List the methods."""
+    from chainrule import methods as room
+
+    for name in room.REGISTRY:
+        typer.echo(f"{name:10} {room.describe(name)}")
+
+
+def rewards() -> None:
+    """List the rewards."""
+    from chainrule.rewards import REGISTRY
+
+    for name, entry in REGISTRY.items():
+        typer.echo(f"{name:15} {entry.about}")
+
+
+def models() -> None:
+    """List the bundled models and the supported families."""
+    from chainrule.models import BUNDLED, FAMILIES
+
+    for name, (_, about) in BUNDLED.items():
+        typer.echo(f"{name:12} {about}")
+    typer.echo(f"any folder or hub id of: {', '.join(FAMILIES)}")

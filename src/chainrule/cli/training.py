@@ -1,0 +1,111 @@
+"""Commands that train: `train`, `distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chainrule.arguments import TRAIN_KEYS, configured, method_of, with_settings
+from chainrule.cli.app import Options
+from chainrule.errors import UserError
+from chainrule.settings import Distillation, Settings
+
+
+@with_settings(Settings)
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the options below.")] = None,
+    model: Annotated[str | None, typer.Option(help="Bundled model, diffusers folder or hub id. [default: tiny-emoji]")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Few-step student that shortft jumps with. [default: the model's own]")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A run or adapter that stays on, frozen, under the new one.")] = None,
+    method: Annotated[str | None, typer.Option(help="See `chainrule methods`. [default: draft-lv]")] = None,
+    method_option: Options = None,
+    reward: Annotated[str | None, typer.Option(help='For example "10*pickscore + 2*hpsv2"; see `chainrule rewards`.')] = None,
+    held_out: Annotated[str | None, typer.Option(help="A reward that is watched, not trained.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompt set or file. [default: animals:train]")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the base weights. [default: float32]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    **options: Any,
+) -> None:
+    """Fine-tune an adapter so that its images score higher."""
+    from chainrule import rewards
+    from chainrule.prompts import prompts as read_prompts
+    from chainrule.runs import Run
+
+    given = {"model": model, "student": student, "adapter": adapter, "method": method, "reward": reward,
+             "held_out": held_out, "prompts": prompts, "out": out, "dtype": dtype} | options  # fmt: skip
+    values = configured(config, given)
+    named = {key: values.pop(key, None) for key in TRAIN_KEYS}
+    for key in ("reward", "out"):
+        if not named[key]:
+            raise UserError(f"no {key} given; pass --{key}")
+    settings = Settings.make(values)
+    if settings.patience and not named["held_out"]:
+        raise UserError("patience needs a held-out reward to watch; pass --held-out")
+    made = method_of(named["method"] or "draft-lv", method_option, settings.sample_steps)
+    source, shown = named["model"] or "tiny-emoji", named["prompts"] or "animals:train"
+    read_prompts(shown)
+    Run(named["out"]).check_place(resume=resume, overwrite=overwrite)
+    scorer = rewards.parse(named["reward"])
+    judge = rewards.parse(named["held_out"]) if named["held_out"] else None
+    from chainrule.models.loading import check, load
+
+    check(source)
+    jumps = _jumps(made)
+    if jumps:
+        from chainrule.models.students import check as check_student
+
+        check_student(named["student"], source)
+    elif named["student"]:
+        raise UserError(f"{named['method']} does not jump by a student; leave student out, or choose shortft")
+    if named["adapter"]:
+        from chainrule.adapters.files import parts
+
+        parts(named["adapter"])
+    from chainrule.finetune import finetune
+
+    loaded = load(source, dtype=named["dtype"] or "float32")
+    loaded = loaded.using(named["adapter"]) if named["adapter"] else loaded
+    run = finetune(
+        loaded.with_student(named["student"]) if jumps else loaded, made, scorer, shown, out=named["out"], held_out=judge,
+        resume=resume, overwrite=overwrite, **values,
+    )  # fmt: skip
+    typer.echo(f"adapter: {run.adapter}")
+
+
+def _jumps(method: Any) -> bool:
+    """Whether a method jumps by a student."""
+    from chainrule.methods import ShortFT
+
+    return isinstance(method, ShortFT)
+
+
+@with_settings(Distillation)
+def distill(
+    model: Annotated[str, typer.Argument(help="Bundled model, diffusers folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Run folder.")],
+    prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "emoji",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    **options: Any,
+) -> None:
+    """Distill a few-step student that keeps to the model's trajectories, for shortft."""
+    from chainrule.prompts import prompts as read_prompts
+    from chainrule.runs import Run
+
+    values = {key: value for key, value in options.items() if value is not None}
+    Distillation.make(values)
+    read_prompts(prompts)
+    Run(out).check_place(resume=resume, overwrite=overwrite)
+    from chainrule.models.loading import check, load
+
+    check(model)
+    from chainrule.distill import distill as distilled
+
+    run = distilled(load(model), out=out, prompts=prompts, resume=resume, overwrite=overwrite, **values)
+    typer.echo(f"student: {run.adapter}\nlook at it: chainrule analyze shortcut {model} --student {run.folder}")

@@ -1,0 +1,167 @@
+"""Distilling a few-step student that keeps to the base model's trajectories, as a LoRA with guidance baked in.
+
+The levels are cut into as many segments as the student has steps. From any state of a trajectory of the guided base model
+the student learns the one jump to the end of the state's segment, so its chain of jumps follows the trajectory; it is the
+trajectory-segmented consistency of Hyper-SD (arXiv:2404.13686) with the teacher's own end state as the target, where that
+paper bootstraps from the student. No data are needed but prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from torch import nn
+
+from chainrule.adapters import Active, Band, inject
+from chainrule.adapters.lora import gradients
+from chainrule.denoise import Member
+from chainrule.learner import Learner
+from chainrule.models import Model
+from chainrule.noise import derive
+from chainrule.plan import Grid, Jump, walk
+from chainrule.prompts import prompts as read_prompts
+from chainrule.runs import Run
+from chainrule.session import interrupts, load_checkpoint, progress_bar, save_checkpoint
+from chainrule.settings import Distillation
+
+
+def boundaries(top: int, steps: int) -> tuple[int, ...]:
+    """Where the student's segments end, falling, 0 last: the `steps`-th parts of the levels."""
+    return tuple(round(top * i / steps) for i in range(steps - 1, -1, -1))
+
+
+def route(start: int, top: int, steps: int) -> tuple[Jump, ...]:
+    """The student's jumps from a level to the image: to the end of every segment on the way."""
+    levels = (start, *(level for level in boundaries(top, steps) if level < start))
+    return walk(levels, via="student")
+
+
+@dataclass(slots=True)
+class Distiller:
+    """Everything an update needs. Its whole state is the learner's."""
+
+    model: Model
+    learner: Learner
+    student: Member
+    prompts: list[str]
+    settings: Distillation
+
+    def grid(self, rng: Random) -> Grid:
+        """Levels of a teacher's trajectory: evenly spaced with a random offset, and the ends of the segments."""
+        top = len(self.model.solver.schedule.alpha) - 1
+        stride = top / self.settings.teacher_steps
+        offset = rng.random() * stride
+        even = {top - round(offset + stride * i) for i in range(self.settings.teacher_steps)}
+        return sorted({*boundaries(top, self.settings.steps), *(level for level in even if level > 0)}, reverse=True)
+
+    def starts(self, grid: Grid, rng: Random) -> list[tuple[int, int]]:
+        """Which states are learned from: their place in the grid, and that of the end of their segment. All segments."""
+        ends = boundaries(len(self.model.solver.schedule.alpha) - 1, self.settings.steps)
+        pairs = [(i, grid.index(next(end for end in ends if end < level))) for i, level in enumerate(grid[:-1])]
+        rng.shuffle(pairs)
+        by_segment = sorted(range(len(pairs)), key=lambda n: sum(p[1] == pairs[n][1] for p in pairs[:n]))
+        return [pairs[n] for n in by_segment[: self.settings.starts]]
+
+    def update(self) -> dict[str, Any]:
+        s, step, began = self.settings, self.learner.progress.step, time.perf_counter()
+        rng = Random(derive(s.seed, "distill", step))
+        grid = self.grid(rng)
+        prompts, seeds = [rng.choice(self.prompts) for _ in range(s.batch)], [rng.getrandbits(63) for _ in range(s.batch)]
+        guidance = self.model.defaults.guidance if s.guidance is None else s.guidance
+        chain = self.model.chain(prompts, seeds, guidance)
+        states = [self.model.noise(seeds), *chain.states(self.model.noise(seeds), walk(grid))]
+        picked, losses = self.starts(grid, rng), []
+        for i, end in picked:
+            a, b = self.model.solver.coefficients(grid[i], grid[end], finish=grid[end] == 0)
+            answer = self.student(states[i], grid[i], chain.condition)
+            missed = (a * states[i] + b * answer - states[end]) / self._reach(grid[i], grid[end])
+            (missed.square().mean() / len(picked)).backward()  # type: ignore[no-untyped-call]
+            losses.append(float(missed.detach().square().mean()))
+        weights = self.learner.train_only(self.learner.adapters)
+        flat, rate = gradients(weights), s.lr * (1 - step / s.updates)
+        norm, loss = float(flat.norm()), sum(losses) / len(losses)
+        if math.isfinite(norm):
+            self.learner.step(weights, flat, lr=rate, clip=s.clip, ema=s.ema)
+        else:
+            self.learner.progress.skipped += 1
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        self.learner.progress.step += 1
+        seconds, skipped = time.perf_counter() - began, self.learner.progress.skipped
+        return {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": seconds, "skipped": skipped}
+
+    def _reach(self, start: int, stop: int) -> float:
+        """alpha sigma' - alpha' sigma: what a jump multiplies an error of the velocity by, so that all jumps count alike."""
+        (alpha, sigma), (alpha2, sigma2) = self.model.solver.schedule(start), self.model.solver.schedule(stop)
+        return abs(alpha * sigma2 - alpha2 * sigma)
+
+    def save(self, folder: Path) -> None:
+        """The averaged student in half precision, with what it is written beside it."""
+        with self.learner.averaged():
+            weights = next(iter(self.learner.adapters.values())).weights()
+        folder.mkdir(parents=True, exist_ok=True)
+        weights.half().save(folder)
+        said = {"base": self.model.name, "steps": self.settings.steps, "prediction": self.model.solver.prediction.value}
+        (folder / "student.json").write_text(json.dumps(said) + "\n")
+
+
+def layers(network: nn.Module) -> tuple[str, ...]:
+    """Every linear layer and convolution of a network, by name."""
+    return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+
+
+def distill(
+    model: Model,
+    *,
+    out: str | Path,
+    prompts: str | Sequence[str] = "emoji",
+    resume: bool = False,
+    overwrite: bool = False,
+    on_update: Callable[[dict[str, Any]], None] | None = None,
+    **options: Any,
+) -> Run:
+    """Distill a few-step student of `model` and return the run it left behind: `model.with_student(run.folder)`.
+
+    `options` are the fields of `chainrule.settings.Distillation`: steps (4), updates, batch, rank, lr, guidance, seed, ... The
+    folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`. Ctrl-C saves what is there
+    and returns. Raises UserError for bad input before anything is written.
+    """
+    settings, said = Distillation.make(options), read_prompts(prompts)
+    Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
+    config = {"model": model.name, "kind": "student", "prompts": prompts if isinstance(prompts, str) else said}
+    run = Run.create(out, config | settings.model_dump(), resume=resume, overwrite=overwrite)
+    name = model._free("student")
+    adapter = inject(model.network, name, rank=settings.rank, seed=settings.seed, targets=layers(model.network))
+    try:
+        learner = Learner.of({name: adapter}, settings.lr, 0.0)
+        made = Distiller(model, learner, Member(model.denoiser, 1.0, Active({name: Band()})), said, settings)
+        if resume:
+            load_checkpoint(run, learner)
+            run.truncate(learner.progress.step)
+        _run(made, run, on_update)
+        made.save(run.adapter)
+    finally:
+        adapter.remove()
+    return run
+
+
+def _run(made: Distiller, run: Run, on_update: Callable[[dict[str, Any]], None] | None) -> None:
+    s, progress, smooth = made.settings, made.learner.progress, None
+    with interrupts() as asked, progress_bar("loss") as bar:
+        task = bar.add_task("distill", total=s.updates, completed=progress.step, value="-", speed="-")
+        while made.learner.progress.step < s.updates and not asked():
+            row = made.update()
+            smooth = row["loss"] if smooth is None else 0.95 * smooth + 0.05 * row["loss"]
+            run.log(row)
+            if s.save_every and row["step"] % s.save_every == 0:
+                save_checkpoint(run, made.learner)
+            bar.update(task, completed=row["step"], value=f"{smooth:.4g}", speed=f"{s.batch / row['seconds']:.1f}")
+            if on_update:
+                on_update(row)
+    save_checkpoint(run, made.learner)

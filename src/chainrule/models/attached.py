@@ -1,0 +1,65 @@
+"""Adapters of chainrule in a plain diffusers pipeline, each at its own levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from chainrule import adapters
+from chainrule.adapters import Active, Adapter, Band, selected
+from chainrule.errors import UserError
+
+
+@dataclass(slots=True)
+class Attached:
+    """Adapters that answer inside a pipeline until `remove`. Also a context manager."""
+
+    network: nn.Module
+    loaded: list[Adapter] = field(default_factory=list)
+
+    def remove(self) -> None:
+        """Give the pipeline back as it was, bit for bit."""
+        self.network.__dict__.pop("forward", None)
+        for adapter in self.loaded:
+            adapter.remove()
+        self.loaded.clear()
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def attach(pipe: Any, source: str | Path, *, scale: float = 1.0) -> Attached:
+    """Let a run's adapters answer in a plain `StableDiffusionPipeline`, each at its own levels.
+
+    For adapters by level (ShortFT), which `load_lora_weights` knows nothing of; single ones work too. Every call of the
+    UNet looks at its timestep and runs with the adapters of that level, at `scale`; calls without any cost what they cost
+    without adapters. Raises UserError for a pipeline without a UNet, with adapters attached already, or of another
+    architecture.
+    """
+    network = getattr(pipe, "unet", None)
+    if network is None:
+        raise UserError(f"{type(pipe).__name__} has no UNet to attach adapters to")
+    if "forward" in vars(network):
+        raise UserError("the pipeline has adapters attached already; remove them first")
+    made, bands = Attached(network), {}
+    for i, (file, spans) in enumerate(adapters.parts(source).items()):
+        name = f"attached{i}"
+        made.loaded.append(adapters.load(network, name, file))
+        bands[name] = Band(scale, spans)
+    active, forward = Active(bands), network.forward
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        time = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        # Stable Diffusion's timestep t is level t + 1; a batch of them is one level.
+        level = round(float(time.flatten()[0] if hasattr(time, "flatten") else time)) + 1
+        with selected(network, active.at(level)):
+            return forward(*args, **kwargs)
+
+    network.forward = answer
+    return made
