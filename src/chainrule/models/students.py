@@ -72,9 +72,7 @@ def check(source: str | Path | None, base: str) -> None:
         )
     here = bundled.folder(base) if base in bundled.BUNDLED else Path(base)
     predicts = _read(here / "scheduler" / "scheduler_config.json").get("prediction_type")
-    said = _read(place / "student.json").get("prediction") or _read(place / "scheduler" / "scheduler_config.json").get(
-        "prediction_type"
-    )
+    said = facts(place).get("prediction") or _read(place / "scheduler" / "scheduler_config.json").get("prediction_type")
     if said and predicts and said != predicts:
         raise UserError(f"the student {source} predicts {said}, but {base} predicts {predicts}; it needs a student of its own kind")
     if _is_lora(place):

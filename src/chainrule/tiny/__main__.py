@@ -208,7 +208,7 @@ class Stage:
 STAGES = {
     "vae": Stage(vae, 2000, _trained("vae")),
     "latents": Stage(latents, 36000, _cached),
-    "unet": Stage(unet, 5600, _trained("unet")),
+    "unet": Stage(unet, 8400, _trained("unet")),
     "clip": Stage(clip, 700, _trained("clip")),
     "pick": Stage(pick, 450, _trained("pick")),
     "hps": Stage(hps, 450, _trained("hps")),
