@@ -161,6 +161,33 @@ def pairs(sample: Sampler, judges: Judges) -> Row:
     return _pairs_right(read(judges[0], images), asked)
 
 
+def trio_names() -> list[tuple[str, str, str]]:
+    """24 trios of different things, two of them animals."""
+    rng = random.Random("trios")
+    return [(*rng.sample(ANIMALS, 2), rng.choice([n for n in NAMES if n not in ANIMALS])) for _ in range(24)]  # type: ignore[misc]
+
+
+def trio(names: tuple[str, str, str], rng: random.Random) -> scenes.Scene:
+    """Three different things where three of a kind would be. The generator's data have no such scene."""
+    spots = [(34.0, 38.0), (94.0, 38.0), (64.0, 92.0)]
+    things = (scenes.Thing(name, 2 * rng.randint(26, 29), x, y) for name, (x, y) in zip(names, spots, strict=True))
+    return scenes.Scene(tuple(things), rng.choice(GROUNDS), named=False)
+
+
+def _trios_right(logits: Tensor, asked: list[tuple[str, str, str]]) -> Row:
+    """All three the three most present ones; and two of them the two most present."""
+    order = logits[:, PRESENCE].argsort(1, descending=True).tolist()
+    two = [{NAMES[i] for i in row[:2]} <= set(names) for row, names in zip(order, asked, strict=True)]
+    return {"all": share(together(logits, [set(names) for names in asked])), "two": share(two)}
+
+
+def trios(sample: Sampler, judges: Judges) -> Row:
+    """24 trios x 2 seeds, 'a X, a Y and a Z': asked of a model that has seen pairs at most."""
+    asked = trio_names()
+    prompts = ["{}, {} and {}".format(*map(scenes.article, names)) for names in asked]
+    return _trios_right(read(judges[0], sample(prompts, 15) + sample(prompts, 16)), asked * 2)
+
+
 @torch.inference_mode()
 def roundtrip(vae: AutoencoderKL, images: list[np.ndarray]) -> tuple[list[np.ndarray], float]:
     """Images after encoding to the posterior mean and decoding, and the mean PSNR in dB."""
@@ -206,10 +233,13 @@ def sanity(vae: AutoencoderKL, judges: Judges) -> dict[str, Row]:
     while len(several) < 100:
         several += [s for s in (scenes.draw(rng),) if len(s.names) > 1]
     report: dict[str, Row] = {}
+    three = [trio(names, rng) for names in trio_names()]
     shown = {key: [scenes.render(s) for s in group] for key, group in (("one", singles), ("many", several))}
     back = {key: roundtrip(vae, images) for key, images in shown.items()}
     report["vae_db"] = {"singles": back["one"][1], "mixed": roundtrip(vae, [scenes.render(s) for s in mixed])[1]}
     report["renders"] = _meter(judges, singles, shown["one"]) | _meter_many(judges, several, shown["many"])
+    seen = read(judges[0], [scenes.render(s) for s in three])
+    report["renders"] |= {f"trios_{k}": v for k, v in _trios_right(seen, trio_names()).items()}
     report["renders_vae"] = _meter(judges, singles, back["one"][0]) | _meter_many(judges, several, back["many"][0])
     return report
 
@@ -242,6 +272,7 @@ def measure(
     report["grounds"] = grounds(sample, judges)
     report["counts"] = counts(sample, judges)
     report["pairs"] = pairs(sample, judges)
+    report["trios"] = trios(sample, judges)
     (out / "quality.json").write_text(json.dumps(report, indent=2) + "\n")
     show(report)
     return report
