@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow check format bench experiments weights clean
+.PHONY: demo test test-slow check format bench experiments papers weights clean
 
 # The stamp says: this environment has what pyproject.toml and constraints.txt say, and the development tools.
 $(VENV)/stamp: pyproject.toml constraints.txt
@@ -42,6 +42,11 @@ experiments: $(VENV)/stamp ## the comparisons in docs/log.md; resumable, about a
 
 weights: $(VENV)/stamp ## train the bundled models again; needs the font fonts-noto-color-emoji
 	$(BIN)/python -m chainrule.tiny all --out build
+	$(BIN)/chainrule distill tiny-emoji --updates 1000 --lr 4e-3 --teacher-steps 12 --starts 16 --out build/student --resume
+	mkdir -p src/chainrule/tiny/weights/student && cp build/student/adapter/* src/chainrule/tiny/weights/student/
+
+papers: $(VENV)/stamp ## the papers' tables in miniature; resumable, about two hours on two cores
+	$(BIN)/python benchmarks/papers.py
 
 clean:
 	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache

@@ -36,7 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 import chainrule as cr
-from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method
+from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method, ShortFT, spelled
 from chainrule.models.model import Defaults
 from chainrule.models.stable_diffusion import ddim
 from chainrule.plan import Forecast
@@ -57,7 +57,9 @@ class Scope:
     steps: int = 50
     batch: int = 8
     rounds: int = 5
-    methods: tuple[Method, ...] = (DRaFT(1), DRaFTLV(2), SDO(1), DRTune(), DRaFT(10), DRaFT(50))
+    methods: tuple[Method, ...] = (
+        DRaFT(1), DRaFTLV(2), SDO(1), DRTune(), ShortFT(stage=1), ShortFT(stage=4), DRaFT(10), DRaFT(50),
+    )  # fmt: skip
     along_n: tuple[int, ...] = (5, 10, 20, 50)
     along_k: tuple[int, ...] = (1, 5, 10, 20)
     k_steps: int = 20
@@ -115,7 +117,7 @@ class Bench:
 def load(name: str, device: str | None) -> tuple[cr.Model, bool]:
     """The model, and whether it is a stand-in: the bundled model's shape with random weights, when it is missing."""
     try:
-        return cr.load(name, device=device), False
+        return cr.load(name, device=device).with_student(), False
     except cr.UserError as error:
         if name != "tiny-emoji":
             raise SystemExit(f"error: {error}") from error
@@ -224,7 +226,8 @@ def times(bench: Bench, scored: Sequence[Reward]) -> list[dict[str, Any]]:
 
 def label(method: Method) -> str:
     """A method as the papers write it: DRaFT(10), DRaFT(), SDO()."""
-    return repr(method).replace("k=None", "").replace(", reuse_reward_gradient=False", "")
+    options = {key: value for key, value in spelled(method).items() if key != "name"}
+    return f"{type(method).__name__}({', '.join(f'{key}={value}' for key, value in options.items())})"
 
 
 def peaks(bench: Bench) -> list[dict[str, Any]]:
@@ -232,7 +235,7 @@ def peaks(bench: Bench) -> list[dict[str, Any]]:
     scope = bench.scope
     wanted: list[tuple[str, str, list[tuple[int, Method, int]]]] = [
         ("N", "DRaFT()", [(n, DRaFT(), n) for n in scope.along_n]),
-        ("N", "SDO(samples=1)", [(n, SDO(), n) for n in scope.along_n]),
+        ("N", "SDO()", [(n, SDO(), n) for n in scope.along_n]),
         ("K", f"DRaFT(K), N = {scope.k_steps}", [(k, DRaFT(k), scope.k_steps) for k in scope.along_k]),
     ]
     bench.peak(DRaFT(1), scope.k_steps, "recompute")  # a GPU allocates its libraries' workspaces on first use

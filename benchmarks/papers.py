@@ -22,6 +22,7 @@ from experiments import interval
 
 import chainrule as cr
 from chainrule import methods
+from chainrule.adapters import save_bands
 from chainrule.evaluate import evaluate
 from chainrule.methods import stages
 from chainrule.models import Model
@@ -128,6 +129,42 @@ def base(reward: str) -> dict[str, float]:
     return dict(json.loads(kept.read_text()))
 
 
+def inference(rounds: int = 7) -> dict[str, float]:
+    """Seconds of a plain pipeline's 50 steps without an adapter, with one LoRA on, and with ShortFT's adapters attached.
+
+    Rank and target layers are the same. Medians over rounds in turns, A B C A B C.
+    """
+    kept = KEPT / "inference.json"
+    if not kept.exists():
+        net = cr.load("tiny-emoji")
+        folder = Path("runs/papers/inference")
+        one = net.adapt("one", rank=RANK)
+        one.save(folder / "one")
+        plan = methods.ShortFT().plan(net.grid(N), Random(0))
+        for name in plan.adapters:
+            one.save(folder / "several" / name)
+        net.drop(one)
+        save_bands(folder / "several", plan.adapters)
+        pipe, said, seconds = net.pipe, cr.prompts("animals:test")[:4], {"none": [], "one": [], "attached": []}
+
+        def clock(kind: str) -> None:
+            began = time.perf_counter()
+            pipe(said, num_inference_steps=N, guidance_scale=2.0, output_type="latent")
+            seconds[kind].append(time.perf_counter() - began)
+
+        for _ in range(rounds + 1):
+            clock("none")
+            pipe.load_lora_weights(folder / "one")
+            clock("one")
+            pipe.unload_lora_weights()
+            with cr.attach(pipe, folder / "several"):
+                clock("attached")
+        found = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}
+        KEPT.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({key: float(f"{value:.4g}") for key, value in found.items()}) + "\n")
+    return dict(json.loads(kept.read_text()))
+
+
 def found(name: str, reward: str) -> list[dict[str, float]]:
     files = [KEPT / f"{slug(name, reward, seed)}.json" for seed in SEEDS]
     return [json.loads(file.read_text()) for file in files if file.exists()]
@@ -164,6 +201,7 @@ def page() -> str:
         "columns are absolute scores (HPSv2 x 100; its symmetry is a distance, lower is better),\nours are gains over the base, "
         f"higher is better. Symmetry is trained as {REWARDS['Symmetry']},\nafter the paper's joint regularization."
     )
+    cost = inference()
     return f"""# The papers' tables in miniature
 
 `python benchmarks/papers.py` writes this page.
@@ -178,6 +216,10 @@ Table 2, tuning the few-step student itself (4 calls, DRaFT through all of them)
 In the paper: HPSv2 32.92 and 35.97, after full training.
 
 {table([STUDENT, "ShortFT"], ["HPSv2"])}
+
+Inference in a plain diffusers pipeline, {N} steps, batch 4, medians in one run: {cost["none"]:.2f} s without an adapter,
+{cost["one"]:.2f} s with one LoRA of rank {RANK} by `load_lora_weights`, {cost["attached"]:.2f} s with ShortFT's four of rank {RANK} by
+`chainrule.attach`: {cost["attached"] / cost["one"]:.2f} times the one LoRA.
 """
 
 

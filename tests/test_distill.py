@@ -17,10 +17,10 @@ import chainrule as cr
 from chainrule.adapters import Active, Band, inject
 from chainrule.analyze import save, shortcut
 from chainrule.denoise import Member
-from chainrule.distill import Distiller, boundaries, layers, route
+from chainrule.distill import Distiller, layers
 from chainrule.learner import Learner
 from chainrule.methods import ShortFT
-from chainrule.models.students import check, facts
+from chainrule.models.students import boundaries, check, facts, route
 from chainrule.noise import derive
 from chainrule.settings import Distillation
 
@@ -184,8 +184,10 @@ def test_the_analysis_is_a_table_and_a_picture(tmp_path):
     found = shortcut(net.with_student(run.folder), PROMPTS, [bright], seeds=2, steps=10, points=2, guidance=2.0)
     place = save(found, tmp_path / "out")
     lines = (place / "shortcut.md").read_text().splitlines()
-    assert len(lines) == 2 + 2 * 3 and "latent" in lines[0] and (place / "shortcut.png").stat().st_size > 0
-    assert found.calls == {902: 4, 402: 2}
+    assert len(lines) == 2 + 2 * 4 and "latent" in lines[0] and (place / "shortcut.png").stat().st_size > 0
+    assert found.calls[902] == {"shortcut": 4, "ddim": 4, "ddim, half the calls": 2, "one step": 1}
+    assert found.calls[402] == {"shortcut": 2, "ddim": 2, "ddim, half the calls": 1, "one step": 1}
+    assert (run.folder / "shortcut.md").exists() and (run.folder / "shortcut.png").exists()
     # From the sampler's last level the base model's own jumps are its own chain: nothing is lost.
     end = shortcut(net.with_student(run.folder), PROMPTS, seeds=1, steps=2, points=2, guidance=2.0, student_steps=2)
     assert end.rows[2]["ddim"]["latent"].mean == pytest.approx(0, abs=1e-6)

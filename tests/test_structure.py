@@ -38,9 +38,9 @@ MAY_IMPORT = {
     "trainer": "errors plan settings methods noise adapters rewards objective chain models learner",
     "session": "errors noise models report runs rewards learner trainer",
     "finetune": "errors runs settings methods rewards chain models prompts session trainer",
-    "distill": "plan runs settings noise adapters denoise models prompts learner session",
     "evaluate": "errors rewards chain models prompts",
-    "analyze": "errors plan rewards chain models prompts report distill evaluate",
+    "analyze": "errors plan rewards chain models prompts report evaluate",
+    "distill": "plan runs settings noise adapters denoise models prompts learner session analyze",
     "arguments": "errors settings methods prompts",
     "cli": "errors plan runs settings methods adapters rewards models prompts report finetune distill evaluate analyze arguments",
 }

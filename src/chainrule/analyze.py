@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from chainrule.chain import Score
-from chainrule.distill import route
 from chainrule.errors import UserError
 from chainrule.evaluate import Estimate
 from chainrule.models import Model
 from chainrule.models.model import pictures
+from chainrule.models.students import route
 from chainrule.plan import Path as Jumps
 from chainrule.plan import walk
 from chainrule.prompts import prompts as read_prompts
@@ -28,13 +28,14 @@ class Shortcut:
     """How far from the base model's own end each way down leads, from each level: rows of a table, and pictures.
 
     `rows[level][way][measure]`; measures are `latent` and `pixels`, root mean squares, and the absolute change of every
-    reward. The ways are `shortcut` (the student's jumps), `ddim` (the base model by the same jumps, so with as many
-    calls, guided) and `one step` (its clean prediction).
+    reward. The ways are `shortcut` (the student's jumps), `ddim` (the base model by the same jumps, so with as many calls),
+    `ddim, half the calls` (what the student's passes buy when guidance makes every call of the base two of them) and
+    `one step` (the base's clean prediction).
     """
 
     prompts: list[str]
     rows: dict[int, dict[str, dict[str, Estimate]]]
-    calls: dict[int, int]
+    calls: dict[int, dict[str, int]]
     picture: Image.Image
 
     def __str__(self) -> str:
@@ -42,8 +43,9 @@ class Shortcut:
         lines = ["| from level | calls | way | " + " | ".join(measures) + " |", "|---" * (len(measures) + 3) + "|"]
         for level, ways in self.rows.items():
             for way, found in ways.items():
-                calls = 1 if way == "one step" else self.calls[level]
-                lines.append(f"| {level} | {calls} | {way} | " + " | ".join(str(found[m]) for m in measures) + " |")
+                lines.append(
+                    f"| {level} | {self.calls[level][way]} | {way} | " + " | ".join(str(found[m]) for m in measures) + " |"
+                )
         return "\n".join(lines)
 
 
@@ -76,7 +78,11 @@ def shortcut(
     ways: dict[int, dict[str, Jumps]] = {}
     for level in starts:
         jumps = route(level, top, student_steps)
-        ways[level] = {"shortcut": jumps, "ddim": walk([level, *(j.stop for j in jumps)]), "one step": walk([level, 0])}
+        stops = [jump.stop for jump in jumps]
+        ways[level] = {
+            "shortcut": jumps, "ddim": walk([level, *stops]), "ddim, half the calls": walk([level, *stops[::-1][::2][::-1]]),
+            "one step": walk([level, 0]),
+        }  # fmt: skip
     scorers = [reward_of(reward).to(model.device) for reward in rewards]
     found: dict[int, dict[str, list[dict[str, Tensor]]]] = {level: {way: [] for way in each} for level, each in ways.items()}
     columns: dict[str, list[Tensor]] = {}
@@ -93,7 +99,7 @@ def shortcut(
                 found[level][way].append({name: _apart(name, there[name], end[name]) for name in there})
                 columns.setdefault(f"{way} from {level}", []).append(there["images"])
     rows = {level: {way: _estimates(parts, seeds) for way, parts in each.items()} for level, each in found.items()}
-    calls = {level: len(each["shortcut"]) for level, each in ways.items()}
+    calls = {level: {way: len(jumps) for way, jumps in each.items()} for level, each in ways.items()}
     first = range(0, len(said), max(1, len(said) // shown))[:shown]
     drawn = [(name, torch.cat(images)[i]) for i in first for name, images in columns.items() if not name.startswith("ddim")]
     picture = sheet(pictures(torch.stack([image for _, image in drawn])), len(drawn) // len(first), [name for name, _ in drawn])

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,26 +21,17 @@ from torch import nn
 
 from chainrule.adapters import Active, Band, inject
 from chainrule.adapters.lora import gradients
+from chainrule.analyze import save, shortcut
 from chainrule.denoise import Member
 from chainrule.learner import Learner
 from chainrule.models import Model
+from chainrule.models.students import boundaries
 from chainrule.noise import derive
-from chainrule.plan import Grid, Jump, walk
+from chainrule.plan import Grid, walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
 from chainrule.session import interrupts, load_checkpoint, progress_bar, save_checkpoint
 from chainrule.settings import Distillation
-
-
-def boundaries(top: int, steps: int) -> tuple[int, ...]:
-    """Where the student's segments end, falling, 0 last: the `steps`-th parts of the levels."""
-    return tuple(round(top * i / steps) for i in range(steps - 1, -1, -1))
-
-
-def route(start: int, top: int, steps: int) -> tuple[Jump, ...]:
-    """The student's jumps from a level to the image: to the end of every segment on the way."""
-    levels = (start, *(level for level in boundaries(top, steps) if level < start))
-    return walk(levels, via="student")
 
 
 @dataclass(slots=True)
@@ -102,11 +93,8 @@ class Distiller:
         return abs(alpha * sigma2 - alpha2 * sigma)
 
     def save(self, folder: Path) -> None:
-        """The averaged student in half precision, with what it is written beside it."""
-        with self.learner.averaged():
-            weights = next(iter(self.learner.adapters.values())).weights()
-        folder.mkdir(parents=True, exist_ok=True)
-        weights.half().save(folder)
+        """The student in half precision, and what it is written beside it."""
+        next(iter(self.learner.adapters.values())).weights().half().save(folder)
         said = {"base": self.model.name, "steps": self.settings.steps, "prediction": self.model.solver.prediction.value}
         (folder / "student.json").write_text(json.dumps(said) + "\n")
 
@@ -130,7 +118,8 @@ def distill(
 
     `options` are the fields of `chainrule.settings.Distillation`: steps (4), updates, batch, rank, lr, guidance, seed, ... The
     folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`. Ctrl-C saves what is there
-    and returns. Raises UserError for bad input before anything is written.
+    and returns. The run says how faithful the student is: `shortcut.md`, `shortcut.png` (see `chainrule.analyze`).
+    Raises UserError for bad input before anything is written.
     """
     settings, said = Distillation.make(options), read_prompts(prompts)
     Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
@@ -145,7 +134,11 @@ def distill(
             load_checkpoint(run, learner)
             run.truncate(learner.progress.step)
         _run(made, run, on_update)
-        made.save(run.adapter)
+        with learner.averaged():
+            made.save(run.adapter)
+            shown = said[:: max(1, len(said) // 6)][:6]
+            taught = replace(model, student=made.student)
+            save(shortcut(taught, shown, student_steps=settings.steps, guidance=settings.guidance), run.folder)
     finally:
         adapter.remove()
     return run

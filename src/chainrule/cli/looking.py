@@ -95,7 +95,7 @@ def analyze_shortcut(
 
     net = load(model).with_student(student)
     batches = -(-len(said) * seeds // 16)
-    with progress("analyzing", batches * (steps + points * (2 * student_steps + 1))) as advance:
+    with progress("analyzing", batches * (steps + points * (3 * student_steps + 1))) as advance:
         found = shortcut(
             net, prompts, scorers, seeds=seeds, steps=steps, student_steps=student_steps, guidance=guidance, points=points,
             on_call=advance,

@@ -108,4 +108,4 @@ def distill(
     from chainrule.distill import distill as distilled
 
     run = distilled(load(model), out=out, prompts=prompts, resume=resume, overwrite=overwrite, **values)
-    typer.echo(f"student: {run.adapter}\nlook at it: chainrule analyze shortcut {model} --student {run.folder}")
+    typer.echo(f"student: {run.adapter}\nhow faithful it is: {run.folder / 'shortcut.md'}, {run.folder / 'shortcut.png'}")

@@ -13,6 +13,7 @@ from chainrule import adapters
 from chainrule.adapters.files import find
 from chainrule.errors import UserError
 from chainrule.models import bundled
+from chainrule.plan import Jump, walk
 
 if TYPE_CHECKING:
     from chainrule.denoise import Member
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 
 # What two networks must have in common for one to answer for the other.
 SHARED = ("in_channels", "out_channels", "cross_attention_dim", "sample_size")
+
+
+def boundaries(top: int, steps: int) -> tuple[int, ...]:
+    """Where a student's segments end, falling, 0 last: the `steps`-th parts of the levels."""
+    return tuple(round(top * i / steps) for i in range(steps - 1, -1, -1))
+
+
+def route(start: int, top: int, steps: int) -> tuple[Jump, ...]:
+    """A student's jumps from a level to the image: to the end of every segment on the way."""
+    levels = (start, *(level for level in boundaries(top, steps) if level < start))
+    return walk(levels, via="student")
 
 
 def locate(source: str | Path | None, base: str) -> str | Path:
