@@ -218,8 +218,8 @@ In the paper: HPSv2 32.92 and 35.97, after full training.
 {table([STUDENT, "ShortFT"], ["HPSv2"])}
 
 Inference in a plain diffusers pipeline, {N} steps, batch 4, medians in one run: {cost["none"]:.2f} s without an adapter,
-{cost["one"]:.2f} s with one LoRA of rank {RANK} by `load_lora_weights`, {cost["attached"]:.2f} s with ShortFT's four of rank {RANK} by
-`chainrule.attach`: {cost["attached"] / cost["one"]:.2f} times the one LoRA.
+{cost["one"]:.2f} s with one LoRA of rank {RANK} by `load_lora_weights`, {cost["attached"]:.2f} s with ShortFT's four of that
+rank by `chainrule.attach`: {cost["attached"] / cost["one"]:.2f} times the one LoRA.
 """
 
 
