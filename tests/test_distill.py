@@ -20,7 +20,7 @@ from chainrule.denoise import Member
 from chainrule.distill import Distiller, layers
 from chainrule.learner import Learner
 from chainrule.methods import ShortFT
-from chainrule.models.students import boundaries, check, facts, route
+from chainrule.models.students import boundaries, facts, resolve, route
 from chainrule.noise import derive
 from chainrule.settings import Distillation
 
@@ -172,7 +172,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, options, said):
 def test_a_student_of_another_prediction_is_refused_by_its_own_word(tmp_path, sd_folder):
     run = cr.distill(fresh(), out=tmp_path / "run", prompts=PROMPTS, **{**SMALL, "updates": 1})
     with pytest.raises(cr.UserError, match="predicts v_prediction, but"):
-        check(run.folder, str(sd_folder))
+        resolve(run.folder, str(sd_folder))
 
 
 def test_the_analysis_is_a_table_and_a_picture(tmp_path):
@@ -211,7 +211,7 @@ def test_attached_adapters_are_the_same_in_a_plain_pipeline_and_leave_no_trace(t
     before, modules = image(), [type(m) for m in pipe.unet.modules()]
     with cr.attach(pipe, run.folder) as attached:
         found = image()
-        with pytest.raises(cr.UserError, match="attached already"):
+        with pytest.raises(cr.UserError, match="adapters already"):
             cr.attach(pipe, run.folder)
     assert attached.loaded == [] and torch.equal(image(), before) and [type(m) for m in pipe.unet.modules()] == modules
     torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-5)

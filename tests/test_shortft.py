@@ -9,15 +9,16 @@ from random import Random
 import pytest
 import torch
 from conftest import make_pipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import chainrule as cr
 from chainrule.adapters import Band
+from chainrule.adapters.files import read
 from chainrule.chain import Chain, Memory, backpropagate
 from chainrule.denoise import Condition, Member
 from chainrule.methods import DRaFT, ShortFT, make, stages
-from chainrule.models.students import check
+from chainrule.models.students import lora, resolve
 from chainrule.noise import Noise, Schedule
 from chainrule.plan import Grad, Plan, walk
 from chainrule.solve import DDIM, Prediction
@@ -109,6 +110,7 @@ def test_options_shape_the_chain():
         ({"k": 51}, "k is 51"), ({"levels": [761, 2]}, "761"), ({"levels": [762, 502]}, "end with the last call's, 2"),
         ({"shortcuts": [[742, 500]]}, "500"), ({"shortcuts": [[762, 602]]}, "742 to 502"), ({"stage": 5}, "stage is 5"),
         ({"depth": 0}, "depth is 0"), ({"levels": "high"}, "a list of levels"), ({"shortcuts": [[3]]}, "pairs of levels"),
+        ({"levels": []}, "k is 0"), ({"shortcuts": [[742, 602], [682, 502]]}, "must not overlap"),
     ],
 )  # fmt: skip
 def test_bad_options_get_one_line_before_anything_is_loaded(options, said):
@@ -291,10 +293,36 @@ def test_a_run_is_one_folder_with_its_levels_and_loads_back(tmp_path):
         cr.mix({run.folder: 1.0})
 
 
+def test_a_student_in_kohyas_spelling_is_the_same_student(tmp_path):
+    """As published few-step LoRAs are: lora_down, lora_up and a layer's own alpha."""
+    folder = student_file(tmp_path / "student", torch.float32)
+    renamed = {}
+    for key, value in read(folder).tensors.items():
+        layer, _, part = key.partition(".lora_")
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        renamed[f"{name}.lora_{'down' if part.startswith('A') else 'up'}.weight"] = value.contiguous()
+        renamed[f"{name}.alpha"] = torch.tensor(2.0)  # the rank: scale 1
+    save_file(renamed, tmp_path / "kohya.safetensors")
+    found = []
+    for source in (folder, tmp_path / "kohya.safetensors"):
+        net = cr.load(make_pipeline(dtype=torch.float32)).with_student(source)
+        found.append(net.cast(2.0)["student"](net.noise(SEEDS), 500, net.embed(PROMPTS)))
+    assert torch.equal(*found)
+    halved = lora(tmp_path / "kohya.safetensors").tensors
+    save_file({k: v * 0.5 if k.endswith("alpha") else v for k, v in renamed.items()}, tmp_path / "half.safetensors")
+    for key, value in lora(tmp_path / "half.safetensors").tensors.items():
+        torch.testing.assert_close(value, halved[key] * (0.5 if ".lora_B." in key else 1.0))
+
+
 @pytest.mark.parametrize("method", [ShortFT(k=2, shared=True), ShortFT(k=2, stage=1), ShortFT(k=2, depth=2)], ids=str)
 def test_the_ablations_run(tmp_path, method):
     run = tuned(tmp_path / "run", student_file(tmp_path / "student", torch.float32), method, steps=3, save_every=0)
-    assert len(run.metrics()) == 3 and all(row["reward"] is not None for row in run.metrics())
+    fresh, names = cr.load(make_pipeline(dtype=torch.float32)), json.loads((run.adapter / "bands.json").read_text())
+    assert list(names) == (["shared"] if method.shared else ["lora1", "lora2"])
+    tuned_images = fresh.using(run.folder).render(PROMPTS, SEEDS, 5, 2.0)
+    assert not torch.equal(tuned_images, fresh.render(PROMPTS, SEEDS, 5, 2.0))
+    with pytest.raises(cr.UserError, match="has no call"):
+        fresh.using(run.folder).render(PROMPTS, SEEDS, 1, 2.0)
 
 
 def test_tuning_the_student_itself_is_draft_on_the_model_with_the_student_on(tmp_path):
@@ -305,30 +333,41 @@ def test_tuning_the_student_itself_is_draft_on_the_model_with_the_student_on(tmp
     assert len(run.metrics()) == 2
 
 
+def test_stages_that_do_not_fit_are_refused_before_anything_is_written_or_overwritten(tmp_path):
+    student = student_file(tmp_path / "student", torch.float32)
+    done = tuned(tmp_path / "run", student, steps=3)
+    for options, said in (({"steps": 2}, "has 3 stages"), ({"stage_steps": [3, 4]}, "2 lengths")):
+        with pytest.raises(cr.UserError, match=said):
+            tuned(tmp_path / "run", student, overwrite=True, **options)
+    assert (done.adapter / "bands.json").exists()
+    with pytest.raises(cr.UserError, match="stage_steps was"):  # equal shares would move
+        tuned(tmp_path / "run", student, resume=True, steps=9)
+
+
 def test_a_student_that_is_missing_or_does_not_fit_gets_one_line(tmp_path, sd_folder):
     net = cr.load(make_pipeline(dtype=torch.float32))
-    with pytest.raises(cr.UserError, match="has none; use model"):
+    with pytest.raises(cr.UserError, match="model has none; use model"):
         cr.finetune(net, ShortFT(k=2), gray, ["a fox"], out=tmp_path / "run", **SMALL)
     assert not (tmp_path / "run").exists()
     with pytest.raises(cr.UserError, match="no student at"):
-        check(tmp_path / "nowhere", str(sd_folder))
+        resolve(tmp_path / "nowhere", str(sd_folder))
     with pytest.raises(cr.UserError, match="no student of its own"):
-        check(None, str(sd_folder))
+        resolve(None, str(sd_folder))
     (tmp_path / "empty").mkdir()
     with pytest.raises(cr.UserError, match="expected a LoRA"):
-        check(tmp_path / "empty", str(sd_folder))
+        resolve(tmp_path / "empty", str(sd_folder))
     other = make_pipeline(dtype=torch.float32)
     other.scheduler.register_to_config(prediction_type="v_prediction")
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(cr.UserError, match="predicts v_prediction"):
-        check(tmp_path / "other", str(sd_folder))
+        resolve(tmp_path / "other", str(sd_folder))
     other.unet.save_pretrained(tmp_path / "unet")
     with pytest.raises(cr.UserError, match="cross_attention_dim is 16"):
-        check(tmp_path / "unet", "tiny-emoji")
+        resolve(tmp_path / "unet", "tiny-emoji")
     lora = student_file(tmp_path / "lora", torch.float32)
-    check(lora, str(sd_folder))
+    resolve(lora, str(sd_folder))
     with pytest.raises(cr.UserError, match="another model"):
-        check(lora, "tiny-emoji")
+        resolve(lora, "tiny-emoji")
 
 
 class Velocity(torch.nn.Module):

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "finetune": "errors runs settings methods rewards chain models prompts session trainer",
     "evaluate": "errors rewards chain models prompts",
     "analyze": "errors plan rewards chain models prompts report evaluate",
-    "distill": "plan runs settings noise adapters denoise models prompts learner session analyze",
+    "distill": "errors plan runs settings noise adapters denoise models prompts learner session analyze",
     "arguments": "errors settings methods prompts",
     "cli": "errors plan runs settings methods adapters rewards models prompts report finetune distill evaluate analyze arguments",
 }

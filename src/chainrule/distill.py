@@ -23,6 +23,7 @@ from chainrule.adapters import Active, Band, inject
 from chainrule.adapters.lora import gradients
 from chainrule.analyze import save, shortcut
 from chainrule.denoise import Member
+from chainrule.errors import UserError
 from chainrule.learner import Learner
 from chainrule.models import Model
 from chainrule.models.students import boundaries
@@ -123,9 +124,11 @@ def distill(
     """
     settings, said = Distillation.make(options), read_prompts(prompts)
     Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
+    if getattr(model.network, "peft_config", None):
+        raise UserError("distill needs the model without adapters; load it again")
     config = {"model": model.name, "kind": "student", "prompts": prompts if isinstance(prompts, str) else said}
-    run = Run.create(out, config | settings.model_dump(), resume=resume, overwrite=overwrite)
-    name = model._free("student")
+    config |= {"student_steps" if key == "steps" else key: value for key, value in settings.model_dump().items()}
+    run, name = Run.create(out, config, resume=resume, overwrite=overwrite), "student"
     adapter = inject(model.network, name, rank=settings.rank, seed=settings.seed, targets=layers(model.network))
     try:
         learner = Learner.of({name: adapter}, settings.lr, 0.0)
@@ -133,9 +136,11 @@ def distill(
         if resume:
             load_checkpoint(run, learner)
             run.truncate(learner.progress.step)
-        _run(made, run, on_update)
+        finished = _run(made, run, on_update)
         with learner.averaged():
             made.save(run.adapter)
+            if not finished:
+                return run
             shown = said[:: max(1, len(said) // 6)][:6]
             taught = replace(model, student=made.student)
             save(shortcut(taught, shown, student_steps=settings.steps, guidance=settings.guidance), run.folder)
@@ -144,7 +149,8 @@ def distill(
     return run
 
 
-def _run(made: Distiller, run: Run, on_update: Callable[[dict[str, Any]], None] | None) -> None:
+def _run(made: Distiller, run: Run, on_update: Callable[[dict[str, Any]], None] | None) -> bool:
+    """Update to the end, or until Ctrl-C; whether it was the end."""
     s, progress, smooth = made.settings, made.learner.progress, None
     with interrupts() as asked, progress_bar("loss") as bar:
         task = bar.add_task("distill", total=s.updates, completed=progress.step, value="-", speed="-")
@@ -158,3 +164,4 @@ def _run(made: Distiller, run: Run, on_update: Callable[[dict[str, Any]], None] 
             if on_update:
                 on_update(row)
     save_checkpoint(run, made.learner)
+    return made.learner.progress.step >= s.updates

@@ -16,7 +16,7 @@ from chainrule.rewards import probe, reward_of
 from chainrule.runs import Run
 from chainrule.session import Session, Watch
 from chainrule.settings import Settings
-from chainrule.trainer import build, processes
+from chainrule.trainer import build, check_cast, processes, stage_lengths
 
 
 def finetune(
@@ -44,16 +44,17 @@ def finetune(
     scorer, judge = reward_of(reward), reward_of(held_out) if held_out else None
     if settings.patience and not judge:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
-    for stage in stages(method):
-        calls = stage.plan(model.grid(settings.sample_steps), Random(0)).jumps
-        if not model.student and any(jump.via == "student" for jump in calls):
-            raise UserError(f"{spelled(method)['name']} jumps by a student, and the model has none; use model.with_student(...)")
+    turns = stages(method)
+    for stage in turns:
+        check_cast(model, stage.plan(model.grid(settings.sample_steps), Random(0)))
+    lengths = stage_lengths(settings, len(turns))
     Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
     for each in filter(None, (scorer, judge)):
         probe(each.to(model.device), model.image_size)
-    config = {"model": model.name, "student": model.student_name, "method": spelled(method), "reward": scorer.name,
+    config = {"model": model.name, "dtype": str(next(model.network.parameters()).dtype).removeprefix("torch."),
+              "under": list(model.under), "student": model.student_name, "method": spelled(method), "reward": scorer.name,
               "held_out": judge.name if judge else None, "prompts": prompts if isinstance(prompts, str) else said,
-              **settings.model_dump()}  # fmt: skip
+              **settings.model_dump(), "stage_steps": lengths if len(turns) > 1 else None}  # fmt: skip
     accelerator = processes(settings, model.device, out)
     with accelerator.main_process_first():  # the others find the folder made
         main = accelerator.is_main_process

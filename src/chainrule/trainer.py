@@ -37,6 +37,7 @@ def gradient(
     Returns rewards (b,) and images (b, 3, h, w) in [0, 1]. `memory` is "recompute" or "keep"; it never changes a number.
     `kl` weighs the distance to the base model at the last call; `scale` multiplies the whole loss.
     """
+    check_cast(model, plan)
     guidance = model.defaults.guidance if guidance is None else guidance
     chain = model.chain(prompts, seeds, guidance, Memory(memory))
     penalty = divergence(model.bare(guidance), chain.condition, kl * scale) if kl else None
@@ -53,6 +54,7 @@ class Trainer:
     model: Model
     learner: Learner
     stages: tuple[Method, ...]
+    lengths: list[int]  # updates of each stage
     reward: Reward
     prompts: list[str]
     settings: Settings
@@ -113,8 +115,7 @@ class Trainer:
     def _advance(self) -> None:
         """Go on to the next stage when this one has had its updates, or stopped getting better."""
         s, now = self.settings, self.learner.progress
-        length = s.stage_steps[now.stage] if s.stage_steps else _share(s.steps, len(self.stages), now.stage)
-        over = now.step - now.began >= length or (s.plateau and now.step - now.best_at > s.plateau)
+        over = now.step - now.began >= self.lengths[now.stage] or (s.plateau and now.step - now.best_at > s.plateau)
         if over and now.stage + 1 < len(self.stages):
             now.next_stage()
 
@@ -133,9 +134,20 @@ class Trainer:
             self.model.drop(adapter)
 
 
-def _share(steps: int, stages: int, stage: int) -> int:
-    """The updates of one stage when all get the same, earlier ones what is left over."""
-    return steps // stages + (stage < steps % stages)
+def stage_lengths(settings: Settings, count: int) -> list[int]:
+    """The updates of each stage: as given, or equal shares, earlier ones with what is left over. UserError if it does not fit."""
+    if settings.steps < count:
+        raise UserError(f"steps is {settings.steps}, but the method has {count} stages; give every stage an update at least")
+    lengths = settings.stage_steps or [settings.steps // count + (i < settings.steps % count) for i in range(count)]
+    if len(lengths) != count:
+        raise UserError(f"stage_steps has {len(lengths)} lengths, but the method has {count} stage{'s' * (count > 1)}")
+    return lengths
+
+
+def check_cast(model: Model, plan: Plan) -> None:
+    """UserError for a plan that jumps by a student when the model has none."""
+    if not model.student and any(jump.via == "student" for jump in plan.jumps):
+        raise UserError("this plan jumps by a student, and the model has none; use model.with_student(...)")
 
 
 def processes(settings: Settings, device: torch.device, out: str | Path) -> Accelerator:
@@ -154,12 +166,11 @@ def build(
 ) -> Trainer:
     """A trainer at step 0."""
     turns = stages(method)
+    lengths = stage_lengths(settings, len(turns))
     levels = turns[0].plan(model.grid(settings.sample_steps), Random(0)).adapters
-    if settings.stage_steps and len(settings.stage_steps) != len(turns):
-        raise UserError(f"stage_steps has {len(settings.stage_steps)} lengths, but {method} has {len(turns)} stages")
     adapters = {
         name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels.get(name))
         for i, name in enumerate(levels or ("default",))
     }
     learner = Learner.of(adapters, settings.lr, settings.weight_decay)
-    return Trainer(model, learner, turns, reward, prompts, settings, accelerator)
+    return Trainer(model, learner, turns, lengths, reward, prompts, settings, accelerator)

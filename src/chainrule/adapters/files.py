@@ -63,9 +63,10 @@ def parts(source: str | Path) -> dict[Path, Spans | None]:
         if (folder / BANDS).is_file():
             try:
                 bands = json.loads((folder / BANDS).read_text())
-                return {find(folder / name): tuple((low, high) for low, high in band["levels"]) for name, band in bands.items()}
+                levels = {folder / name: tuple((low, high) for low, high in band["levels"]) for name, band in bands.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{folder / BANDS} is damaged ({error})") from error
+            return {find(place): spans for place, spans in levels.items()}
     return {find(source): None}
 
 

@@ -69,7 +69,9 @@ analyses = typer.Typer(no_args_is_help=True, help="Measurements the papers rest 
 def analyze_shortcut(
     model: Annotated[str, typer.Argument(help="Bundled model, diffusers folder or hub id.")] = "tiny-emoji",
     student: Annotated[str | None, typer.Option(help="Its student; default: the model's own.")] = None,
-    student_steps: Annotated[int, typer.Option(help="Network calls the student makes an image with.")] = 4,
+    student_steps: Annotated[
+        int | None, typer.Option(help="Network calls the student makes an image with; default: its own.")
+    ] = None,
     prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:test",
     reward: Annotated[list[str] | None, typer.Option(help="Rewards to compare. May be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="Images per prompt.")] = 2,
@@ -87,10 +89,10 @@ def analyze_shortcut(
     said, scorers = read_prompts(prompts), [rewards.parse(name) for name in reward or ()]
     check_folder(out)
     from chainrule.models.loading import check, load
-    from chainrule.models.students import check as check_student
+    from chainrule.models.students import facts, resolve
 
     check(model)
-    check_student(student, model)
+    student_steps = student_steps or facts(resolve(student, model)).get("steps", 4)
     from chainrule.analyze import save, shortcut
 
     net = load(model).with_student(student)

@@ -58,11 +58,11 @@ def train(
     check(source)
     jumps = _jumps(made)
     if jumps:
-        from chainrule.models.students import check as check_student
+        from chainrule.models.students import resolve
 
-        check_student(named["student"], source)
+        resolve(named["student"], source)
     elif named["student"]:
-        raise UserError(f"{named['method']} does not jump by a student; leave student out, or choose shortft")
+        raise UserError(f"{made} does not jump by a student; leave student out, or choose the method shortft")
     if named["adapter"]:
         from chainrule.adapters.files import parts
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from chainrule.arguments import at_least_one, said, weights
 from chainrule.cli.app import Guidance, Prompts, Steps, or_else, progress
 from chainrule.errors import UserError
+
+if TYPE_CHECKING:
+    from chainrule.models import Model
 
 
 def sample(
@@ -33,15 +36,14 @@ def sample(
     from chainrule.runs import Run, check_folder
 
     check_folder(out)
-    name, places = _base(source), [place for place in (_run(source), adapter) if place]
+    places = [place for place in (_run(source), adapter) if place]
     for place in places:
         parts(place)
+    name, under = _base(source)
     if folder := _run(source):  # as it was trained, unless asked otherwise
         config = Run(folder).config
         steps, guidance = or_else(steps, config.get("sample_steps")), or_else(guidance, config.get("guidance"))
-    from chainrule.models.loading import load
-
-    model = load(name)
+    model = _load(name, under)
     for place in places:
         model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
     with progress("sampling", -(-len(every) // 16) * len(model.grid(steps)[1:])) as advance:
@@ -60,15 +62,28 @@ def _run(source: str | Path) -> Path | None:
     return Path(source) if (Path(source) / "config.yaml").is_file() else None
 
 
-def _base(source: str | Path) -> str:
-    """The name, checked, of a model or of the model of a run."""
+def _base(source: str | Path) -> tuple[str, list[str]]:
+    """The name of a model, or of the model of a run with the adapters it was trained on top of; all checked."""
+    from chainrule.adapters.files import parts
     from chainrule.models.loading import check
     from chainrule.runs import Run
 
     folder = _run(source)
-    name = str(Run(folder).config.get("model")) if folder else str(source)
+    config = Run(folder).config if folder else {"model": str(source)}
+    name, under = str(config.get("model")), [str(place) for place in config.get("under") or ()]
     check(name)
-    return name
+    for place in under:
+        parts(place)
+    return name, under
+
+
+def _load(name: str, under: list[str]) -> Model:
+    from chainrule.models.loading import load
+
+    model = load(name)
+    for place in under:
+        model = model.using(place)
+    return model
 
 
 def evaluate(
@@ -91,6 +106,8 @@ def evaluate(
     for other, config in zip(runs, configs, strict=True):
         if config.get("model") != first.get("model"):
             raise UserError(f"{other} was trained from {config.get('model')}, not from {first.get('model')} as {runs[0]}")
+        if config.get("under") != first.get("under"):
+            raise UserError(f"{other} was trained on top of other adapters than {runs[0]}")
     scorers = [rewards.parse(name) for name in reward or filter(None, map(first.get, ("reward", "held_out")))]
     if not scorers:
         raise UserError(f"{runs[0]} does not say its reward; pass --reward")
@@ -98,12 +115,10 @@ def evaluate(
 
     for folder in runs:
         parts(folder)
-    labels, name = _labels(runs), _base(runs[0])
+    labels, (name, under) = _labels(runs), _base(runs[0])
     from chainrule.evaluate import evaluate as measure
-    from chainrule.models.loading import load
 
-    base = load(name)
-
+    base = _load(name, under)
     steps, guidance = or_else(steps, first.get("sample_steps")), or_else(guidance, first.get("guidance"))
     models = {"before": base} | {name: base.using(folder, scale=scale) for name, folder in zip(labels, runs, strict=True)}
     with progress("evaluating", len(models) * -(-len(shown) * seeds // 16) * (len(base.grid(steps)) - 1)) as advance:

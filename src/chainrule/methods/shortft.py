@@ -21,11 +21,13 @@ class ShortFT:
     timestep-aware LoRA). Stage i trains the adapters i to k: segments 1 to i are walked as they are, and in the later ones the
     student jumps over the calls without adapters, so that the whole way from the image back to the first trained call
     is differentiated, student included. Without `stage` all stages are trained in turn; `stage=1` is the ablation without
-    progressive training. `depth` keeps only the last so many network calls live, as DRaFT-K does.
+    progressive training. `depth` keeps only the last so many network calls live, as DRaFT-K does. A shared adapter is on in
+    earlier calls too, and a later stage does not reach back to those.
 
     Levels are timesteps plus one. `levels` are those of the last call of every segment, by default the k-th parts of the
     grid: 762, 502, 262 and 2 for 50 steps of Stable Diffusion, the paper's timesteps 761, 501, 261, 1. `shortcuts` are the
-    student's jumps, by default over all calls without an adapter: 742 to 502, 482 to 262, 242 to 2.
+    student's jumps, by default over all calls without an adapter: 742 to 502, 482 to 262, 242 to 2. A student of as many
+    steps as `k` fits best: its own segments end where these jumps do.
     """
 
     k: int = 4
@@ -36,10 +38,10 @@ class ShortFT:
     shortcuts: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        within("k", self.k, 1)
-        within("depth", self.depth, 1)
         if self.levels is not None:
             object.__setattr__(self, "k", len(self.levels))
+        within("k", self.k, 1)
+        within("depth", self.depth, 1)
         within("stage", self.stage, 1, self.k)
 
     def stages(self) -> tuple[ShortFT, ...]:
@@ -81,6 +83,9 @@ class ShortFT:
             if not any(high >= start > stop >= low for high, low in runs):
                 free = ", ".join(f"{high} to {low}" for high, low in runs)
                 raise UserError(f"the shortcut {start} to {stop} must fall, and stay within the calls without adapters ({free})")
+        for (_, stop), (start, _) in itertools.pairwise(sorted(self.shortcuts, reverse=True)):
+            if start > stop:
+                raise UserError(f"the shortcuts {[list(pair) for pair in self.shortcuts]} must not overlap")
         return dict(self.shortcuts)
 
     def _adapters(self, grid: Grid, ends: list[int]) -> dict[str, Levels]:

@@ -18,11 +18,14 @@ class Attached:
     """Adapters that answer inside a pipeline until `remove`. Also a context manager."""
 
     network: nn.Module
+    forward: Any  # what answered before, when it was set on the network itself: an offloading hook
     loaded: list[Adapter] = field(default_factory=list)
 
     def remove(self) -> None:
         """Give the pipeline back as it was, bit for bit."""
         self.network.__dict__.pop("forward", None)
+        if self.forward:
+            self.network.forward = self.forward
         for adapter in self.loaded:
             adapter.remove()
         self.loaded.clear()
@@ -39,19 +42,22 @@ def attach(pipe: Any, source: str | Path, *, scale: float = 1.0) -> Attached:
 
     For adapters by level (ShortFT), which `load_lora_weights` knows nothing of; single ones work too. Every call of the
     UNet looks at its timestep and runs with the adapters of that level, at `scale`; calls without any cost what they cost
-    without adapters. Raises UserError for a pipeline without a UNet, with adapters attached already, or of another
-    architecture.
+    without adapters. Raises UserError for a pipeline without a UNet, with adapters on it already, or of another architecture.
     """
     network = getattr(pipe, "unet", None)
     if network is None:
         raise UserError(f"{type(pipe).__name__} has no UNet to attach adapters to")
-    if "forward" in vars(network):
-        raise UserError("the pipeline has adapters attached already; remove them first")
-    made, bands = Attached(network), {}
-    for i, (file, spans) in enumerate(adapters.parts(source).items()):
-        name = f"attached{i}"
-        made.loaded.append(adapters.load(network, name, file))
-        bands[name] = Band(scale, spans)
+    if getattr(network, "peft_config", None):
+        raise UserError(f"the pipeline has adapters already ({', '.join(network.peft_config)}); remove them first")
+    made, bands = Attached(network, vars(network).get("forward")), {}
+    try:
+        for i, (file, spans) in enumerate(adapters.parts(source).items()):
+            name = f"attached{i}"
+            made.loaded.append(adapters.load(network, name, file))
+            bands[name] = Band(scale, spans)
+    except UserError:
+        made.remove()
+        raise
     active, forward = Active(bands), network.forward
 
     def answer(*args: Any, **kwargs: Any) -> Any:

@@ -50,6 +50,7 @@ class Model:
     active: dict[str, Band] = field(default_factory=dict)
     student: Member | None = None
     student_name: str | None = None
+    under: tuple[str, ...] = ()  # the adapters of `using`, as they were named
 
     @property
     def network(self) -> nn.Module:
@@ -122,21 +123,21 @@ class Model:
         `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
         excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model, which stays as it is.
         """
-        stored = {source: None} if isinstance(source, adapters.Weights) else adapters.parts(source)
+        pairs = [(source, None)] if isinstance(source, adapters.Weights) else list(adapters.parts(source).items())
         spans: Levels | None = None
         if adapter_steps:
             grid, (first, last) = self.grid(steps), adapter_steps
             if not 0 <= first < last <= len(grid) - 1:
                 raise UserError(f"adapter_steps is {adapter_steps}, but must satisfy 0 <= first < last <= {len(grid) - 1}")
-            if any(own is not None for own in stored.values()):
+            if any(own is not None for _, own in pairs):
                 raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
             spans = ((grid[last], grid[first]),)
         active = dict(self.active)
-        for each, own in stored.items():
+        for each, own in pairs:
             name = self._free("loaded")
             adapters.load(self.network, name, each)
             active[name] = Band(scale, own or spans)
-        return replace(self, active=active)
+        return replace(self, active=active, under=(*self.under, str(source)))
 
     def with_student(self, source: str | Path | None = None) -> Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).
@@ -147,8 +148,8 @@ class Model:
         """
         from chainrule.models import students
 
-        name = str(source) if source is not None else f"{self.name}'s own"
-        return replace(self, student=students.load(self, source), student_name=name)
+        name = str(source) if source is not None else "its own"
+        return replace(self, active=dict(self.active), student=students.load(self, source), student_name=name)
 
     def _free(self, stem: str) -> str:
         """An adapter name that is not taken."""
@@ -163,8 +164,16 @@ class Model:
     ) -> Iterator[Tensor]:  # fmt: skip
         """The latents after every step of one batch, (b, c, h, w) each; the last one is the finished image's."""
         guidance = self.defaults.guidance if guidance is None else guidance
-        chain = self.chain(prompts, seeds, guidance, on_call=on_call)
-        yield from chain.states(self.noise(seeds), walk(self.grid(steps)))
+        chain, levels = self.chain(prompts, seeds, guidance, on_call=on_call), self.grid(steps)
+        for name, band in self.active.items():
+            for low, high in band.spans or ():
+                if not any(low < level and (high is None or level <= high) for level in levels[:-1]):
+                    where = f"above level {low}" + ("" if high is None else f" up to {high}")
+                    raise UserError(
+                        f"the adapter {name} is on {where}, where a {len(levels) - 1}-step grid has no call; "
+                        "sample with the steps it was trained with"
+                    )
+        yield from chain.states(self.noise(seeds), walk(levels))
 
     @torch.no_grad()
     def render(

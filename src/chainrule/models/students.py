@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 
 from chainrule import adapters
@@ -34,13 +35,21 @@ def route(start: int, top: int, steps: int) -> tuple[Jump, ...]:
     return walk(levels, via="student")
 
 
-def locate(source: str | Path | None, base: str) -> str | Path:
-    """Where a student is: the source itself, or the bundled one. UserError when there is none."""
-    if source is not None:
-        return source
-    if base not in bundled.STUDENTS:
+def resolve(source: str | Path | None, base: str) -> Path:
+    """A student's files on this disk: those of the source, downloaded if it is on the hub, or of the bundled student.
+
+    Raises UserError for everything that its files say before anything is loaded: missing, of another architecture, of another
+    prediction. `base` is the name of its model; when that is a hub id, there are no files here to compare with.
+    """
+    if source is None and base not in bundled.STUDENTS:
         raise UserError(f"{base} has no student of its own; pass one (chainrule distill {base} --out runs/student makes it)")
-    return bundled.student(base)
+    place = bundled.student(base) if source is None else Path(source)
+    if not place.exists():
+        if source is None:
+            raise UserError(f"the bundled student of {base} is missing from this installation; reinstall chainrule")
+        place = _download(str(source))
+    _check(place, bundled.folder(base) if base in bundled.BUNDLED else Path(base), base)
+    return place
 
 
 def _is_lora(place: Path) -> bool:
@@ -70,29 +79,22 @@ def facts(place: str | Path) -> dict[str, Any]:
     return _read(Path(place) / "adapter" / "student.json") or _read(Path(place) / "student.json")
 
 
-def check(source: str | Path | None, base: str) -> None:
-    """Everything about a student that its files say before anything is loaded: there, of this architecture and prediction.
-
-    `base` is the model's name; when that is a hub id, its files are not here to compare with. Raises UserError.
-    """
-    place = Path(locate(source, base))
-    if not place.exists():
-        if str(source).split(":")[0].count("/") == 1 and not str(source).startswith((".", "/", "~")):
-            return  # a hub id
-        raise UserError(
-            f"no student at {str(source)!r}: give a folder, a .safetensors file, or a hub id OWNER/NAME or OWNER/NAME:FILE"
-        )
-    here = bundled.folder(base) if base in bundled.BUNDLED else Path(base)
+def _check(place: Path, here: Path, base: str) -> None:
+    """Against the base model's files in `here`, as far as they are there."""
     predicts = _read(here / "scheduler" / "scheduler_config.json").get("prediction_type")
-    said = facts(place).get("prediction") or _read(place / "scheduler" / "scheduler_config.json").get("prediction_type")
-    if said and predicts and said != predicts:
-        raise UserError(f"the student {source} predicts {said}, but {base} predicts {predicts}; it needs a student of its own kind")
+    _check_prediction(place, predicts, base)
     if _is_lora(place):
         weights = sorted((here / "unet").glob("*.safetensors"))
         if weights:
             _check_lora(find(place), weights, base)
     else:
-        _check_config(_read(_network(place) / "config.json"), _read(here / "unet" / "config.json"), source, base)
+        _check_config(_read(_network(place) / "config.json"), _read(here / "unet" / "config.json"), place, base)
+
+
+def _check_prediction(place: Path, predicts: str | None, base: str) -> None:
+    said = facts(place).get("prediction") or _read(place / "scheduler" / "scheduler_config.json").get("prediction_type")
+    if said and predicts and said != predicts:
+        raise UserError(f"the student {place} predicts {said}, but {base} predicts {predicts}; it needs a student of its own kind")
 
 
 def _check_config(config: dict[str, Any], base_config: dict[str, Any], source: object, base: str) -> None:
@@ -108,7 +110,7 @@ def _check_lora(file: Path, weights: list[Path], base: str) -> None:
     for path in weights:
         with safe_open(path, "pt") as stored:
             shapes |= {key: stored.get_slice(key).get_shape() for key in stored.keys()}  # noqa: SIM118  not a dict
-    for key, tensor in adapters.files.read(file).tensors.items():
+    for key, tensor in lora(file).tensors.items():
         layer, _, part = key.partition(".lora_")
         shape = shapes.get(f"{layer}.weight")
         width = shape and (shape[1] if part.startswith("A") else shape[0])
@@ -116,16 +118,33 @@ def _check_lora(file: Path, weights: list[Path], base: str) -> None:
             raise UserError(f"the student {file} was made for another model: {base} has no layer {layer} of that shape")
 
 
+def lora(file: Path) -> adapters.Weights:
+    """A LoRA in diffusers' own key spelling, or in kohya's, which most published students have."""
+    with safe_open(file, "pt") as stored:
+        kohya = any(key.startswith("lora_unet_") for key in stored.keys())  # noqa: SIM118  not a dict
+    if not kohya:
+        return adapters.files.read(file)
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft as renamed
+
+    state, alphas = StableDiffusionPipeline.lora_state_dict(str(file))
+    bare = {key.removeprefix(adapters.files.PREFIX): value for key, value in state.items()}
+    scales = renamed({key.removeprefix(adapters.files.PREFIX): torch.tensor(value) for key, value in (alphas or {}).items()})
+    tensors = dict(renamed(bare))
+    for key, alpha in scales.items():  # every layer may have its own: into the up matrix with it
+        layer = key.removesuffix(".alpha").removesuffix(".lora_A.weight")
+        tensors[f"{layer}.lora_B.weight"] = tensors[f"{layer}.lora_B.weight"] * alpha / tensors[f"{layer}.lora_A.weight"].shape[0]
+    rank = next(value.shape[0] for key, value in tensors.items() if ".lora_A." in key)
+    return adapters.Weights(tensors, float(rank))
+
+
 def load(model: Model, source: str | Path | None) -> Member:
     """The student as a member without guidance: a LoRA on the model's own network, or a network of its own."""
-    place = locate(source, model.name)
-    check(source, model.name)
-    if not Path(place).exists():
-        place = _download(str(place))
-    path = Path(place)
+    path = resolve(source, model.name)
+    _check_prediction(path, model.solver.prediction.value, model.name)
     if _is_lora(path):
         name = model._free("student")
-        adapters.load(model.network, name, find(path))
+        adapters.load(model.network, name, lora(find(path)))
         active = adapters.Active({name: adapters.Band()})
         return replace(model.bare(1.0), active=active)
     from diffusers import UNet2DConditionModel
@@ -137,21 +156,23 @@ def load(model: Model, source: str | Path | None) -> Member:
             folder, torch_dtype=weight.dtype, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the student {source}: {str(error).strip().splitlines()[0]}") from error
-    _check_config(dict(network.config), dict(model.pipe.unet.config), source, model.name)
+        raise UserError(f"cannot load the student {path}: {str(error).strip().splitlines()[0]}") from error
+    _check_config(dict(network.config), dict(model.pipe.unet.config), path, model.name)
     network.requires_grad_(False).eval().to(weight.device)
     return replace(model.bare(1.0), denoiser=replace(model.denoiser, network=network))  # type: ignore[type-var]
 
 
 def _download(name: str) -> Path:
-    """A file or a pipeline's network from the hub."""
+    """A file or a pipeline's network from the hub. UserError when there is no such thing here or there."""
+    repository, _, file = name.partition(":")
+    if repository.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"no student at {name!r}: give a folder, a .safetensors file, or a hub id OWNER/NAME or OWNER/NAME:FILE")
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    repository, _, file = name.partition(":")
     try:
         if file:
             return Path(hf_hub_download(repository, file))
-        return Path(snapshot_download(repository, allow_patterns=["unet/*", "*.json", "*lora*.safetensors"]))
+        return Path(snapshot_download(repository, allow_patterns=["unet/*.json", "unet/*.safetensors", "scheduler/*.json"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot get the student {name!r} from the hub: {reason}; a local folder or file works offline") from error
+        raise UserError(f"no student at {name!r} here, and the hub does not give one: {reason}") from error

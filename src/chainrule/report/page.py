@@ -187,7 +187,11 @@ def _use(material: Material) -> str:
         else f"import chainrule\n\npipe = chainrule.load({model!r}).pipe"
     )
     prompt = material.prompts[0] if material.prompts else "a painting of a fox"
-    code = f"{load}\npipe.load_lora_weights({f'{where}/adapter'!r})\nimage = pipe({prompt!r}).images[0]"
+    if (material.folder / "adapter" / "bands.json").is_file():  # adapters by level, which diffusers knows nothing of
+        on = f"{load}\nattached = chainrule.attach(pipe, {where!r})".replace("from diffusers", "import chainrule\nfrom diffusers")
+    else:
+        on = f"{load}\npipe.load_lora_weights({f'{where}/adapter'!r})"
+    code = f"{on}\nimage = pipe({prompt!r}).images[0]"
     command = f"chainrule sample {quote(where)} --prompts {quote(prompt)}"
     return f"<h3>With diffusers alone</h3><pre>{escape(code)}</pre><h3>With chainrule</h3><pre>{escape(command)}</pre>"
 
