@@ -477,3 +477,58 @@ def test_what_only_the_model_knows_is_still_said_before_anything_is_written(opti
     assert "Traceback" not in found.err
     assert found.err.splitlines()[-1].startswith(f"error: {message}")  # after the bars of what was loaded
     assert not list(tmp_path.iterdir())
+
+
+# ShortFT: a student, a staged run, an analysis
+
+
+def test_distill_train_sample_and_analyze_go_together(sd_folder, chainrule, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a fox\ntwo bees\n")
+    small = "--updates 2 --batch 2 --starts 4 --teacher-steps 8 --rank 2 --guidance 2"
+    found = chainrule(*f"distill {sd_folder} --out student --prompts prompts.txt {small}".split())
+    assert found.code == 0 and "shortcut.md" in found.out, found.err
+    line = f"--model {sd_folder} --student student --method shortft --method-option k=2 --reward symmetry --prompts prompts.txt"
+    options = "--steps 4 --batch 2 --sample-steps 5 --guidance 2 --rank 2 --lr 0.05"
+    found = chainrule(*f"train {line} --out run {options}".split())
+    assert found.code == 0 and sorted(p.name for p in Path("run/adapter").iterdir()) == ["bands.json", "lora1", "lora2"], found.err
+    assert [row["stage"] for row in rows()] == [1, 1, 2, 2]
+    assert "chainrule.attach(pipe, &#x27;run&#x27;)" in Path("run/report.html").read_text()
+    assert chainrule(*words("sample run --prompts prompts.txt --out made")).code == 0
+    model = cr.load(str(sd_folder))
+    expected = model.using("run").sample(["a fox", "two bees"], [0, 0], 5, 2.0)  # the steps and guidance it was trained with
+    assert [list(Image.open(f"made/{i:04d}.png").getdata()) for i in (0, 1)] == [list(image.getdata()) for image in expected]
+    assert "gain of after" in chainrule(*words("eval run --prompts prompts.txt --seeds 2")).out
+    asked = f"analyze shortcut {sd_folder} --student student --prompts prompts.txt --seeds 1 --steps 10 --points 2 --guidance 2"
+    found = chainrule(*asked.split())
+    assert found.code == 0 and "| 902 | 4 | shortcut |" in found.out and Path("runs/shortcut/shortcut.png").exists(), found.err
+
+
+def test_a_run_on_top_of_an_adapter_is_used_on_top_of_it(trained, sd_folder, chainrule):
+    line = f"--model {sd_folder} --adapter run --method draft-1 --reward symmetry --prompts prompts.txt --out above --rank 2 "
+    assert chainrule("train", *(line + SHORT).split()).code == 0
+    assert chainrule(*words("sample above --prompts prompts.txt --out made")).code == 0
+    expected = cr.load(str(sd_folder)).using("run").using("above").sample(["a fox", "two bees"], [0, 0], 3, 2.0)
+    assert list(Image.open("made/0000.png").getdata()) == list(expected[0].getdata())
+    refused = chainrule("train", *(line.replace("--adapter run ", "") + SHORT + " --resume").split())
+    assert refused.code == 2 and "under was" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --reward symmetry --out x --method shortft --student nowhere/at/all", "no student at 'nowhere/at/all'"),
+        ("train --reward symmetry --out x --method draft-1 --student runs", "does not jump by a student"),
+        ("train --reward symmetry --out x --method shortft --sample-steps 3", "k is 4, but must be between 1 and 3"),
+        ("train --reward symmetry --out x --adapter nowhere", "no adapter at 'nowhere'"),
+        ("distill tiny-emoji --out x --teacher-steps 5", "teacher_steps is 5"),
+        ("distill nowhere --out x", "unknown model 'nowhere'"),
+        ("analyze shortcut tiny-emoji --student nowhere/at/all", "no student at"),
+        ("plan shortft --stage 9", "shortft has 4 stages"),
+    ],
+)  # fmt: skip
+def test_bad_input_around_students_is_one_line_before_a_model_is_loaded(arguments, message, chainrule, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("chainrule.models.loading.load", lambda *_, **__: pytest.fail("loaded a model"))
+    found = chainrule(*arguments.split())
+    assert found.code == 2 and message in found.err and found.err.count("\n") == 1 and not list(tmp_path.iterdir()), found.err

@@ -13,24 +13,25 @@ from torch import Tensor
 from chainrule.chain import Score
 from chainrule.errors import UserError
 from chainrule.evaluate import Estimate
-from chainrule.models import Model
+from chainrule.models import BUNDLED, Model
 from chainrule.models.model import pictures
 from chainrule.models.students import route
 from chainrule.plan import Path as Jumps
 from chainrule.plan import walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import grid as sheet
-from chainrule.rewards import Reward, checked, reward_of
+from chainrule.rewards import HPSv2, PickScore, Reward, checked, reward_of
+from chainrule.rewards.clip import Clip, load_clip, normalize, resize_and_crop
 
 
 @dataclass(frozen=True, slots=True)
 class Shortcut:
     """How far from the base model's own end each way down leads, from each level: rows of a table, and pictures.
 
-    `rows[level][way][measure]`; measures are `latent` and `pixels`, root mean squares, and the absolute change of every
-    reward. The ways are `shortcut` (the student's jumps), `ddim` (the base model by the same jumps, so with as many calls),
-    `ddim, half the calls` (what the student's passes buy when guidance makes every call of the base two of them) and
-    `one step` (the base's clean prediction).
+    `rows[level][way][measure]`; measures are `latent` and `pixels`, root mean squares, `perceptual`, 1 - cosine of CLIP's
+    embeddings, and the absolute change of every reward. The ways are `shortcut` (the student's jumps), `ddim` (the base
+    model by the same jumps, so with as many calls), `ddim, half the calls` (what the student's passes buy when guidance
+    makes every call of the base two of them) and `one step` (the base's clean prediction).
     """
 
     prompts: list[str]
@@ -55,6 +56,7 @@ def shortcut(
     prompts: str | Sequence[str],
     rewards: Sequence[Score] = (),
     *,
+    clip: str | None = None,
     seeds: int = 2,
     steps: int = 50,
     student_steps: int = 4,
@@ -66,7 +68,9 @@ def shortcut(
 ) -> Shortcut:
     """ShortFT's Fig. 3 (arXiv:2507.22604) for this model and its student: from `points` levels of the sampling grid.
 
-    Raises UserError for a model without a student (`model.with_student`).
+    `clip` names the CLIP of the perceptual distance, 1 - cosine of two images' embeddings; a bundled model has its own.
+    Without `rewards` a bundled model is measured by the preference scorers that come with it. Raises UserError for a model
+    without a student (`model.with_student`).
     """
     if not model.student:
         raise UserError(f"{model.name} has no student to analyze; use model.with_student(...)")
@@ -83,47 +87,57 @@ def shortcut(
             "shortcut": jumps, "ddim": walk([level, *stops]), "ddim, half the calls": walk([level, *stops[::-1][::2][::-1]]),
             "one step": walk([level, 0]),
         }  # fmt: skip
-    scorers = [reward_of(reward).to(model.device) for reward in rewards]
+    own = model.name in BUNDLED
+    chosen = list(rewards) or ([PickScore("tiny"), HPSv2("tiny")] if own else [])
+    scorers = [reward_of(reward).to(model.device) for reward in chosen]
+    eye = load_clip(clip or "tiny", device=model.device) if clip or own else None
     found: dict[int, dict[str, list[dict[str, Tensor]]]] = {level: {way: [] for way in each} for level, each in ways.items()}
+    drawn = range(0, len(said), max(1, len(said) // shown))[:shown]
     columns: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, images: Tensor, first: int) -> None:
+        columns.setdefault(name, []).extend(images[i - first].cpu() for i in drawn if first <= i < first + len(images))
+
     for start in range(0, len(said), batch):
-        part, own = said[start : start + batch], numbers[start : start + batch]
-        chain = model.chain(part, own, guidance, on_call=on_call)
-        states = [model.noise(own), *chain.states(model.noise(own), walk(levels))]
-        end = _seen(model, states[-1], part, scorers)
-        columns.setdefault(f"{steps} steps", []).append(end["images"])
+        part, seeded = said[start : start + batch], numbers[start : start + batch]
+        chain = model.chain(part, seeded, guidance, on_call=on_call)
+        states = [model.noise(seeded), *chain.states(model.noise(seeded), walk(levels))]
+        end = _seen(model, states[-1], part, scorers, eye)
+        keep(f"{steps} steps", end["pixels"], start)
         for level, each in ways.items():
             for way, jumps in each.items():
                 *_, latent = chain.states(states[list(levels).index(level)], jumps)
-                there = _seen(model, latent, part, scorers)
+                there = _seen(model, latent, part, scorers, eye)
                 found[level][way].append({name: _apart(name, there[name], end[name]) for name in there})
-                columns.setdefault(f"{way} from {level}", []).append(there["images"])
+                if not way.startswith("ddim"):
+                    keep(f"{way} from {level}", there["pixels"], start)
     rows = {level: {way: _estimates(parts, seeds) for way, parts in each.items()} for level, each in found.items()}
     calls = {level: {way: len(jumps) for way, jumps in each.items()} for level, each in ways.items()}
-    first = range(0, len(said), max(1, len(said) // shown))[:shown]
-    drawn = [(name, torch.cat(images)[i]) for i in first for name, images in columns.items() if not name.startswith("ddim")]
-    picture = sheet(pictures(torch.stack([image for _, image in drawn])), len(drawn) // len(first), [name for name, _ in drawn])
+    cells = [(name, images[i]) for i in range(len(drawn)) for name, images in columns.items()]
+    picture = sheet(pictures(torch.stack([image for _, image in cells])), len(columns), [name for name, _ in cells])
     return Shortcut(read_prompts(prompts), rows, calls, picture)
 
 
-def _seen(model: Model, latent: Tensor, prompts: Sequence[str], scorers: Sequence[Reward]) -> dict[str, Tensor]:
+def _seen(model: Model, latent: Tensor, prompts: Sequence[str], scorers: Sequence[Reward], eye: Clip | None) -> dict[str, Tensor]:
+    """Everything that is compared: latents, pixels, CLIP's embeddings, rewards."""
     images = model.decode(latent)
-    rewards = {scorer.name: checked(scorer, images, prompts) for scorer in scorers}
-    return {"latent": latent, "images": images} | rewards
+    found = {"latent": latent, "pixels": images}
+    if eye:
+        found["perceptual"] = eye.embed(normalize(resize_and_crop(images, eye.size)), prompts)[0]
+    return found | {scorer.name: checked(scorer, images, prompts) for scorer in scorers}
 
 
 def _apart(name: str, there: Tensor, end: Tensor) -> Tensor:
-    """(b,): root mean square distance of latents and images, absolute difference of rewards."""
+    """(b,): root mean square distance of latents and pixels, 1 - cosine of embeddings, absolute difference of rewards."""
+    if name == "perceptual":
+        return 1 - torch.cosine_similarity(there, end).float().cpu()
     difference = (there - end).flatten(1) if there.ndim > 1 else (there - end)[:, None]
     return difference.square().mean(1).sqrt().float().cpu()
 
 
 def _estimates(parts: list[dict[str, Tensor]], seeds: int) -> dict[str, Estimate]:
     """Over prompts; the seeds of one are averaged first."""
-    return {
-        "pixels" if name == "images" else name: Estimate.of(torch.cat([p[name] for p in parts]).view(-1, seeds).mean(1).tolist())
-        for name in parts[0]
-    }
+    return {name: Estimate.of(torch.cat([p[name] for p in parts]).view(-1, seeds).mean(1).tolist()) for name in parts[0]}
 
 
 def save(found: Shortcut, folder: str | Path) -> Path:

@@ -31,7 +31,7 @@ from chainrule.noise import derive
 from chainrule.plan import Grid, walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
-from chainrule.session import interrupts, load_checkpoint, progress_bar, save_checkpoint
+from chainrule.session import BAD_IN_A_ROW, interrupts, load_checkpoint, progress_bar, save_checkpoint
 from chainrule.settings import Distillation
 
 
@@ -151,7 +151,7 @@ def distill(
 
 def _run(made: Distiller, run: Run, on_update: Callable[[dict[str, Any]], None] | None) -> bool:
     """Update to the end, or until Ctrl-C; whether it was the end."""
-    s, progress, smooth = made.settings, made.learner.progress, None
+    s, progress, smooth, bad = made.settings, made.learner.progress, None, 0
     with interrupts() as asked, progress_bar("loss") as bar:
         task = bar.add_task("distill", total=s.updates, completed=progress.step, value="-", speed="-")
         while made.learner.progress.step < s.updates and not asked():
@@ -160,6 +160,9 @@ def _run(made: Distiller, run: Run, on_update: Callable[[dict[str, Any]], None] 
             run.log(row)
             if s.save_every and row["step"] % s.save_every == 0:
                 save_checkpoint(run, made.learner)
+            bad = 0 if math.isfinite(row["grad_norm"]) else bad + 1
+            if bad >= BAD_IN_A_ROW:
+                raise UserError(f"{bad} updates in a row had a NaN or Inf gradient; lower lr, or resume from the last checkpoint")
             bar.update(task, completed=row["step"], value=f"{smooth:.4g}", speed=f"{s.batch / row['seconds']:.1f}")
             if on_update:
                 on_update(row)

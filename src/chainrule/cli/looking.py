@@ -73,7 +73,10 @@ def analyze_shortcut(
         int | None, typer.Option(help="Network calls the student makes an image with; default: its own.")
     ] = None,
     prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:test",
-    reward: Annotated[list[str] | None, typer.Option(help="Rewards to compare. May be repeated.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="Rewards to compare; default: a bundled model's own. May be repeated.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP of the perceptual distance; default: a bundled model's own.")] = None,
     seeds: Annotated[int, typer.Option(help="Images per prompt.")] = 2,
     steps: Annotated[int, typer.Option(help="Network calls of the base model's own chain.")] = 50,
     points: Annotated[int, typer.Option(help="Levels to start from.")] = 5,
@@ -83,10 +86,13 @@ def analyze_shortcut(
     """How far a student's shortcut leads from where the model itself ends (ShortFT, Fig. 3)."""
     from chainrule import rewards
     from chainrule.prompts import prompts as read_prompts
+    from chainrule.rewards.clip import check_source
     from chainrule.runs import check_folder
 
     at_least_one(seeds=seeds, steps=steps, points=points, student_steps=student_steps)
     said, scorers = read_prompts(prompts), [rewards.parse(name) for name in reward or ()]
+    if clip:
+        check_source(clip, "clip")
     check_folder(out)
     from chainrule.models.loading import check, load
     from chainrule.models.students import facts, resolve
@@ -100,7 +106,7 @@ def analyze_shortcut(
     with progress("analyzing", batches * (steps + points * (3 * student_steps + 1))) as advance:
         found = shortcut(
             net, prompts, scorers, seeds=seeds, steps=steps, student_steps=student_steps, guidance=guidance, points=points,
-            on_call=advance,
+            clip=clip, on_call=advance,
         )  # fmt: skip
     typer.echo(
         f"{len(said)} prompts x {seeds} seeds; distance from the {steps}-step image, mean ± 95% interval over prompts\n{found}"
