@@ -520,6 +520,7 @@ def test_a_run_on_top_of_an_adapter_is_used_on_top_of_it(trained, sd_folder, cha
         ("train --reward symmetry --out x --method shortft --student nowhere/at/all", "no student at 'nowhere/at/all'"),
         ("train --reward symmetry --out x --method draft-1 --student runs", "does not jump by a student"),
         ("train --reward symmetry --out x --method shortft --sample-steps 3", "k is 4, but must be between 1 and 3"),
+        ("train --reward symmetry --out x --method shortft --method-option k=30", "k is 30, but must be between 1 and 20"),
         ("train --reward symmetry --out x --adapter nowhere", "no adapter at 'nowhere'"),
         ("distill tiny-emoji --out x --teacher-steps 5", "teacher_steps is 5"),
         ("distill nowhere --out x", "unknown model 'nowhere'"),

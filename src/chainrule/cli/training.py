@@ -56,6 +56,9 @@ def train(
     from chainrule.models.loading import check, load
 
     check(source)
+    from chainrule.models.bundled import best_steps
+
+    method_of(named["method"] or "draft-lv", method_option, settings.sample_steps or best_steps(source))
     jumps = _jumps(made)
     if jumps:
         from chainrule.models.students import resolve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +15,12 @@ STUDENTS = {"tiny-emoji": "tiny/weights/student"}
 def folder(name: str) -> Path:
     """The diffusers folder of a bundled model."""
     return Path(str(files("chainrule"))) / BUNDLED[name][0]
+
+
+def best_steps(name: str) -> int:
+    """Network calls a model is at its best with, known without loading it; 50 for one that is not bundled."""
+    settings = folder(name) / "chainrule.json" if name in BUNDLED else None
+    return int(json.loads(settings.read_text())["steps"]) if settings and settings.is_file() else 50
 
 
 def student(name: str) -> Path:
