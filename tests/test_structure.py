@@ -148,7 +148,7 @@ def test_every_public_name_is_a_class_or_a_function_that_says_what_it_is(name):
     assert inspect.getdoc(value)
 
 
-@pytest.mark.parametrize("name", ["finetune", "evaluate", "prompts", "report"])
+@pytest.mark.parametrize("name", ["distill", "finetune", "evaluate", "prompts", "report"])
 def test_a_name_that_is_a_module_too_stays_a_function(name):
     importlib.import_module(f"chainrule.{name}")
     assert inspect.isfunction(getattr(cr, name))

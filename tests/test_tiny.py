@@ -115,3 +115,17 @@ def test_a_few_updates_on_the_bundled_model_leave_an_adapter_that_plain_diffuser
         generator=[torch.Generator().manual_seed(3)],
     ).images  # fmt: skip
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_unpacked_checkpoints_hold_the_shipped_weights_to_train_on_from(model, tmp_path):
+    from chainrule.tiny import generator
+    from chainrule.tiny.__main__ import STAGES, main
+    from chainrule.tiny.loop import restore
+
+    assert main(["unpack", "--out", str(tmp_path)]) == 0
+    made = generator.Generator()
+    assert restore("unet", made, tmp_path) == STAGES["unet"].steps
+    for mine, shipped in ((made.unet, model.pipe.unet), (made.text_encoder, model.pipe.text_encoder)):
+        expected = dict(shipped.named_parameters())
+        assert all(torch.equal(weight, expected[name]) for name, weight in mine.named_parameters())
+    assert main(["unpack", "--out", str(tmp_path)]) == 0  # finished: what was trained since is not overwritten
