@@ -2,6 +2,7 @@
 
     python benchmarks/experiments.py              # runs what is missing, then writes docs/experiments.md
     python benchmarks/experiments.py --shard 0/2  # half of the runs, for a second process beside it
+    python benchmarks/experiments.py --write      # only the page
 
 Every run trains on `animals:train` with `pickscore:tiny` and is measured on `animals:test` with that reward, with
 `hpsv2:tiny` as the held-out judge, and for diversity; gains are paired by prompt and seed with the base model.
@@ -71,15 +72,19 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.3f} ± {point * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def table(results: dict[str, dict[int, dict[str, float]]]) -> str:
     """A markdown table, best trained reward first. What an update costs is `make bench`'s business."""
     lines = [
-        "| method | gain in trained reward | gain in held-out reward | change in diversity | seeds up |",
-        "|---|---|---|---|---|",
+        "| method | gain in trained reward | vs DRaFT-1, same seed | held-out gain | change in diversity | seeds up |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, rows in sorted(results.items(), key=lambda item: -statistics.mean(r["trained"] for r in item[1])):
-        columns = [interval([r[key] for r in rows]) for key in ("trained", "held", "diversity")]
-        lines.append(f"| {name} | {' | '.join(columns)} | {sum(r['trained'] > 0 for r in rows)} of {len(rows)} |")
+    first = results.get("DRaFT-1", {})
+    for name, rows in sorted(results.items(), key=lambda item: -statistics.mean(r["trained"] for r in item[1].values())):
+        gain, held, diversity = (interval([r[key] for r in rows.values()]) for key in ("trained", "held", "diversity"))
+        apart = [row["trained"] - first[seed]["trained"] for seed, row in rows.items() if seed in first]
+        paired = interval(apart) if apart and name != "DRaFT-1" else ""
+        up = f"{sum(r['trained'] > 0 for r in rows.values())} of {len(rows)}"
+        lines.append(f"| {name} | {gain} | {paired} | {held} | {diversity} | {up} |")
     return "\n".join(lines)
 
 
@@ -87,19 +92,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--shard", default="0/1", help="i/n: only every n-th run, starting with the i-th")
+    parser.add_argument("--write", action="store_true", help="only write the page")
     given = parser.parse_args()
     part, parts = map(int, given.shard.split("/"))
     jobs = [(name, seed) for name in NAMES for seed in SEEDS]
-    for name, seed in jobs[part::parts]:
+    for name, seed in [] if given.write else jobs[part::parts]:
         print(name, seed, run_one(name, seed, given.out / slug(name, seed)), flush=True)
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, dict[int, dict[str, float]]] = {}
     for name, seed in jobs:
         kept = KEPT / f"{slug(name, seed)}.json"
         if kept.exists():
-            found.setdefault(name, []).append(json.loads(kept.read_text()))
+            found.setdefault(name, {})[seed] = json.loads(kept.read_text())
     about = (
         f"N = {N}, batch {BATCH}, {UPDATES} updates, AdamW {LR}, rank 8; trained on {TRAINED}, judged by {HELD}.\n"
-        "Gains are over the base model on the 9 held-out animals x 4 seeds; ± is a 95% interval over training seeds.\n"
+        "Gains are over the base model on the 9 held-out animals x 4 seeds; ± is a 95% interval over training\n"
+        "seeds, which share prompts and noise between methods.\n"
     )
     Path("docs/experiments.md").write_text(
         f"# Methods compared\n\n`make experiments` writes this page.\n\n{about}\n{table(found)}\n"
