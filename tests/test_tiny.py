@@ -117,15 +117,28 @@ def test_a_few_updates_on_the_bundled_model_leave_an_adapter_that_plain_diffuser
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_unpacked_checkpoints_hold_the_shipped_weights_to_train_on_from(model, tmp_path):
+def test_unpacked_checkpoints_hold_the_shipped_weights_to_train_on_from(tmp_path):
     from chainrule.tiny import generator
     from chainrule.tiny.__main__ import STAGES, main
     from chainrule.tiny.loop import restore
 
     assert main(["unpack", "--out", str(tmp_path)]) == 0
-    made = generator.Generator()
+    made, model = generator.Generator(), cr.load("tiny-emoji")
     assert restore("unet", made, tmp_path) == STAGES["unet"].steps
     for mine, shipped in ((made.unet, model.pipe.unet), (made.text_encoder, model.pipe.text_encoder)):
         expected = dict(shipped.named_parameters())
         assert all(torch.equal(weight, expected[name]) for name, weight in mine.named_parameters())
     assert main(["unpack", "--out", str(tmp_path)]) == 0  # finished: what was trained since is not overwritten
+
+
+def test_the_bundled_student_keeps_to_the_trajectory_better_than_ddim_with_as_many_passes():
+    """ShortFT's Fig. 3 on four prompts; a guided DDIM call is two passes of the network, a student's is one."""
+    from chainrule.analyze import shortcut
+
+    net = cr.load("tiny-emoji").with_student()
+    said = ["a painting of a fox", "a painting of a zebra", "two bees", "a car on a sunset background"]
+    found = shortcut(net, said, [rewards.PickScore("tiny")], seeds=1, steps=20, points=2)
+    for ways in found.rows.values():
+        for measure in ("latent", "pixels", "perceptual"):
+            assert ways["shortcut"][measure].mean < 0.75 * ways["ddim, half the calls"][measure].mean
+            assert ways["shortcut"][measure].mean < 0.75 * ways["one step"][measure].mean

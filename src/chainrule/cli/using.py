@@ -36,10 +36,10 @@ def sample(
     from chainrule.runs import Run, check_folder
 
     check_folder(out)
+    name, under = _base(source)
     places = [place for place in (_run(source), adapter) if place]
     for place in places:
         parts(place)
-    name, under = _base(source)
     if folder := _run(source):  # as it was trained, unless asked otherwise
         config = Run(folder).config
         steps, guidance = or_else(steps, config.get("sample_steps")), or_else(guidance, config.get("guidance"))
