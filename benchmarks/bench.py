@@ -36,6 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 import chainrule as cr
+from chainrule.adapters import selected
 from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method, ShortFT, spelled
 from chainrule.models.model import Defaults
 from chainrule.models.stable_diffusion import ddim
@@ -45,7 +46,7 @@ from chainrule.rewards import Reward, Symmetry, parse
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "chainrule")
 MEMORIES = ("keep", "recompute")
-PRISTINE, INJECTED = "pristine", "injected"
+PRISTINE, ADAPTED = "pristine", "adapted"
 DOES_NOT_FIT = "out of memory"
 console = Console(width=max(Console().width, 118))
 
@@ -87,9 +88,12 @@ class Bench:
     def sample(self, which: str, number: int = 0) -> torch.Tensor:
         """diffusers' own sampling of the batch, (b, 3, h, w) in [0, 1]."""
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        images = self.pipes[which](
-            self.prompts, num_inference_steps=self.scope.steps, guidance_scale=self.guidance, generator=generators, output_type="pt"
-        ).images
+        on = {self.adapter.name: 1.0} if which == ADAPTED else {}
+        with selected(self.model.network, on):
+            images = self.pipes[which](
+                self.prompts, num_inference_steps=self.scope.steps, guidance_scale=self.guidance, generator=generators,
+                output_type="pt",
+            ).images  # fmt: skip
         return images  # type: ignore[no-any-return]
 
     def update(self, method: Method, reward: Reward, memory: str, optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -143,7 +147,7 @@ def prepare(model: cr.Model, scope: Scope) -> Bench:
     adapter = model.adapt("bench")
     said = cr.prompts("emoji")
     prompts = [said[i % len(said)] for i in range(scope.batch)]
-    pipes = {PRISTINE: pristine, INJECTED: plain(model.pipe, model.pipe.unet)}
+    pipes = {PRISTINE: pristine, ADAPTED: plain(model.pipe, model.pipe.unet)}
     return Bench(model, adapter, pipes, prompts, list(range(scope.batch)), scope)
 
 
@@ -209,17 +213,17 @@ def times(bench: Bench, scored: Sequence[Reward]) -> list[dict[str, Any]]:
     rows = []
     cells = [(reward, method) for reward in scored for method in bench.scope.methods]
     for reward, method in track(cells, "update time", console=console, transient=True):
-        contenders: dict[str, Callable[[int], object]] = {which: partial(bench.sample, which) for which in (PRISTINE, INJECTED)}
+        contenders: dict[str, Callable[[int], object]] = {which: partial(bench.sample, which) for which in (PRISTINE, ADAPTED)}
         for memory in MEMORIES:
             contenders[memory] = partial(bench.update, method, reward, memory, optimizer)
         seconds = race(contenders, bench.scope.rounds, bench.model.device)
         for memory in MEMORIES:
             row: dict[str, Any] = {"reward": reward.name, "method": label(method), "memory": memory}
-            for which in (INJECTED, PRISTINE):
+            for which in (ADAPTED, PRISTINE):
                 pairs = zip(seconds[memory], seconds[which], strict=bool(seconds[memory]))
                 row[f"ratio_{which}"] = spread([update / sampling for update, sampling in pairs])
             row["forecast"] = forecast(bench, method, memory)
-            row["seconds"] = {"update": seconds[memory], INJECTED: seconds[INJECTED], PRISTINE: seconds[PRISTINE]}
+            row["seconds"] = {"update": seconds[memory], ADAPTED: seconds[ADAPTED], PRISTINE: seconds[PRISTINE]}
             rows.append(row)
     return rows
 
@@ -278,12 +282,12 @@ def shown(value: Mapping[str, float] | None) -> str:
 def sheets(facts: Mapping[str, Any]) -> list[Sheet]:
     """The update times, then memory along N, then along K."""
     columns: tuple[str, ...] = ("reward", "method", "memory", "update, s")
-    columns += ("/ sampling, LoRA off", "/ sampling, no LoRA", "forecast")
+    columns += ("/ sampling, LoRA on", "/ sampling, no LoRA", "forecast")
     rows: list[tuple[str, ...]] = []
     for row in facts["time"]:
         update = row["seconds"]["update"]
         seconds = f"{median(update):.3f}" if update else DOES_NOT_FIT
-        ratios = (shown(row["ratio_injected"]), shown(row["ratio_pristine"]))
+        ratios = (shown(row["ratio_adapted"]), shown(row["ratio_pristine"]))
         rows.append((row["reward"], row["method"], row["memory"], seconds, *ratios, f"{row['forecast']:.2f}"))
     made = [Sheet("Time of one update, as a ratio to sampling", columns, rows)]
     for along in ("N", "K"):
@@ -313,7 +317,7 @@ def notes(facts: Mapping[str, Any]) -> list[str]:
         f"LoRA rank {s['rank']}.",
         "An update is the gradient (text encoding, the chain, decoding, the reward, the backward pass), clipping and AdamW's step.",
         "Sampling is diffusers' own pipeline call for the same prompts, seeds, steps and guidance, with DDIM, decoded to tensors. "
-        f"`LoRA off`: the LoRA layers are in the network but none is active ({facts['sampling_injected_s']:.3f} s). "
+        f"`LoRA on`: with the adapter that is trained, as the tuned model samples ({facts['sampling_adapted_s']:.3f} s). "
         f"`no LoRA`: a copy of the network as it was loaded ({facts['sampling_pristine_s']:.3f} s). "
         f"The library's images and the pipeline's differ by at most {facts['largest_pixel_difference']:.1e}.",
         f"Measured in turns, A B A B, after an uncounted round: median of {s['rounds']} ratios, each of an update to the sampling "
@@ -351,7 +355,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]]), "date": date.today().isoformat(),
         "model": Path(model.name).name, "machine": machine(model.device), "versions": {name: version(name) for name in PACKAGES},
-        "settings": settings, "sampling_injected_s": sampling[INJECTED], "sampling_pristine_s": sampling[PRISTINE],
+        "settings": settings, "sampling_adapted_s": sampling[ADAPTED], "sampling_pristine_s": sampling[PRISTINE],
         "largest_pixel_difference": apart, "time": time_rows, "memory": peaks(bench),
     }  # fmt: skip
 

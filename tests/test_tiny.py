@@ -132,12 +132,11 @@ def test_unpacked_checkpoints_hold_the_shipped_weights_to_train_on_from(tmp_path
 
 
 def test_the_bundled_student_keeps_to_the_trajectory_better_than_ddim_with_as_many_passes():
-    """ShortFT's Fig. 3 on four prompts; a guided DDIM call is two passes of the network, a student's is one."""
+    """ShortFT's Fig. 3 on six unseen animals; a guided DDIM call is two passes of the network, a student's is one."""
     from chainrule.analyze import shortcut
 
     net = cr.load("tiny-emoji").with_student()
-    said = ["a painting of a fox", "a painting of a zebra", "two bees", "a car on a sunset background"]
-    found = shortcut(net, said, [rewards.PickScore("tiny")], seeds=1, steps=20, points=2)
+    found = shortcut(net, cr.prompts("animals:test")[:6], [rewards.PickScore("tiny")], seeds=1, steps=20, points=2)
     for ways in found.rows.values():
         for measure in ("latent", "pixels", "perceptual"):
             assert ways["shortcut"][measure].mean < 0.75 * ways["ddim, half the calls"][measure].mean
