@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow check format bench experiments papers weights clean
+.PHONY: demo test check format bench experiments papers weights clean
 
 # The stamp says: this environment has what pyproject.toml and constraints.txt say, and the development tools.
 $(VENV)/stamp: pyproject.toml constraints.txt
@@ -20,10 +20,7 @@ demo: $(VENV)/stamp ## fine-tune the bundled model, evaluate, write runs/demo/re
 	$(BIN)/chainrule report runs/demo
 
 test: $(VENV)/stamp ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
-
-test-slow: $(VENV)/stamp ## checks that train on the bundled model
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: $(VENV)/stamp ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -1,12 +1,11 @@
 """LoRA adapters: peft's layers and file formats, selected ambiently instead of by flipping flags."""
 
-from chainrule.adapters.bands import ALWAYS, Active, Band
+from chainrule.adapters.bands import Active, Band
 from chainrule.adapters.files import Weights, mix, parts, save_bands
 from chainrule.adapters.lora import Adapter, inject, load
 from chainrule.adapters.select import recompute, selected
 
 __all__ = [
-    "ALWAYS",
     "Active",
     "Adapter",
     "Band",

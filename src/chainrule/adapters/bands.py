@@ -22,9 +22,6 @@ class Band:
         return self.scale if on else 0.0
 
 
-ALWAYS = Band()
-
-
 @dataclass(frozen=True, slots=True)
 class Active:
     """Which adapters are on at which levels."""
