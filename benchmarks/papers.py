@@ -1,11 +1,13 @@
 """ShortFT's tables (arXiv:2507.22604) in miniature, on tiny-emoji: at equal wall-clock, three seeds, unseen prompts.
 
     python benchmarks/papers.py               # runs what is missing, then writes docs/papers.md
+    python benchmarks/papers.py --pace        # only the methods' speeds: on a quiet machine, before shards that share it
     python benchmarks/papers.py --shard 0/2   # half of the runs, for a second process beside it
     python benchmarks/papers.py --write       # only the page
 
-Every method gets the updates that fit into the budget at the speed it has on this machine, measured once before. All train on
-`animals:train` and are measured on `animals:test`, 50 steps, by the trained reward and its held-out neighbor.
+Every method gets the updates that fit into the budget at the speed it has on this machine, measured once before all runs and
+kept, so that what else the machine does during a run changes nothing. All train on `animals:train` and are measured on
+`animals:test`, 50 steps, by the trained reward and its held-out neighbor.
 """
 
 from __future__ import annotations
@@ -13,13 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the meter is there, next to the test that relies on it
+
 from experiments import interval
+from meter import peak_bytes
 
 import chainrule as cr
 from chainrule import methods
@@ -70,25 +77,45 @@ def method_for(name: str) -> methods.Method:
 def train(net: Model, method: methods.Method, reward: str, folder: Path, **options: Any) -> cr.Run:
     return cr.finetune(
         net, method, parse(REWARDS[reward]), "animals:train", out=folder, overwrite=True, batch=BATCH, lr=LR, rank=RANK,
-        sample_every=0, save_every=0, watch=["a painting of a fox"], **options,
+        memory="keep", sample_every=0, save_every=0, watch=["a painting of a fox"], **options,
     )  # fmt: skip
 
 
-def pace(name: str, reward: str, folder: Path) -> list[float]:
-    """Seconds of an update in every stage: the middle one of four after one that warms up, for random plans differ."""
-    kept = folder / f"pace-{slug(name, reward, 0)}.json"
+def pace(name: str) -> dict[str, list[float]]:
+    """Of every stage: seconds of an update, the middle one of six after one that warms up, and the peak bytes of a gradient.
+
+    Measured with the PickScore form; the rewards' share of an update is a few percent.
+    """
+    kept = KEPT / f"pace-{slug(name)}.json"
     if not kept.exists():
-        found = []
+        pace: dict[str, list[float]] = {"seconds": [], "keep": [], "recompute": []}
         for stage in stages(method_for(name)):
             net, options = model_for(name)
-            run = train(net, stage, reward, folder / "pace", steps=5, **options)
-            found.append(statistics.median(row["seconds"] for row in run.metrics()[1:]))
-        kept.write_text(json.dumps(found))
-    return list(json.loads(kept.read_text()))
+            run = train(net, stage, "PickScore", Path("runs/papers/pace"), steps=7, **options)
+            pace["seconds"].append(float(f"{statistics.median(row['seconds'] for row in run.metrics()[1:]):.4g}"))
+            for memory in ("keep", "recompute"):
+                pace[memory].append(peak(name, stage, memory))
+        KEPT.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(pace) + "\n")
+    return dict(json.loads(kept.read_text()))
 
 
-def slug(name: str, reward: str, seed: int) -> str:
-    return f"{name}-{reward}-{seed}".lower().replace(" ", "-")
+def peak(method: str, stage: methods.Method, memory: str) -> int:
+    """The most bytes that one gradient of a batch holds, above the weights; the largest of the stage's first three plans."""
+    (net, options), most = model_for(method), 0
+    plans = [stage.plan(net.grid(options["sample_steps"]), Random(seed)) for seed in range(3)]
+    bands = plans[0].adapters or {"default": None}
+    weights = [w for name, levels in bands.items() for w in net.adapt(name, rank=RANK, levels=levels).parameters()]
+    for plan in plans:
+        for weight in weights:
+            weight.grad = None
+        gradient = partial(cr.gradient, net, plan, parse(REWARDS["PickScore"]), ["a painting of a fox"] * BATCH, range(BATCH))
+        most = max(most, peak_bytes(partial(gradient, guidance=options.get("guidance"), memory=memory)))
+    return most
+
+
+def slug(*parts: object) -> str:
+    return "-".join(map(str, parts)).lower().replace(" ", "-")
 
 
 def run_one(name: str, reward: str, seed: int, folder: Path) -> dict[str, float]:
@@ -97,17 +124,11 @@ def run_one(name: str, reward: str, seed: int, folder: Path) -> dict[str, float]
     if kept.exists():
         return dict(json.loads(kept.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = pace(name, reward, folder)
+    seconds = pace(name)["seconds"]
     updates = max(len(seconds), round(SECONDS / statistics.mean(seconds)))
     net, options = model_for(name)
-    began = time.perf_counter()
     run = train(net, method_for(name), reward, folder / slug(name, reward, seed), steps=updates, seed=seed, **options)
-    took = sum(row["seconds"] for row in run.metrics())
-    plan = [stage.plan(net.grid(options["sample_steps"]), Random(0)) for stage in stages(method_for(name))]
-    result = measured(net.using(run.folder), reward, options) | {
-        "updates": updates, "seconds": took, "wall": time.perf_counter() - began,
-        "live": max(sum(j.grad.value != "-" for j in branch) for each in plan for branch in each.branches),
-    }  # fmt: skip
+    result = measured(net.using(run.folder), reward, options) | {"updates": updates}
     KEPT.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps({key: float(f"{value:.5g}") for key, value in result.items()}) + "\n")
     return result
@@ -180,22 +201,20 @@ def table(reward: str, names: list[str]) -> str:
     before, column = base(reward), list(REWARDS).index(reward)
     absolute = " | ".join(f"{before[key]:.3f}" for key in ("trained", "held", "diversity"))
     lines = [
-        f"| {reward} | gain | held-out gain | diversity | the paper's score | updates | s / update | live calls at most |",
-        "|---" * 8 + "|",
-        f"| base (absolute) | {absolute} | {PAPER['base'][column]} | | | |",
+        f"| {reward} | gain | held-out gain | diversity | the paper's score | updates | s / update | MiB, keep | MiB, recompute |",
+        "|---" * 9 + "|",
+        f"| base (absolute) | {absolute} | {PAPER['base'][column]} | | | | |",
     ]
     for name in names:
         rows, paper = found(name, reward), PAPER.get(name, ("",) * 3)[column]
         if not rows:
-            lines.append(f"| {name} | not run | | | {paper} | | | |")
+            lines.append(f"| {name} | not run | | | {paper} | | | | |")
             continue
         gains = [interval([r[key] - before[key] for r in rows]) for key in ("trained", "held", "diversity")]
-        cost = [
-            f"{statistics.mean(r['updates'] for r in rows):.0f}",
-            f"{statistics.mean(r['seconds'] / r['updates'] for r in rows):.2f}",
-        ]
+        cost = pace(name)
+        spent = [f"{statistics.mean(cost['seconds']):.2f}", *(f"{max(cost[m]) / 2**20:.0f}" for m in ("keep", "recompute"))]
         seeds = "" if len(rows) == len(SEEDS) else f" ({len(rows)} of {len(SEEDS)} seeds)"
-        lines.append(f"| {name}{seeds} | {' | '.join(gains)} | {paper} | {' | '.join(cost)} | {rows[0]['live']:.0f} |")
+        lines.append(f"| {name}{seeds} | {' | '.join(gains)} | {paper} | {rows[0]['updates']:.0f} | {' | '.join(spent)} |")
     return "\n".join(lines)
 
 
@@ -237,13 +256,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/papers"))
     parser.add_argument("--shard", default="0/1", help="i/n: only every n-th run, starting with the i-th")
+    parser.add_argument("--pace", action="store_true", help="only measure the methods' speed and memory, where not yet known")
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=list(REWARDS))
     parser.add_argument("--write", action="store_true", help="only write the page")
     given = parser.parse_args()
+    for name in () if given.write else (*TABLE1, *TABLE3, STUDENT):
+        print(name, pace(name), flush=True)
     part, parts = map(int, given.shard.split("/"))
     jobs = [(name, reward, seed) for reward in given.rewards for seed in SEEDS for name in [*TABLE1, *TABLE3]]
     jobs += [(STUDENT, "HPSv2", seed) for seed in SEEDS]
-    for name, reward, seed in [] if given.write else jobs[part::parts]:
+    for name, reward, seed in [] if given.write or given.pace else jobs[part::parts]:
         print(name, reward, seed, run_one(name, reward, seed, given.out / str(part)), flush=True)
     Path("docs/papers.md").write_text(page())
 

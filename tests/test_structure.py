@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "settings": "errors",
     "methods": "errors plan",
     "noise": "",
-    "solve": "noise",
+    "solve": "plan noise",
     "adapters": "errors",
     "rewards": "errors",
     "denoise": "adapters",
@@ -40,9 +40,10 @@ MAY_IMPORT = {
     "finetune": "errors runs settings methods rewards chain models prompts session trainer",
     "evaluate": "errors rewards chain models prompts",
     "analyze": "errors plan rewards chain models prompts report evaluate",
+    "steer": "errors plan runs settings methods noise solve rewards denoise chain models report session",
     "distill": "errors plan runs settings noise adapters denoise models prompts learner session analyze",
     "arguments": "errors settings methods prompts",
-    "cli": "errors plan runs settings methods adapters rewards models prompts report finetune distill evaluate analyze arguments",
+    "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer distill evaluate analyze arguments",
 }
 WITHOUT_TORCH = ("errors", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
 KNOW_DIFFUSERS = ("models", "tiny")

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from chainrule.prompts import prompts
     from chainrule.report import report
     from chainrule.runs import Run
+    from chainrule.steer import Steered, steer
     from chainrule.trainer import gradient
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapter", "Model", "Result", "Run", "Table", "UserError",
-    "attach", "distill", "evaluate", "finetune", "gradient", "load", "mix", "prompts", "report",
+    "Adapter", "Model", "Result", "Run", "Steered", "Table", "UserError",
+    "attach", "distill", "evaluate", "finetune", "gradient", "load", "mix", "prompts", "report", "steer",
 ]  # fmt: skip
 
 # Imported on first use, so that the command line can answer --help without loading torch.
@@ -31,7 +32,7 @@ _HOMES = {
     "Adapter": "adapters", "mix": "adapters", "Result": "chain", "UserError": "errors", "Table": "evaluate",
     "attach": "models", "distill": "distill", "evaluate": "evaluate", "finetune": "finetune", "gradient": "trainer",
     "Model": "models", "load": "models",
-    "prompts": "prompts", "report": "report", "Run": "runs",
+    "prompts": "prompts", "report": "report", "Run": "runs", "Steered": "steer", "steer": "steer",
 }  # fmt: skip
 
 
@@ -44,8 +45,8 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`distill`, `finetune`, `evaluate`, `prompts` and `report` are functions here and modules too: the function is the attribute,
-    the module is reached by `from chainrule.finetune import ...`."""
+    """`distill`, `finetune`, `evaluate`, `prompts`, `report` and `steer` are functions here and modules too: the function is the
+    attribute, the module is reached by `from chainrule.finetune import ...`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

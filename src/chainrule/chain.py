@@ -1,7 +1,8 @@
 """The one walker: runs a plan forwards, and pulls a gradient back through it.
 
 Every step is x' = a * x + b * m (solve.py), so the backward pass is written out instead of left to a tape: with v the
-gradient at x', the call gets b * v, and v becomes a * v, plus the call's input gradient where the plan says FULL.
+gradient at x', the call gets b * v, and v becomes a * v, plus the call's input gradient where the plan says FULL. A
+multistep solver also carries the last call's clean prediction, p * x + q * m, with a gradient w of its own.
 Nothing else is stored than the states that live calls started from. Under RECOMPUTE the forward pass is plain sampling
 and the backward pass replays one live call at a time, so memory is one call's graph whatever N, K or M; KEEP holds the
 graphs instead. Both run the same lines and give the same numbers.
@@ -9,9 +10,11 @@ graphs instead. Both run the same lines and give the same numbers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from chainrule.denoise import Cast, Condition
 from chainrule.noise import Noise
 from chainrule.plan import Grad, Jump, Path, Plan
-from chainrule.solve import DDIM
+from chainrule.solve import Solver, Step
 
 
 class Memory(Enum):
@@ -30,6 +33,7 @@ class Memory(Enum):
     RECOMPUTE = "recompute"  # the live calls' inputs; their activations are made again, one call at a time
 
 
+FRESH = 1000  # branches that can be told apart by the noise of their jumps up
 # The gradient a penalty adds to a call's answer: (answer, state, jump) -> same shape as the answer.
 Penalty = Callable[[Tensor, Tensor, Jump], Tensor]
 
@@ -39,10 +43,19 @@ class _Step:
     """What the backward pass needs of one jump."""
 
     jump: Jump
-    a: float
-    b: float
+    move: Step
     x: Tensor | None = None
     answer: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a walk stands: its state, the jump that led there, that call's clean prediction, and the jumps up so far."""
+
+    x: Tensor
+    jump: Jump | None = None
+    clean: Tensor | None = None
+    ups: int = 0
 
 
 @dataclass(slots=True)
@@ -52,6 +65,7 @@ class Walk:
     image: Tensor
     _steps: list[_Step]
     _call: Callable[[Tensor, Jump], Tensor]
+    _clean: Callable[[Jump], tuple[float, float]]
 
     @property
     def live(self) -> bool:
@@ -62,18 +76,22 @@ class Walk:
 
         Returns the gradient at the branch's first state. Frees what it used: call it once.
         """
-        v = gradient.detach()
+        v, w = gradient.detach(), None  # at the state, and at this call's clean prediction where a later step read it
         while self._steps:
             step = self._steps.pop()
+            p, q = self._clean(step.jump) if w is not None else (0.0, 0.0)
             if step.x is not None:
                 answer = step.answer if step.answer is not None else _live(self._call, step.x, step.jump)
-                upstream = step.b * v
+                upstream = step.move.b * v if w is None else step.move.b * v + q * w
                 if penalty:
                     upstream = upstream + penalty(answer.detach(), step.x.detach(), step.jump)
                 step.x.grad = None
                 if answer.requires_grad:
                     answer.backward(upstream.to(answer.dtype))
-            v = step.a * v
+            v, w = (
+                step.move.a * v if w is None else step.move.a * v + p * w,
+                step.move.c * v if step.move.c else None,
+            )
             if step.x is not None and step.x.grad is not None:
                 v = v + step.x.grad
         return v
@@ -89,7 +107,7 @@ class Chain:
     """A plan's surroundings: who answers, how steps are solved, for which prompts and noise."""
 
     cast: Cast
-    solver: DDIM
+    solver: Solver
     condition: Condition
     noise: Noise
     memory: Memory = Memory.RECOMPUTE
@@ -98,12 +116,13 @@ class Chain:
     def _call(self, x: Tensor, jump: Jump) -> Tensor:
         return self.cast[jump.via](x, jump.start, self.condition)
 
-    def _take(self, x: Tensor, jump: Jump, fresh: int) -> tuple[Tensor, _Step]:
+    def _take(self, place: _Place, jump: Jump, branch: int) -> tuple[_Place, _Step]:
         if jump.up:
-            a, b = self.solver.renoise(jump.start, jump.stop)
-            return a * x + b * self.noise.fresh(fresh).to(x), _Step(jump, a, b)
-        a, b = self.solver.coefficients(jump.start, jump.stop, jump.finish)
-        step = _Step(jump, a, b)
+            step = _Step(jump, Step(*self.solver.renoise(jump.start, jump.stop)))
+            noise = self.noise.fresh(branch + FRESH * place.ups).to(place.x)
+            return _Place(step.move.a * place.x + step.move.b * noise, jump, None, place.ups + 1), step
+        x = place.x
+        step = _Step(jump, self.solver.step(jump, place.jump))
         if jump.grad is not Grad.NONE:
             step.x = x.detach().requires_grad_(jump.grad is Grad.FULL)
         if step.x is not None and self.memory is Memory.KEEP:
@@ -112,21 +131,36 @@ class Chain:
             with torch.no_grad():
                 answer = self._call(x, jump)
         self.on_call()
-        return a * x + b * answer.detach(), step
+        answer = answer.detach()
+        after = step.move.a * x + step.move.b * answer
+        if step.move.c:
+            assert place.clean is not None
+            after = after + step.move.c * place.clean
+        p, q = self._clean(jump)
+        return _Place(after, jump, p * x + q * answer if self.solver.remembers else None, place.ups), step
 
-    def _path(self, x: Tensor, path: Path, fresh: int) -> tuple[Tensor, list[_Step]]:
+    def _clean(self, jump: Jump) -> tuple[float, float]:
+        """(p, q): the clean prediction of this jump's call is p * x + q * m."""
+        return self.solver.coefficients(jump.start, 0)
+
+    def _path(self, place: _Place, path: Path, branch: int) -> tuple[_Place, list[_Step]]:
         steps = []
         for jump in path:
-            x, step = self._take(x, jump, fresh)
+            place, step = self._take(place, jump, branch)
             steps.append(step)
-        return x, steps
+        return place, steps
 
     @torch.no_grad()
     def states(self, x: Tensor, path: Path) -> Iterator[Tensor]:
         """The states after each jump of a path, without gradient: sampling."""
+        place = _Place(x)
         for jump in path:
-            x, _ = self._take(x, jump, 0)
-            yield x
+            place, _ = self._take(place, jump, 0)
+            yield place.x
+
+    def end(self, x: Tensor, path: Path) -> Tensor:
+        """Where a path leads, without gradient; `x` itself if there is nothing to walk."""
+        return deque(chain((x,), self.states(x, path)), maxlen=1).pop()
 
     def walk(self, plan: Plan, x: Tensor) -> Iterator[Walk]:
         """Yield each branch finished; pull it before asking for the next and only one is held.
@@ -137,13 +171,13 @@ class Chain:
         if missing:
             raise ValueError(f"the plan calls {', '.join(sorted(missing))}, which the cast does not have")
         with torch.no_grad():
-            trunk, _ = self._path(x.detach(), plan.trunk, 0)
-            first: Tensor | None = None
+            trunk, _ = self._path(_Place(x.detach()), plan.trunk, 0)
+            first: _Place | None = None
             for number, branch in enumerate(plan.branches):
-                start = first if first is not None and branch[0].start == 0 else trunk
-                image, steps = self._path(start, branch, number)
-                first = image if first is None else first
-                yield Walk(image, steps, self._call)
+                start = _Place(first.x) if first is not None and branch[0].start == 0 else trunk
+                end, steps = self._path(start, branch, number)
+                first = end if first is None else first
+                yield Walk(end.x, steps, self._call, self._clean)
 
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]

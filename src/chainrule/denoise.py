@@ -24,12 +24,15 @@ class Condition:
 
 
 class Denoiser(Protocol):
-    """The raw network of a model family: its answer for a state at a level and text states of the same batch size."""
+    """The raw network of a model family: its answer for a state at a level and text states of the same batch size.
+
+    Chains ask at whole levels; an ODE solver may ask between them.
+    """
 
     @property
     def network(self) -> nn.Module: ...
 
-    def __call__(self, x: Tensor, level: int, text: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, level: float, text: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,9 @@ class Member:
     guidance: float = 1.0
     active: Active = field(default_factory=Active)
 
-    def __call__(self, x: Tensor, level: int, condition: Condition) -> Tensor:
+    def __call__(self, x: Tensor, level: float, condition: Condition) -> Tensor:
         """The network's answer, (b, c, h, w), in whatever the model predicts."""
-        with selected(self.denoiser.network, self.active.at(level)):
+        with selected(self.denoiser.network, self.active.at(int(level))):
             if self.guidance <= 1:
                 return self.denoiser(x, level, condition.positive)
             both = self.denoiser(torch.cat([x, x]), level, torch.cat([condition.negative, condition.positive]))

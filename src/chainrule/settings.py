@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning run: checked before anything heavy is imported."""
+"""The settings of a run, of whichever kind: checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -48,6 +48,35 @@ class Distillation(BaseModel):
         made: Distillation = _made(cls, values)
         if made.teacher_steps < 2 * made.steps:
             raise UserError(f"teacher_steps is {made.teacher_steps}, but must be at least twice the student's {made.steps} steps")
+        return made
+
+
+class Steering(BaseModel):
+    """How to steer. Defaults are SDO's for text-guided manipulation (arXiv:2505.07477, section 5.1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    over: str = Field(
+        "latent", description="what is optimized: latent, latent@600 (the one at t = 600), prompt, negative, controls"
+    )
+    gradient: str = Field("sdo", description="sdo, full, adjoint, invertible or flowgrad; freedom and universal guide a single run")
+    updates: int = Field(50, ge=1, description="updates; every one samples the image again")
+    lr: float = Field(0.01, gt=0, description="learning rate")
+    optimizer: Literal["adam", "sgd", "momentum"] = Field("adam", description="of the variable")
+    keep: float = Field(0.0, ge=0, lt=1, description="share of the loss that is the distance to the image as it was")
+    bound: float | None = Field(None, gt=0, description="largest change of any number of the latent; default: none")
+    renormalize: bool | None = Field(None, description="hold the latent's norm; default: only for invertible, as DOODL does")
+    steps: int | None = Field(None, ge=1, description="network calls of a sampling chain; default: the model's")
+    guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance; default: the model's")
+    strength: float = Field(0.2, gt=0, description="of freedom and universal, as a share of the sampler's own step or noise")
+    patience: int = Field(0, ge=0, description="stop after this many updates in which no image got better; 0: never")
+    batch: int = Field(4, ge=1, description="images steered at a time; changes no image")
+    memory: Literal["recompute", "keep"] = Field("recompute", description="how activations are held")
+
+    @classmethod
+    def make(cls, values: Mapping[str, Any]) -> Steering:
+        """Checked settings. Raises UserError naming the first wrong key and value."""
+        made: Steering = _made(cls, values)
         return made
 
 

@@ -7,7 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 
 # The bundled models: their folder in the package, and one line for `chainrule models`.
-BUNDLED = {"tiny-emoji": ("tiny/weights/emoji", "128x128 emoji scenes, ships with the package, runs on a laptop's CPU")}
+BUNDLED = {
+    "tiny-emoji": ("tiny/weights/emoji", "128x128 emoji scenes, ships with the package, runs on a laptop's CPU"),
+    "tiny-faces": ("tiny/weights/faces", "64x64 emoji faces and animals by class, in pixel space, ships with the package"),
+}
 # Their four-step students, as LoRAs.
 STUDENTS = {"tiny-emoji": "tiny/weights/student"}
 

@@ -13,8 +13,12 @@ from chainrule.models import bundled
 from chainrule.models.bundled import BUNDLED
 from chainrule.models.model import Defaults, Model
 
-# Pipeline class -> the module of its family.
-FAMILIES = {"StableDiffusionPipeline": "chainrule.models.stable_diffusion"}
+# Pipeline class -> the module of its family, and the parts with weights.
+FAMILIES = {
+    "StableDiffusionPipeline": ("stable_diffusion", ("unet", "vae", "text_encoder")),
+    "DDPMPipeline": ("pixel", ("unet",)),
+    "DDIMPipeline": ("pixel", ("unet",)),
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -34,11 +38,11 @@ def _family(class_name: str) -> Any:
             f"{class_name} is not a supported model family (supported: {', '.join(FAMILIES)}); "
             "for another one, build a chainrule.models.Model yourself"
         )
-    return importlib.import_module(FAMILIES[class_name])
+    return importlib.import_module(f"chainrule.models.{FAMILIES[class_name][0]}")
 
 
 def _check_weights(folder: Path) -> None:
-    for part in ("unet", "vae", "text_encoder"):
+    for part in FAMILIES[_class_of(folder)][1]:
         place = folder / part
         if not place.is_dir():
             raise UserError(f"{folder} is incomplete: it has no {part} folder")
@@ -63,6 +67,14 @@ def check(source: str | Path) -> None:
         raise unknown("model", str(source), BUNDLED)
 
 
+def _defaults(settings: Path) -> Defaults:
+    try:
+        values = json.loads(settings.read_text())
+        return Defaults(**values | {"labels": tuple(values.get("labels", ()))})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{settings} is damaged: {error}") from error
+
+
 def load(source: Any, *, dtype: str = "float32", device: str | None = None) -> Model:
     """A model from a name (`tiny-emoji`), a local diffusers folder, a hub id (`owner/name`) or a pipeline object.
 
@@ -77,10 +89,11 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None) -> M
     name, defaults = str(source), Defaults()
     if name in BUNDLED:
         source = bundled.folder(name)
-        settings = source / "chainrule.json"
-        if not settings.is_file():
-            raise UserError(f"the bundled model {name} is missing from this installation; reinstall chainrule")
-        defaults = Defaults(**json.loads(settings.read_text()))
+    settings = Path(source) / "chainrule.json"
+    if settings.is_file():
+        defaults = _defaults(settings)
+    elif name in BUNDLED:
+        raise UserError(f"the bundled model {name} is missing from this installation; reinstall chainrule")
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging

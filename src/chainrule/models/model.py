@@ -19,7 +19,7 @@ from chainrule.denoise import Cast, Condition, Denoiser, Member
 from chainrule.errors import UserError
 from chainrule.noise import Noise
 from chainrule.plan import Grid, Levels, walk
-from chainrule.solve import DDIM
+from chainrule.solve import Solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Defaults:
 
     steps: int = 50
     guidance: float = 7.5
+    labels: tuple[str, ...] = ()  # names of the classes of a class-conditional model
 
 
 @dataclass(slots=True)
@@ -40,10 +41,11 @@ class Model:
     name: str
     pipe: Any
     denoiser: Denoiser
-    solver: DDIM
+    solver: Solver
     levels: Callable[[int], Grid]
     embed: Callable[[Sequence[str]], Condition]
     decode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
     latent_shape: tuple[int, int, int]
     image_size: int
     defaults: Defaults = field(default_factory=Defaults)

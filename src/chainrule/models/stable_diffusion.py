@@ -25,7 +25,7 @@ class UNet:
 
     network: nn.Module
 
-    def __call__(self, x: Tensor, level: int, text: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, level: float, text: Tensor) -> Tensor:
         dtype = next(self.network.parameters()).dtype
         t = torch.tensor(level - 1, device=x.device)
         return self.network(x.to(dtype), t, encoder_hidden_states=text.to(dtype), return_dict=False)[0].to(x.dtype)  # type: ignore[no-any-return]
@@ -79,6 +79,13 @@ def build(name: str, pipe: Any, defaults: Defaults) -> Model:
         image = pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(dtype), return_dict=False)[0]
         return (image.to(latents.dtype) / 2 + 0.5).clamp(0, 1)  # type: ignore[no-any-return]
 
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        """(b, 3, h, w) in [0, 1] to the means of their latents, (b, c, h/8, w/8)."""
+        weight = next(pipe.vae.parameters())
+        found = pipe.vae.encode((images * 2 - 1).to(weight.device, weight.dtype)).latent_dist.mean
+        return (found * pipe.vae.config.scaling_factor).to(torch.promote_types(weight.dtype, torch.float32))  # type: ignore[no-any-return]
+
     side = pipe.unet.config.sample_size
     return Model(
         name=name,
@@ -88,6 +95,7 @@ def build(name: str, pipe: Any, defaults: Defaults) -> Model:
         levels=lambda steps: levels(scheduler, steps),
         embed=embed,
         decode=decode,
+        encode=encode,
         latent_shape=(pipe.unet.config.in_channels, side, side),
         image_size=side * pipe.vae_scale_factor,
         defaults=defaults,

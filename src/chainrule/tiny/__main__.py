@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what a stage does not need it does not import
 
 WEIGHTS = Path(__file__).parent / "weights"
 BEST = {"steps": 20, "guidance": 2.0}  # the sampling settings `check` finds best
+FACES = {"steps": 50, "guidance": 1.0}  # the pixel model's
 SHARED = ("vae", "latents", "unet")  # the stages that can run in several processes
 
 
@@ -108,6 +109,18 @@ def judges(out: Path, steps: int) -> None:
     judges.fit(out, steps)
 
 
+def faces(out: Path, steps: int) -> None:
+    from chainrule.tiny import faces
+
+    faces.fit(out, steps)
+
+
+def classifier(out: Path, steps: int) -> None:
+    from chainrule.tiny import faces
+
+    faces.fit_classifier(out, steps)
+
+
 def check(out: Path, steps: int) -> None:
     from chainrule.tiny import judges, quality
 
@@ -128,6 +141,7 @@ def pack(out: Path, steps: int) -> None:
     head = aesthetic_head(critics.build().visual_projection.out_features)
     restore("aesthetic", head, out)
     critics.save_head(head, part / "aesthetic")
+    _pack_faces(out, part)
     files = [file for file in part.rglob("*") if file.is_file()]
     for file in files:
         file.chmod(0o644)  # safetensors writes files that only their owner can read
@@ -135,6 +149,18 @@ def pack(out: Path, steps: int) -> None:
     shutil.rmtree(WEIGHTS, ignore_errors=True)
     part.rename(WEIGHTS)
     print(f"packed {WEIGHTS} ({size / 1e6:.1f} MB)")
+
+
+def _pack_faces(out: Path, part: Path) -> None:
+    """The pixel model with the names of its classes, and the classifier with its preprocessing."""
+    from chainrule.tiny import faces
+
+    denoiser, network = faces.build(), faces.build_classifier()
+    restore("faces", denoiser, out)
+    restore("classifier", network, out)
+    faces.pipeline(denoiser.half()).save_pretrained(part / "faces", safe_serialization=True)
+    (part / "faces" / "chainrule.json").write_text(json.dumps(FACES | {"labels": faces.LABELS}) + "\n")
+    network.half().save_pretrained(part / "classifier")
 
 
 def unpack(out: Path, steps: int) -> None:
@@ -214,6 +240,8 @@ STAGES = {
     "hps": Stage(hps, 450, _trained("hps")),
     "aesthetic": Stage(aesthetic, 2000, _trained("aesthetic")),
     "judges": Stage(judges, 1200, _trained("judge-color", "judge-shape")),
+    "faces": Stage(faces, 4000, _trained("faces")),
+    "classifier": Stage(classifier, 1500, _trained("classifier")),
     "check": Stage(check, 20),
     "pack": Stage(pack, 0),
     "unpack": Stage(unpack, 1, _trained("vae", "unet")),  # nothing when training has begun here

@@ -1,0 +1,79 @@
+"""Pixel-space diffusion: `DDPMPipeline` or `DDIMPipeline` with a `UNet2DModel`, unconditional or by class.
+
+A prompt is the name of a class, or its number, or empty: every class. Names come from `labels` in the folder's
+`chainrule.json`; for a network with `num_class_embeds` one above the number of names, the last class is that of nothing said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chainrule.denoise import Condition
+from chainrule.errors import UserError, unknown
+from chainrule.models.model import Defaults, Model
+from chainrule.models.stable_diffusion import ddim, levels
+from chainrule.noise import Schedule
+from chainrule.solve import DDIM, Prediction
+
+
+@dataclass(frozen=True, slots=True)
+class UNet:
+    """A `UNet2DModel` at a level: its timestep is one below. `text` is the class of each image, (b,)."""
+
+    network: nn.Module
+
+    def __call__(self, x: Tensor, level: float, text: Tensor) -> Tensor:
+        dtype, classes = next(self.network.parameters()).dtype, text if self.network.config.num_class_embeds else None  # type: ignore[union-attr]
+        t = torch.tensor(level - 1, device=x.device)
+        return self.network(x.to(dtype), t, class_labels=classes, return_dict=False)[0].to(x.dtype)  # type: ignore[no-any-return]
+
+
+def build(name: str, pipe: Any, defaults: Defaults) -> Model:
+    """The family's `Model` around a live pipeline. Freezes every weight; changes nothing else in it."""
+    scheduler = ddim(pipe.scheduler)
+    pipe.unet.requires_grad_(False).eval()
+    config, names = pipe.unet.config, defaults.labels
+    count = config.num_class_embeds or 0
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"{name} answers {config.out_channels} channels for {config.in_channels}; learned variance is not supported"
+        )
+
+    def index(prompt: str) -> int:
+        if prompt in names:
+            return names.index(prompt)
+        if prompt.isdecimal() and int(prompt) < count:
+            return int(prompt)
+        if not prompt and count != len(names):
+            return count - 1
+        raise unknown("class", prompt, [*names[:count], *(["(empty)"] if count != len(names) else [])])
+
+    def embed(prompts: Sequence[str]) -> Condition:
+        if not count:
+            nothing = torch.zeros(len(prompts), device=pipe.unet.device)
+            return Condition(nothing, nothing)
+        said = torch.tensor([index(prompt) for prompt in prompts], device=pipe.unet.device)
+        return Condition(said, torch.full_like(said, count - 1))
+
+    def decode(latents: Tensor) -> Tensor:
+        """(b, 3, h, w) in [-1, 1] to [0, 1]; values outside are clipped and pass no gradient."""
+        return (latents / 2 + 0.5).clamp(0, 1)
+
+    def encode(images: Tensor) -> Tensor:
+        return (images * 2 - 1).to(pipe.unet.device)
+
+    return Model(
+        name=name, pipe=pipe, denoiser=UNet(pipe.unet),
+        solver=DDIM(
+            Schedule.diffusion(scheduler.alphas_cumprod, end=0 if scheduler.config.set_alpha_to_one else 1),
+            Prediction(scheduler.config.prediction_type),
+        ),
+        levels=lambda steps: levels(scheduler, steps), embed=embed, decode=decode, encode=encode,
+        latent_shape=(config.in_channels, config.sample_size, config.sample_size), image_size=config.sample_size,
+        defaults=defaults,
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""The continuous adjoint of the sampling ODE (AdjointDPM, arXiv:2307.10711), by torchdiffeq.
+
+With y = x / alpha and rho = sigma / alpha, the probability-flow ODE is dy/drho = epsilon(x, rho), and DDIM is Euler's method
+on it. The adjoint a = dJ/dy obeys da/drho = -a^T d epsilon/dy, and is integrated back together with y, so nothing of
+the way there is kept. Discretized backwards, it is not the gradient of the discrete chain; the two meet as the steps grow.
+A rectified flow is solved in its own coordinates: dx/dsigma = velocity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chainrule.solve import Prediction
+from chainrule.steer.problem import Problem, Seen
+
+
+@dataclass(frozen=True, slots=True)
+class Adjoint:
+    """`solver` is torchdiffeq's: "euler" is DDIM's own discretization, "midpoint" and "rk4" call between its levels."""
+
+    solver: str = "euler"
+
+    def __call__(self, problem: Problem, x: Tensor, rng: Random) -> Seen:
+        from torchdiffeq import odeint_adjoint
+
+        chain = problem.chain
+        ode = Ode(problem)
+        leaf = x.detach().requires_grad_()
+        times = torch.tensor(ode.times, dtype=torch.float64, device=x.device)
+        leaves = tuple(t for t in (chain.condition.positive, chain.condition.negative) if t.requires_grad)
+        with torch.enable_grad():
+            path = odeint_adjoint(
+                ode, leaf / ode.scales[0], times[[0, -1]], method=self.solver, options=_steps(times), adjoint_params=leaves,
+                adjoint_options=_steps(times),
+            )  # fmt: skip
+            end = path[-1] * ode.scales[-1]
+            seen = problem.read(end.detach())
+            end.backward(seen.gradient)
+        assert leaf.grad is not None
+        return Seen(seen.losses, seen.images, leaf.grad)
+
+
+def _steps(times: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """torchdiffeq's options for these rising times, falling on the way back."""
+    return {"grid_constructor": lambda func, y0, t: times if t[0] < t[-1] else times.flip(0)}
+
+
+class Ode:
+    """dy/dt of a problem's chain in t = -rho, which rises. `times` are t at the grid's levels, `scales` alpha there."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.chain, grid = problem.chain, problem.grid
+        solver = self.chain.solver
+        self.flow = solver.prediction is Prediction.FLOW
+        ends = [solver.schedule(level, finish=level == 0) for level in grid]
+        self.scales = [1.0 if self.flow else alpha for alpha, _ in ends]
+        self.times = [-sigma if self.flow else -sigma / alpha for alpha, sigma in ends]
+        alphas, sigmas = np.array(solver.schedule.alpha), np.array(solver.schedule.sigma)
+        self._rho = sigmas if self.flow else sigmas / np.maximum(alphas, 1e-12)
+
+    def level(self, rho: float) -> float:
+        """The level of a rho, between neighbors if it lies between; the network is asked for none below 1."""
+        found = max(float(np.interp(rho, self._rho, np.arange(len(self._rho)))), 1.0)
+        return round(found) if abs(found - round(found)) < 1e-6 else found
+
+    def __call__(self, time: Tensor, y: Tensor) -> Tensor:
+        rho, prediction, chain = -float(time), self.chain.solver.prediction, self.chain
+        alpha = 1.0 if self.flow else (1 + rho**2) ** -0.5
+        sigma, x = rho * alpha, alpha * y
+        chain.on_call()
+        answer = chain.cast["base"](x, self.level(rho), chain.condition)
+        if prediction is Prediction.VELOCITY:
+            return -(alpha * answer + sigma * x)
+        if prediction is Prediction.SAMPLE:
+            return -(x - alpha * answer) / max(sigma, 1e-12)
+        return -answer  # noise, or a flow's velocity

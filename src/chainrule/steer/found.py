@@ -1,0 +1,44 @@
+"""What steering found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+
+@dataclass(slots=True)
+class Steered:
+    """What steering found, one entry per prompt: the image of lowest loss, and what it was before.
+
+    `rewards` and `distances` (root mean square over pixels, to the image as it was) belong to `images`; `updates` says after
+    how many updates each was found. `curve` has a row per update: means over all images. `inverted` is the distance of a
+    given picture to what its inverted latent samples.
+    """
+
+    prompts: list[str]
+    images: list[Image.Image] = field(default_factory=list)
+    before: list[Image.Image] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    rewards_before: list[float] = field(default_factory=list)
+    distances: list[float] = field(default_factory=list)
+    updates: list[int] = field(default_factory=list)
+    inverted: list[float] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def best(self) -> Image.Image:
+        """The image of the highest reward."""
+        return self.images[max(range(len(self.images)), key=self.rewards.__getitem__)]
+
+
+def together(tables: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    """One curve over all batches: means weighted by images; a batch that stopped early stays at its last row."""
+    curve = []
+    for number in range(max(map(len, tables), default=0)):
+        rows = [table[min(number, len(table) - 1)] for table in tables]
+        total = sum(row["count"] for row in rows)
+        means = {key: sum(row[key] * row["count"] for row in rows) / total for key in ("reward", "loss", "distance")}
+        curve.append({"step": number, **means})
+    return curve

@@ -1,0 +1,81 @@
+"""Real images in: read, fitted to the model, and inverted to a latent on the chain."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from chainrule.chain import Chain
+from chainrule.errors import UserError
+from chainrule.models import Model
+from chainrule.plan import Grid, walk
+
+LARGEST = 100_000_000  # pixels; a picture above this is refused
+
+
+def check_image(path: str | Path) -> None:
+    """Everything about a picture file that can be told from its head. Raises UserError."""
+    place = Path(path)
+    if not place.is_file():
+        raise UserError(f"no image {str(path)!r}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(place) as image:
+                width, height = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {str(path)!r}: {' '.join(str(error).split())}") from error
+    if width * height > LARGEST:
+        raise UserError(f"the image {str(path)!r} has {width}x{height} pixels; make it smaller than {LARGEST // 10**6} megapixels")
+    if min(width, height) < 8:
+        raise UserError(f"the image {str(path)!r} has {width}x{height} pixels; 8x8 is the least")
+
+
+def read_image(source: str | Path | Image.Image, side: int) -> Tensor:
+    """(3, side, side) in [0, 1]: turned as its EXIF says, transparency on white, cropped to its middle square, resized.
+
+    Raises UserError for a file that cannot be read.
+    """
+    if not isinstance(source, Image.Image):
+        check_image(source)
+        try:
+            with Image.open(source) as opened:
+                opened.load()
+                source = ImageOps.exif_transpose(opened)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"cannot read the image {str(source)!r}: {' '.join(str(error).split())}") from error
+    image = source.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    fitted = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(fitted, np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+@torch.no_grad()
+def invert(chain: Chain, latents: Tensor, grid: Grid, refinements: int = 0) -> Tensor:
+    """DDIM inversion (arXiv:2010.02502, section 4.3): finished latents (b, c, h, w) to the first level of `grid`.
+
+    A step up undoes x' = a x + b m for the m the network gives at x' instead of at the x that is sought. Each refinement
+    asks again at the x found so far, a fixed-point iteration towards the exact inverse.
+    """
+    x = latents
+    for jump in reversed(walk(grid)):
+        a, b = chain.solver.coefficients(jump.start, jump.stop, jump.finish)
+        found = x
+        for _ in range(refinements + 1):
+            answer = chain.cast[jump.via](found, jump.start, chain.condition)
+            chain.on_call()
+            found = (x - b * answer) / a
+        x = found
+    return x
+
+
+def encoded(model: Model, sources: Sequence[str | Path | Image.Image]) -> Tensor:
+    """Pictures as finished latents, (b, c, h, w)."""
+    images = torch.stack([read_image(source, model.image_size) for source in sources])
+    return model.encode(images).to(model.device, model.dtype)

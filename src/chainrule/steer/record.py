@@ -1,0 +1,25 @@
+"""What steering leaves in its folder: pictures, the curve and a report."""
+
+from __future__ import annotations
+
+import json
+
+from chainrule.report import before_after, report
+from chainrule.runs import Run
+from chainrule.steer.found import Steered
+
+
+def save(found: Steered, run: Run) -> None:
+    """Write `images/0000.png`, `samples/before_after.png`, `best.png`, `steered.json`, `metrics.jsonl` and `report.html`."""
+    for place in (run.folder / "images", run.samples):
+        place.mkdir(exist_ok=True)
+    for i, image in enumerate(found.images):
+        image.save(run.folder / "images" / f"{i:04d}.png")
+    found.best.save(run.folder / "best.png")
+    said = [f"{prompt} {a:.4g} to {b:.4g}" for prompt, a, b in zip(found.prompts, found.rewards_before, found.rewards, strict=True)]
+    before_after(found.before, found.images, said).save(run.samples / "before_after.png")
+    for row in found.curve:
+        run.log(row)
+    keys = ("prompts", "rewards_before", "rewards", "distances", "updates", "inverted")
+    run.write_text("steered.json", json.dumps({key: getattr(found, key) for key in keys}, indent=2) + "\n")
+    report(run.folder)

@@ -1,0 +1,62 @@
+"""What steering optimizes, one value per image: a latent on the chain, an embedding, or controls beside the network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from chainrule.denoise import Condition, Member
+from chainrule.errors import UserError
+from chainrule.plan import Grid
+
+KINDS = ("latent", "prompt", "negative", "controls")
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """A variable as it is written: `latent`, `latent@600`, `prompt`, `negative`, `controls`.
+
+    `time` is the timestep of the latent, as diffusers counts it; None is the initial noise.
+    """
+
+    kind: str
+    time: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Over:
+        found = re.fullmatch(r"(\w+)(?:@(\d+))?", text.strip())
+        if not found or found[1] not in KINDS or (found[2] and found[1] != "latent"):
+            raise UserError(f"over is {text!r}, but must be one of {', '.join(KINDS)}, or latent@600 for the latent at t = 600")
+        return cls(found[1], int(found[2]) if found[2] else None)
+
+    def grid(self, levels: Grid) -> Grid:
+        """The levels from the variable's own down to 0. The timestep t is level t + 1, give or take the scheduler's offset.
+
+        Raises UserError for a time that is not on the grid, naming its neighbors.
+        """
+        if self.time is None:
+            return levels
+        calls = levels[:-1]
+        near = [level for level in calls if abs(level - 1 - self.time) <= 1]
+        if not near:
+            above = min((level - 1 for level in calls if level - 1 > self.time), default=None)
+            below = max((level - 1 for level in calls if level - 1 < self.time), default=None)
+            there = " and ".join(str(t) for t in (below, above) if t is not None)
+            raise UserError(f"t = {self.time} is not on the {len(calls)}-step grid; its neighbors there are {there}")
+        return levels[levels.index(near[0]) :]
+
+
+@dataclass(frozen=True, slots=True)
+class Controlled(Member):
+    """A member with a control added to its answer at every level (FlowGrad, arXiv:2212.01365).
+
+    FlowGrad adds controls to a velocity; here they are added to whatever the network predicts.
+    """
+
+    controls: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, level: float, condition: Condition) -> Tensor:
+        return Member.__call__(self, x, level, condition) + self.controls[int(level)]
