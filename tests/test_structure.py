@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "steer": "errors plan runs settings methods noise solve rewards denoise chain models report session",
     "distill": "errors plan runs settings noise adapters denoise models prompts learner session analyze",
     "arguments": "errors settings methods prompts",
-    "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer distill evaluate analyze arguments",
+    "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer distill evaluate analyze "
+    "arguments",
 }
 WITHOUT_TORCH = ("errors", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
 KNOW_DIFFUSERS = ("models", "tiny")

@@ -107,6 +107,14 @@ def walk(levels: Grid, grad: Grad = Grad.NONE, via: str = "base") -> Path:
     return tuple(Jump(a, b, via, grad, finish=b == 0) for a, b in itertools.pairwise(levels))
 
 
+def consistency(levels: Grid) -> Path:
+    """Multistep consistency sampling (arXiv:2303.01469, Algorithm 1): clean prediction, noised again, clean prediction, ..."""
+    path: list[Jump] = []
+    for level in levels[:-1]:
+        path += [*([Jump(0, level)] if path else []), Jump(level, 0, finish=level == levels[-2])]
+    return tuple(path)
+
+
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """What one update costs, in forward passes of the network for one batch.

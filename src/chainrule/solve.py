@@ -15,7 +15,7 @@ from math import log
 from typing import Protocol
 
 from chainrule.noise import Schedule
-from chainrule.plan import Jump
+from chainrule.plan import Grid, Jump, Path, consistency, walk
 
 
 class Prediction(Enum):
@@ -48,6 +48,10 @@ class Solver(Protocol):
     @property
     def remembers(self) -> bool:
         """Whether a step reads the clean prediction of the call before."""
+        ...
+
+    def path(self, levels: Grid) -> Path:
+        """The moves of a sampling run over these levels."""
         ...
 
     def step(self, jump: Jump, before: Jump | None) -> Step:
@@ -84,6 +88,9 @@ class DDIM:
         if self.prediction is Prediction.SAMPLE:
             return sigma2 / sigma, alpha2 - sigma2 / sigma * alpha
         return 1.0, sigma2 - sigma
+
+    def path(self, levels: Grid) -> Path:
+        return walk(levels)
 
     def step(self, jump: Jump, before: Jump | None) -> Step:
         return Step(*self.coefficients(jump.start, jump.stop, jump.finish))
@@ -124,6 +131,9 @@ class DPMSolver:
     def renoise(self, start: int, stop: int) -> tuple[float, float]:
         return self.first.renoise(start, stop)
 
+    def path(self, levels: Grid) -> Path:
+        return walk(levels)
+
     def step(self, jump: Jump, before: Jump | None) -> Step:
         if before is None or before.up or before.stop != jump.start or jump.stop == 0:
             return self.first.step(jump, before)
@@ -133,3 +143,43 @@ class DPMSolver:
         clean = alpha2 - sigma2 / sigma * alpha
         p, q = self.coefficients(jump.start, 0)
         return Step(sigma2 / sigma + clean * (1 + half) * p, clean * (1 + half) * q, -clean * half)
+
+
+@dataclass(frozen=True, slots=True)
+class Consistency:
+    """Multistep consistency sampling with latent consistency models' boundary scaling (arXiv:2310.04378, Eq. 9).
+
+    Every call answers with c_skip x + c_out x0, c_skip = d^2 / ((10 t)^2 + d^2), c_out = 10 t / sqrt((10 t)^2 + d^2), d = 0.5,
+    t = level - 1; what follows is fresh noise. A jump that is not to 0 is DDIM's.
+    """
+
+    first: DDIM
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.first.schedule
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.first.prediction
+
+    @property
+    def remembers(self) -> bool:
+        return False
+
+    def path(self, levels: Grid) -> Path:
+        return consistency(levels)
+
+    def coefficients(self, start: int, stop: int, finish: bool = False) -> tuple[float, float]:
+        a, b = self.first.coefficients(start, stop)
+        if stop != 0:
+            return a, b
+        time = 10 * (start - 1)
+        skip, out = 0.25 / (time**2 + 0.25), time / (time**2 + 0.25) ** 0.5
+        return skip + out * a, out * b
+
+    def renoise(self, start: int, stop: int) -> tuple[float, float]:
+        return self.first.renoise(start, stop)
+
+    def step(self, jump: Jump, before: Jump | None) -> Step:
+        return Step(*self.coefficients(jump.start, jump.stop))

@@ -18,7 +18,7 @@ from chainrule.chain import Chain, Memory
 from chainrule.denoise import Cast, Condition, Denoiser, Member
 from chainrule.errors import UserError
 from chainrule.noise import Noise
-from chainrule.plan import Grid, Levels, walk
+from chainrule.plan import Grid, Levels
 from chainrule.solve import Solver
 
 
@@ -153,6 +153,15 @@ class Model:
         name = str(source) if source is not None else "its own"
         return replace(self, active=dict(self.active), student=students.load(self, source), student_name=name)
 
+    def solving(self, solver: str) -> Model:
+        """This model sampled by another solver: `ddim`, `dpm++` (DPM-Solver++(2M)) or `lcm` (consistency sampling).
+
+        Levels are those of diffusers' scheduler of that kind, made from the pipeline's own.
+        """
+        from chainrule.models import solvers
+
+        return replace(self, active=dict(self.active), **solvers.made(self.pipe.scheduler, solver))
+
     def _free(self, stem: str) -> str:
         """An adapter name that is not taken."""
         taken = getattr(self.network, "peft_config", {})
@@ -175,7 +184,7 @@ class Model:
                         f"the adapter {name} is on {where}, where a {len(levels) - 1}-step grid has no call; "
                         "sample with the steps it was trained with"
                     )
-        yield from chain.states(self.noise(seeds), walk(levels))
+        yield from chain.states(self.noise(seeds), self.solver.path(levels))
 
     @torch.no_grad()
     def render(

@@ -114,7 +114,8 @@ def trained_metrics(material: Material) -> list[str]:
 def title(material: Material) -> tuple[str, str]:
     """The page's title, the method, and the line under it: what was trained, for which reward."""
     worded = {key: phrase(material.config[key]) for key in ("method", "reward", "model") if material.config.get(key)}
-    parts = [worded.get("model", ""), f"trained for {worded['reward']}" if "reward" in worded else ""]
+    what = "steered" if material.config.get("kind") == "steered" else "trained"
+    parts = [worded.get("model", ""), f"{what} for {worded['reward']}" if "reward" in worded else ""]
     return worded.get("method", material.folder.resolve().name), ", ".join(part for part in parts if part)
 
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from chainrule.rewards.registry import REGISTRY, Entry, parse
 
 if TYPE_CHECKING:
-    from chainrule.rewards.base import FunctionReward, Reward, RewardFunction, Sum, checked, probe, reward_of
+    from chainrule.rewards.base import FunctionReward, Reward, RewardFunction, Sum, Target, checked, probe, reward_of
+    from chainrule.rewards.classifier import Classifier
     from chainrule.rewards.clip import load_clip
+    from chainrule.rewards.reference import Directional, Perceptual, Style, perceptual
     from chainrule.rewards.scorers import Aesthetic, CLIPScore, HPSv2, PickScore, aesthetic_head
     from chainrule.rewards.weightless import (
         JPEGCompressibility,
@@ -27,27 +29,35 @@ __all__ = [
     "REGISTRY",
     "Aesthetic",
     "CLIPScore",
+    "Classifier",
+    "Directional",
     "Entry",
     "FunctionReward",
     "HPSv2",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "Perceptual",
     "PickScore",
     "Reward",
     "RewardFunction",
     "RotationalAnticorrelation",
+    "Style",
     "Sum",
     "Symmetry",
+    "Target",
     "aesthetic_head",
     "checked",
     "load_clip",
     "parse",
+    "perceptual",
     "probe",
     "reward_of",
 ]
 
 _ROOMS = {
-    "base": ("FunctionReward", "Reward", "RewardFunction", "Sum", "checked", "probe", "reward_of"),
+    "base": ("FunctionReward", "Reward", "RewardFunction", "Sum", "Target", "checked", "probe", "reward_of"),
+    "classifier": ("Classifier",),
+    "reference": ("Directional", "Perceptual", "Style", "perceptual"),
     "clip": ("load_clip",),
     "scorers": ("Aesthetic", "CLIPScore", "HPSv2", "PickScore", "aesthetic_head"),
     "weightless": ("JPEGCompressibility", "JPEGIncompressibility", "RotationalAnticorrelation", "Symmetry"),

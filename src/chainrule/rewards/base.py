@@ -53,6 +53,10 @@ class Reward(ABC):
         """The (weight, reward) pairs this reward is the sum of."""
         return ((1.0, self),)
 
+    def beside(self, reference: Tensor) -> Reward:
+        """This reward for images that were `reference` (b, 3, h, w) before: what `steer` calls. Most rewards do not look."""
+        return self
+
     def __add__(self, other: Reward | RewardFunction) -> Reward:
         return _sum(self.weighted() + reward_of(other).weighted())
 
@@ -108,6 +112,30 @@ class Sum(Reward):
 
     def to(self, device: torch.device | str) -> Reward:
         return Sum(tuple((weight, reward.to(device)) for weight, reward in self.parts))
+
+    def beside(self, reference: Tensor) -> Reward:
+        return Sum(tuple((weight, reward.beside(reference)) for weight, reward in self.parts))
+
+
+@dataclass(frozen=True)
+class Target(Reward):
+    """-|reward - value|: as near to a value as can be (SDO, arXiv:2505.07477, Eq. 25). Range up to 0."""
+
+    reward: Reward
+    value: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.reward.name}->{self.value:g}"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return -(checked(self.reward, images, prompts) - self.value).abs()
+
+    def to(self, device: torch.device | str) -> Reward:
+        return Target(self.reward.to(device), self.value)
+
+    def beside(self, reference: Tensor) -> Reward:
+        return Target(self.reward.beside(reference), self.value)
 
 
 def _sum(parts: tuple[tuple[float, Reward], ...]) -> Reward:

@@ -27,21 +27,23 @@ class CLIPScore(Reward):
 
     Paper: arXiv:2104.08718. Differs from the paper: no factor 2.5, no cut at zero (no gradient there), no prefix.
     Source: openai/clip-vit-large-patch14 (MIT), or any CLIPModel. Range [-1, 1], in practice 0.1 to 0.35.
-    Preprocessing: bicubic to the shortest side, center crop.
+    Preprocessing: bicubic to the shortest side, center crop. `text`, where given, is read instead of the prompts.
     """
 
     source: str = CLIP_L
+    text: str | None = None
 
     def __post_init__(self) -> None:
         check_source(self.source, "clip")
 
     @property
     def name(self) -> str:
-        return _name("clip", self.source, CLIP_L)
+        return _name("clip", self.source, CLIP_L) + (f":{self.text}" if self.text else "")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         clip = load_clip(self.source, "clip", images.device)
-        return clip.cosine(normalize(resize_and_crop(images, clip.size)), prompts)
+        said = [self.text] * len(images) if self.text else prompts
+        return clip.cosine(normalize(resize_and_crop(images, clip.size)), said)
 
     def to(self, device: torch.device | str) -> Reward:
         load_clip(self.source, "clip", device)

@@ -70,7 +70,7 @@ class Ode:
         return round(found) if abs(found - round(found)) < 1e-6 else found
 
     def __call__(self, time: Tensor, y: Tensor) -> Tensor:
-        rho, prediction, chain = -float(time), self.chain.solver.prediction, self.chain
+        rho, prediction, chain = -float(time.detach()), self.chain.solver.prediction, self.chain
         alpha = 1.0 if self.flow else (1 + rho**2) ** -0.5
         sigma, x = rho * alpha, alpha * y
         chain.on_call()

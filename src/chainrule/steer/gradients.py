@@ -7,55 +7,52 @@ controls) get theirs in `.grad`. `sdo` and `full` are plans on the one walker; `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from random import Random
 
 from torch import Tensor
 
 from chainrule.errors import unknown
-from chainrule.methods import SDO, DRaFT
-from chainrule.plan import Grad, Grid, Jump, Plan, walk
+from chainrule.plan import Grad, Plan
 from chainrule.steer.problem import Problem, Seen
 
 Gradient = Callable[[Problem, Tensor, Random], Seen]
-Planner = Callable[[Grid, str, Random], Plan]
+Grads = Callable[[int, str, Random], list[Grad]]  # of every call, from how many there are, the kind of variable and luck
 
 
-def sdo(grid: Grid, kind: str, rng: Random) -> Plan:
+def sdo(calls: int, kind: str, rng: Random) -> list[Grad]:
     """Shortcut diffusion optimization (arXiv:2505.07477): the graph of the one call that reads the variable.
 
     For a latent that is the first call of its own grid (Eq. 15, 18-19, Fig. 4). An embedding is read by all calls, and one of
-    them is drawn (section 4.3). Controls are added to the answers, so every call passes them its own part of the linear
-    path and no call needs a graph.
+    them is drawn (section 4.3, Fig. 5). Controls are added to the answers, so every call passes them its own part of the
+    linear path and no call needs a graph.
     """
-    if kind == "latent":
-        return Plan((), (_with(walk(grid), [Grad.FULL]),))
     if kind == "controls":
-        return Plan((), (_with(walk(grid), [Grad.WEIGHTS] * (len(grid) - 1)),))
-    return SDO().plan(grid, rng)
+        return [Grad.WEIGHTS] * calls
+    live = 0 if kind == "latent" else rng.randrange(calls)
+    return [Grad.FULL if i == live else Grad.NONE for i in range(calls)]
 
 
-def full(grid: Grid, kind: str, rng: Random) -> Plan:
+def full(calls: int, kind: str, rng: Random) -> list[Grad]:
     """Backpropagation through every call (arXiv:2505.07477, Eq. 11)."""
-    return DRaFT().plan(grid, rng)
+    return [Grad.FULL] * calls
 
 
-def _with(path: tuple[Jump, ...], grads: list[Grad]) -> tuple[Jump, ...]:
-    grads = grads + [Grad.NONE] * (len(path) - len(grads))
-    return tuple(Jump(j.start, j.stop, j.via, g, j.finish) for j, g in zip(path, grads, strict=True))
-
-
-def planned(planner: Planner, kind: str) -> Gradient:
+def planned(grads: Grads, kind: str) -> Gradient:
     """The gradient of a plan, by the walker."""
 
     def gradient(problem: Problem, x: Tensor, rng: Random) -> Seen:
-        (branch,) = problem.chain.walk(planner(problem.grid, kind, rng), x)
+        path = problem.chain.solver.path(problem.grid)
+        each = iter(grads(sum(not jump.up for jump in path), kind, rng))
+        live = tuple(jump if jump.up else replace(jump, grad=next(each)) for jump in path)
+        (branch,) = problem.chain.walk(Plan((), (live,)), x)
         seen = problem.read(branch.image)
         return Seen(seen.losses, seen.images, branch.pull(seen.gradient))
 
     return gradient
 
 
-PLANNERS: Mapping[str, Planner] = {"sdo": sdo, "full": full}
+PLANNED: Mapping[str, Grads] = {"sdo": sdo, "full": full}
 # What each gradient is, and the variables it is defined for.
 GRADIENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "sdo": (
@@ -71,8 +68,8 @@ GRADIENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 def gradient_of(name: str, kind: str) -> Gradient:
     """The gradient by name, for a variable of this kind. UserError for one it is not defined for."""
-    if name in PLANNERS:
-        return planned(PLANNERS[name], kind)
+    if name in PLANNED:
+        return planned(PLANNED[name], kind)
     if name == "flowgrad":
         return planned(full, kind)
     if name == "adjoint":
@@ -89,7 +86,7 @@ def gradient_of(name: str, kind: str) -> Gradient:
 def image_of(name: str, problem: Problem, x: Tensor) -> Tensor:
     """Where the chain of a gradient leads from x, without gradient: the sampler's own end, but for the coupled chain."""
     if name != "invertible":
-        return problem.chain.end(x, walk(problem.grid))
+        return problem.chain.end(x, problem.chain.solver.path(problem.grid))
     from chainrule.steer.invertible import Coupled
 
     return Coupled().forward(problem, (x, x))[0]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from random import Random
 
 import torch
@@ -17,7 +18,6 @@ from chainrule.errors import UserError
 from chainrule.models import Model
 from chainrule.models.model import pictures
 from chainrule.noise import derive
-from chainrule.plan import walk
 from chainrule.rewards import Reward, checked
 from chainrule.session import interrupts, progress_bar
 from chainrule.settings import Steering
@@ -51,7 +51,8 @@ class Search:
             self.x = invert(chain, given, self.grid)
             self.reference: Tensor | None = model.decode(given)
         else:
-            self.x, self.reference = chain.end(model.noise(seeds), walk(levels)[: len(levels) - len(self.grid)]), None
+            head = takewhile(lambda jump: jump.start != self.grid[0], model.solver.path(levels))
+            self.x, self.reference = chain.end(model.noise(seeds), tuple(head)), None
         self.start, self.leaves = self.x.clone(), [self.x]
         if over.kind in ("prompt", "negative"):
             side = {"prompt": "positive", "negative": "negative"}[over.kind]

@@ -11,13 +11,13 @@ from PIL import Image
 
 from chainrule.errors import UserError, unknown
 from chainrule.models import Model
-from chainrule.rewards import Reward, RewardFunction, reward_of
+from chainrule.rewards import Reward, RewardFunction, probe, reward_of
 from chainrule.runs import Run
 from chainrule.settings import Steering
 from chainrule.steer.found import Steered, together
 from chainrule.steer.gradients import GRADIENTS
 from chainrule.steer.guidance import GUIDES
-from chainrule.steer.images import encoded
+from chainrule.steer.images import check_image, encoded
 from chainrule.steer.record import save
 from chainrule.steer.search import Bar, Search
 from chainrule.steer.variables import Over
@@ -64,8 +64,12 @@ def steer(
         if count != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {count} {what}; give one each")
     over.grid(model.grid(settings.steps))
-    run = _open(out, model, scorer, settings, prompts, numbers, overwrite) if out is not None else None
+    for place in pictures_in or ():
+        if not isinstance(place, Image.Image):
+            check_image(place)
     scorer = scorer.to(model.device)
+    probe(scorer, model.image_size, model.device)
+    run = _open(out, model, scorer, settings, prompts, numbers, overwrite) if out is not None else None
     found, tables = Steered(prompts), []
     bar = Bar(settings, -(-len(prompts) // settings.batch), on_update)
     with bar.shown(), torch.no_grad():

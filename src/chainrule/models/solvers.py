@@ -1,0 +1,45 @@
+"""Solvers by name, with the levels diffusers' scheduler of that name has."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+
+from chainrule.errors import UserError, unknown
+from chainrule.models.stable_diffusion import ddim, levels
+from chainrule.noise import Schedule
+from chainrule.plan import Grid
+from chainrule.solve import DDIM, Consistency, DPMSolver, Prediction
+
+SOLVERS = ("ddim", "dpm++", "lcm")
+
+
+def made(scheduler: Any, name: str) -> dict[str, Any]:
+    """`solver` and `levels` of a `Model`, from a pipeline's scheduler and a solver's name."""
+    if name not in SOLVERS:
+        raise unknown("solver", name, SOLVERS)
+    own = ddim(scheduler)
+    end = 0 if name == "dpm++" or own.config.set_alpha_to_one else 1
+    first = DDIM(Schedule.diffusion(own.alphas_cumprod, end), Prediction(own.config.prediction_type))
+    if name == "ddim":
+        return {"solver": first, "levels": lambda steps: levels(own, steps)}
+    if name == "dpm++":
+        multistep = DPMSolverMultistepScheduler.from_config(own.config, final_sigmas_type="zero")
+        return {"solver": DPMSolver(first), "levels": lambda steps: _levels(multistep, steps)}
+    consistent = LCMScheduler.from_config(own.config)
+    return {"solver": Consistency(first), "levels": lambda steps: _levels(consistent, steps)}
+
+
+def _levels(scheduler: Any, steps: int) -> Grid:
+    """A scheduler's own timesteps as levels, then 0."""
+    fresh = type(scheduler).from_config(scheduler.config)
+    try:
+        fresh.set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(f"steps is {steps}, which {type(scheduler).__name__} cannot do: {error}") from error
+    found = [int(t) + 1 for t in fresh.timesteps]
+    if len(found) != steps or any(a <= b for a, b in itertools.pairwise(found)):
+        raise UserError(f"steps is {steps}, but {type(scheduler).__name__} has no {steps} different timesteps")
+    return (*found, 0)
