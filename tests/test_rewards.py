@@ -40,7 +40,7 @@ def _save_clip(folder: Path, seed: int) -> None:
     (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     CLIPTokenizer.from_pretrained(folder, model_max_length=40).save_pretrained(folder)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     ends = {"bos_token_id": len(pieces) - 2, "eos_token_id": len(pieces) - 1, "pad_token_id": len(pieces) - 1}
     text = {**tower, **ends, "vocab_size": len(pieces), "max_position_embeddings": 40}
     vision = {**tower, "image_size": SIZE, "patch_size": 8, "initializer_factor": 5.0}
@@ -54,12 +54,28 @@ def _save_head(folder: Path, prefix: str) -> None:
     save_file({prefix + key: 3 * value for key, value in state.items()}, folder / "head.safetensors")
 
 
+def _save_classifier(folder: Path) -> None:
+    """A random ResNet with ResNet-50's own processor settings at a smaller size."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(3)
+    names = {0: "cat", 1: "dog, domestic dog", 2: "fox"}
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, id2label=names, label2id={n: i for i, n in names.items()}
+    )  # fmt: skip
+    ResNetForImageClassification(config).save_pretrained(folder)
+    facts = {"size": {"shortest_edge": SIZE}, "crop_pct": 0.875, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ConvNextImageProcessor", **facts}))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("reward-models")
     for seed, name in enumerate(("clip", "pick", "hps")):
         _save_clip(root / name, seed)
     _save_head(root / "aesthetic", "layers.")
+    _save_classifier(root / "classifier")
+    pictures(random_images(40, 56, seed=5))[0].save(root / "style.png")
     return root
 
 
@@ -73,6 +89,11 @@ ALL: dict[str, Make] = {
     "rotation": lambda root: rewards.RotationalAnticorrelation(),
     "compressible": lambda root: rewards.JPEGCompressibility(),
     "incompressible": lambda root: rewards.JPEGIncompressibility(quality=30),
+    "classifier": lambda root: rewards.Classifier("dog", str(root / "classifier")),
+    "style": lambda root: 1e-3 * rewards.Style(str(root / "style.png"), source=str(root / "clip")),
+    "perceptual": lambda root: rewards.Perceptual(str(root / "clip")),
+    "directional": lambda root: rewards.Directional(str(root / "clip"), text="a face to an angry face"),
+    "target": lambda root: rewards.Target(rewards.PickScore(str(root / "pick")), 50.0),
     "function": lambda root: reward_of(brightness),
     "sum": lambda root: 10 * rewards.PickScore(str(root / "pick")) - 0.5 * rewards.Symmetry() + brightness,
 }
@@ -196,7 +217,7 @@ def test_images_of_the_right_size_keep_their_values_and_dtype() -> None:
     assert resize_and_crop(images.half(), 100).dtype == torch.float32
 
 
-def _official_embeddings(folder: Path, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _official_embeddings(folder: Path, images: Tensor, said: Sequence[str] = PROMPTS) -> tuple[Tensor, Tensor, Tensor]:
     """Image and text embeddings as a user of transformers computes them, from PIL images."""
     from transformers import CLIPModel, CLIPTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -204,7 +225,7 @@ def _official_embeddings(folder: Path, images: Tensor) -> tuple[Tensor, Tensor, 
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     pixels = processor(images=pictures(images), return_tensors="pt")["pixel_values"]
-    tokens = CLIPTokenizer.from_pretrained(folder)(PROMPTS, padding=True, truncation=True, return_tensors="pt")
+    tokens = CLIPTokenizer.from_pretrained(folder)(list(said), padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         out = model(pixel_values=pixels, **tokens)
     return out.image_embeds, out.text_embeds, model.logit_scale.exp()
@@ -231,6 +252,60 @@ def test_aesthetic_equals_the_hand_written_head(models: Path) -> None:
     for index in (0, 2, 4, 6, 7):
         x = x @ state[f"layers.{index}.weight"].T + state[f"layers.{index}.bias"]
     torch.testing.assert_close(ALL["aesthetic"](models)(images, ["", "", ""]), x[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(SIZE, SIZE), (64, 80)])
+def test_a_classifier_is_its_model_after_its_own_processor(models: Path, size: tuple[int, int]) -> None:
+    from transformers import ConvNextImageProcessorPil, ResNetForImageClassification
+
+    images, folder = random_images(*size, batch=3), models / "classifier"
+    network = ResNetForImageClassification.from_pretrained(folder).eval()
+    official = ConvNextImageProcessorPil.from_pretrained(folder, resample=3)(images=pictures(images), return_tensors="pt")
+    with torch.no_grad():
+        wanted = network(**official).logits.log_softmax(-1)[:, 1]
+    ours = rewards.Classifier("domestic dog", str(folder))(images, PROMPTS)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-2)  # a few pixels differ by one 8-bit level
+    with pytest.raises(UserError, match=r"unknown class 'dgo'.*dog"):
+        rewards.Classifier("dgo", str(folder)).load()
+
+
+def test_style_is_the_distance_of_gram_matrices(models: Path) -> None:
+    """Written out with transformers' own hidden states."""
+    from transformers import CLIPModel
+
+    model = CLIPModel.from_pretrained(models / "clip", dtype=torch.float32)
+    images, grams = random_images(SIZE, SIZE, 2), []
+    picture = torch.from_numpy(np.array(Image.open(models / "style.png"))).permute(2, 0, 1)[None] / 255
+    for shown in (picture, images[:1], images[1:]):
+        pixels = normalize(resize_and_crop(shown, SIZE))
+        with torch.no_grad():
+            states = model.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states[2][0, 1:]
+        grams.append(sum(torch.outer(state, state) for state in states) / len(states))
+    ours = rewards.Style(str(models / "style.png"), 2, str(models / "clip"))(images, ["", ""])
+    torch.testing.assert_close(ours, -torch.stack([(grams[0] - g).square().sum() for g in grams[1:]]), rtol=1e-4, atol=1e-4)
+
+
+def test_rewards_beside_the_image_as_it_was(models: Path) -> None:
+    before, after = random_images(SIZE, SIZE, 2), random_images(SIZE, SIZE, 2, seed=1)
+    source = str(models / "clip")
+    alike = rewards.Perceptual(source).beside(before)
+    assert alike(before, ["", ""]).tolist() == [0.0, 0.0]
+    assert (alike(after, ["", ""]) < -1e-3).all()
+    one = (2 * rewards.Perceptual(source) + brightness).beside(before[1:])
+    torch.testing.assert_close(one(after[1:], [""]), 2 * alike(after, ["", ""])[1:] + brightness(after[1:], [""]))
+    now, text, _ = _official_embeddings(models / "clip", after, ["a face", "an angry face"])
+    was, _, _ = _official_embeddings(models / "clip", before, ["a face", "an angry face"])
+    wanted = F.cosine_similarity(now - was, text[1:] - text[:1])
+    ours = rewards.Directional(source, text="a face to an angry face").beside(before)(after, ["", ""])
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=5e-3)
+    with pytest.raises(UserError, match="2 images but 1 references"):
+        rewards.Perceptual(source).beside(before[:1])(after, ["", ""])
+
+
+def test_a_target_is_the_distance_to_a_value(models: Path) -> None:
+    images = random_images(SIZE, SIZE, 3)
+    aim = rewards.Target(reward_of(brightness), 0.5)
+    torch.testing.assert_close(aim(images, PROMPTS), -(images.mean((1, 2, 3)) - 0.5).abs())
 
 
 @pytest.mark.parametrize("quality", [30, 50, 75, 90])
@@ -334,18 +409,34 @@ def test_rewards_of_functions_and_modules() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- words to rewards
-def test_parse_reads_weighted_sums() -> None:
+def test_parse_reads_weighted_sums(models: Path) -> None:
     both = 10 * rewards.PickScore() + 2 * rewards.HPSv2() - 0.05 * rewards.Aesthetic()
     for text in ("10*pickscore + 2*hpsv2 - 0.05*aesthetic", " 10 * pickscore+2*hpsv2-5e-2*aesthetic "):
         assert parse(text) == both
     assert parse("symmetry") == rewards.Symmetry()
     name = "-clip:some-lab/a-clip + incompressible:30 - symmetry"
     assert parse(name.replace(":30 - s", ":30-s")).name == name
-    assert set(rewards.REGISTRY) == {*ALL} - {"function", "sum"}
+    assert set(rewards.REGISTRY) == {*ALL} - {"function", "sum", "target"}
+    needs = {"directional": ":a face to a sad face", "classifier": ":dog", "style": f":{models}/style.png"}
     for name, entry in rewards.REGISTRY.items():
+        name += needs.get(name, "")
         assert parse(name).name == name
         assert isinstance(parse(name), entry.load())
         assert entry.about
+
+
+def test_parse_reads_what_a_reward_says() -> None:
+    text = "0.5*clip:tiny:an angry face + 2*aesthetic->10 - classifier:tiny:cat"
+    said = rewards.CLIPScore("tiny", "an angry face")
+    assert [reward for _, reward in parse("0.5*clip:tiny:an angry face - symmetry").weighted()] == [said, rewards.Symmetry()]
+    assert parse("clip:an angry face") == rewards.CLIPScore(text="an angry face")
+    assert parse("clip:sad") == rewards.CLIPScore(text="sad")
+    assert parse("clip:tiny") == rewards.CLIPScore("tiny")
+    assert parse("clip:some-lab/a-clip:two cats - symmetry").weighted()[0][1] == rewards.CLIPScore("some-lab/a-clip", "two cats")
+    assert parse("aesthetic->10") == rewards.Target(rewards.Aesthetic(), 10.0)
+    assert parse("directional:a face to a sad face") == rewards.Directional(text="a face to a sad face")
+    if (rewards.clip.BUNDLED / "classifier").is_dir():
+        assert parse(text).name == text
 
 
 @pytest.mark.parametrize(
@@ -364,6 +455,9 @@ def test_parse_reads_weighted_sums() -> None:
         ("compressible:0", "from 1 to 100, got 0"),
         ("pickscore:./nowhere/at/all", "no folder './nowhere/at/all'"),
         ("pickscore:tinny", "no folder 'tinny'"),
+        ("classifier", "'classifier' needs a label after a colon"),
+        ("style:gone.png", "no style picture 'gone.png'"),
+        ("directional:an angry face", "say from what to what"),
         ("missing.py:reward", "no reward file 'missing.py'"),
         ("missing.py", "say which function"),
     ],

@@ -25,6 +25,7 @@ from chainrule.chain import Chain, Memory
 from chainrule.denoise import Condition, Member
 from chainrule.noise import Noise, Schedule
 from chainrule.plan import walk
+from chainrule.rewards import reward_of
 from chainrule.solve import DDIM, Prediction
 from chainrule.steer.adjoint import Adjoint
 from chainrule.steer.gradients import gradient_of
@@ -47,7 +48,7 @@ def score(images: Tensor, prompts: object) -> Tensor:
 def problem(model: cr.Model, over: str = "latent", steps: int = STEPS, memory: str = "recompute") -> tuple[Problem, Tensor]:
     chain = model.chain(PROMPTS, SEEDS, GUIDANCE, Memory(memory))
     grid = Over.parse(over).grid(model.grid(steps))
-    return Problem(chain, grid, model.decode, PROMPTS, Loss(score)), model.noise(SEEDS)
+    return Problem(chain, grid, model.decode, PROMPTS, Loss(reward_of(score))), model.noise(SEEDS)
 
 
 def network(model: cr.Model, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
@@ -236,7 +237,7 @@ def test_sdo_runs_through_a_transformer() -> None:
     schedule = Schedule.diffusion(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
     condition = Condition(torch.randn(2, 3, 12).double(), torch.randn(2, 3, 12).double())
     chain = Chain({"base": Member(DiT(), GUIDANCE)}, DDIM(schedule, Prediction.EPSILON), condition, Noise((0, 1), (4, 8, 8)))
-    given = Problem(chain, (800, 600, 400, 200, 0), lambda x: x[:, :3], PROMPTS, Loss(score))
+    given = Problem(chain, (800, 600, 400, 200, 0), lambda x: x[:, :3], PROMPTS, Loss(reward_of(score)))
     x = Noise((0, 1), (4, 8, 8)).initial().double()
     for name in ("sdo", "full"):
         seen = gradient_of(name, "latent")(given, x, Random(0))

@@ -36,7 +36,11 @@ REGISTRY: Mapping[str, Entry] = {
     "pickscore": Entry("scorers.PickScore", "which of two images people pick for a prompt (Pick-a-Pic, CLIP-H)"),
     "hpsv2": Entry("scorers.HPSv2", "human preference for an image given its prompt (HPD v2, CLIP-H)"),
     "aesthetic": Entry("scorers.Aesthetic", "LAION aesthetic rating, 1 to 10, of the image alone (CLIP-L and a head)"),
-    "clip": Entry("scorers.CLIPScore", "agreement of image and prompt (cosine of CLIP features)"),
+    "clip": Entry("scorers.CLIPScore", "agreement of image and prompt, or of image and text: clip:an angry face"),
+    "directional": Entry("reference.Directional", "change of the image along that of a text: directional:a face to a sad face"),
+    "classifier": Entry("classifier.Classifier", "log-probability of a class: classifier:dog; subtracted, away from it"),
+    "style": Entry("reference.Style", "closeness to a picture's style (Gram matrices of CLIP features): style:picture.png"),
+    "perceptual": Entry("reference.Perceptual", "closeness to the image as it was before steering (CLIP's layers)"),
     "symmetry": Entry("weightless.Symmetry", "left-right symmetry"),
     "rotation": Entry("weightless.RotationalAnticorrelation", "unlikeness to the image's own quarter turns"),
     "compressible": Entry("weightless.JPEGCompressibility", "what survives JPEG; compressible:30 sets the quality"),
@@ -46,7 +50,13 @@ REGISTRY: Mapping[str, Entry] = {
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _KNOWN = rf"(?:{'|'.join(REGISTRY)})(?::tiny|:\d+)?(?=\s*(?:[+-]|$))"  # may be followed by a sign without a space
 _WORD = r"\w+(?=[+-])(?![^\s]*[:/])"
-_TERM = re.compile(rf"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<body>{_KNOWN}|{_WORD}|[^\s*]++)\s*(?=[+-]|$)")
+# Rewards that say something after the colon, with spaces in it, and perhaps their source before it.
+SAYING = {"clip": "text", "directional": "text", "classifier": "label", "style": "picture"}
+_SAID = rf"(?:{'|'.join(SAYING)}):[^*]+?(?=->|\s+[+-]\s|\s*$)"
+_TERM = re.compile(
+    rf"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<body>{_KNOWN}|{_SAID}|{_WORD}|(?:(?!->)[^\s*])++)"
+    rf"(?:->(?P<goal>-?{_NUMBER}))?\s*(?=[+-]|$)"
+)
 
 
 def parse(text: str) -> Reward:
@@ -65,6 +75,8 @@ def parse(text: str) -> Reward:
             raise UserError(f"cannot read the reward {text!r} at {rest!r}; write it like '10*pickscore + 2*hpsv2'")
         weight = float(term["weight"] or 1) * (-1 if term["sign"] == "-" else 1)
         one = _named(term["body"])
+        if term["goal"]:
+            one = _target(one, float(term["goal"]))
         scaled = one if weight == 1 else weight * one
         total = scaled if total is None else total + scaled
         at = term.end()
@@ -78,6 +90,8 @@ def _named(body: str) -> Reward:
     if head not in REGISTRY:
         raise unknown("reward", head, REGISTRY)
     kind = REGISTRY[head].load()
+    if head in SAYING and (colon or SAYING[head] != "text"):
+        return kind(**_saying(head, tail))
     if not colon:
         return kind()
     option = next(iter(fields(kind)), None)  # type: ignore[arg-type]
@@ -88,6 +102,24 @@ def _named(body: str) -> Reward:
             raise UserError(f"reward {head!r} takes a whole number after the colon ({option.name}), got {tail!r}")
         return kind(int(tail))  # type: ignore[call-arg]
     return kind(tail)  # type: ignore[call-arg]
+
+
+def _saying(head: str, tail: str) -> dict[str, str]:
+    """What `style:tiny:picture.png` says: its source, if it names one, and the rest. `clip:SOURCE` alone says only that."""
+    source, colon, rest = tail.partition(":")
+    if colon:
+        return {"source": source, SAYING[head]: rest.strip()}
+    if head == "clip" and (tail == "tiny" or Path(tail).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", tail)):
+        return {"source": tail}
+    if not tail.strip():
+        raise UserError(f"reward {head!r} needs a {SAYING[head]} after a colon, as in {head}:{SAYING[head]}")
+    return {SAYING[head]: tail.strip()}
+
+
+def _target(reward: Reward, value: float) -> Reward:
+    from chainrule.rewards.base import Target
+
+    return Target(reward, value)
 
 
 def _from_file(body: str) -> Reward:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chainrule.chain import Chain, Score, read
+from chainrule.chain import Chain, read
 from chainrule.plan import Grid
+from chainrule.rewards import Reward, checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +21,15 @@ class Loss:
     so means something else at every image size.
     """
 
-    reward: Score
+    reward: Reward
     keep: float = 0.0
-    reference: Tensor | None = None  # (b, 3, h, w) in [0, 1]
+    reference: Tensor | None = None  # (b, 3, h, w) in [0, 1]; before it is known there is nothing to keep
 
     def __call__(self, images: Tensor, prompts: Sequence[str], part: slice) -> Tensor:
-        loss = (self.keep - 1) * self.reward(images, prompts)
-        if not self.keep:
-            return loss
-        assert self.reference is not None
-        return loss + self.keep * distance(images, self.reference[part])
+        before = None if self.reference is None else self.reference[part]
+        reward = self.reward if before is None else self.reward.beside(before)
+        loss = (self.keep - 1) * checked(reward, images, prompts)
+        return loss if before is None or not self.keep else loss + self.keep * distance(images, before)
 
 
 def distance(images: Tensor, reference: Tensor) -> Tensor:

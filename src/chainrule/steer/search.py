@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
@@ -18,7 +18,7 @@ from chainrule.errors import UserError
 from chainrule.models import Model
 from chainrule.models.model import pictures
 from chainrule.noise import derive
-from chainrule.rewards import Reward, checked
+from chainrule.rewards import Reward
 from chainrule.session import interrupts, progress_bar
 from chainrule.settings import Steering
 from chainrule.steer.found import Steered
@@ -67,10 +67,7 @@ class Search:
             self.leaves, base = list(controls.values()), chain.cast["base"]
             chain = replace(chain, cast={"base": Controlled(base.denoiser, base.guidance, base.active, controls)})
 
-        def score(seen: Tensor, said: Sequence[str]) -> Tensor:
-            return checked(scorer, seen, said)
-
-        self.problem = Problem(chain, self.grid, model.decode, prompts, Loss(score, settings.keep))
+        self.problem = Problem(chain, self.grid, model.decode, prompts, Loss(scorer, settings.keep))
         self.best: Seen | None = None
         self.first: Seen | None = None
         self.updates, self.far = torch.zeros(len(prompts), dtype=torch.long), torch.zeros(len(prompts))
