@@ -60,8 +60,9 @@ def _save_classifier(folder: Path) -> None:
 
     torch.manual_seed(3)
     names = {0: "cat", 1: "dog, domestic dog", 2: "fox"}
+    numbers = {name: i for i, name in names.items()}
     config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, id2label=names, label2id={n: i for i, n in names.items()}
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, id2label=names, label2id=numbers
     )  # fmt: skip
     ResNetForImageClassification(config).save_pretrained(folder)
     facts = {"size": {"shortest_edge": SIZE}, "crop_pct": 0.875, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
@@ -235,7 +236,7 @@ def _official_embeddings(folder: Path, images: Tensor, said: Sequence[str] = PRO
 def test_clip_scores_equal_the_official_formulas(models: Path, size: tuple[int, int]) -> None:
     images = random_images(*size, batch=3)
     image, text, _ = _official_embeddings(models / "clip", images)
-    close = {"rtol": 0.0, "atol": 2e-3}  # a few pixels differ by one 8-bit level
+    close = {"rtol": 0.0, "atol": 4e-3}  # a few pixels differ by one 8-bit level
     torch.testing.assert_close(ALL["clip"](models)(images, PROMPTS), F.cosine_similarity(image, text), **close)
     image, text, scale = _official_embeddings(models / "pick", images)
     torch.testing.assert_close(ALL["pickscore"](models)(images, PROMPTS) / scale, (image @ text.T).diagonal(), **close)
