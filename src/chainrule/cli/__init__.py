@@ -9,14 +9,15 @@ import warnings
 
 import typer
 
-from chainrule.cli import looking, training, using
+from chainrule.cli import looking, steering, training, using
 from chainrule.cli.app import app
 from chainrule.errors import UserError
 
 __all__ = ["app", "main"]
 
 for name, command in {
-    "train": training.train, "sample": using.sample, "eval": using.evaluate, "distill": training.distill, "mix": using.mix,
+    "train": training.train, "steer": steering.steer, "sample": using.sample, "eval": using.evaluate,
+    "distill": training.distill, "mix": using.mix,
     "report": using.report, "plan": looking.plan, "methods": looking.methods, "rewards": looking.rewards,
     "models": looking.models,
 }.items():  # fmt: skip

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from chainrule.arguments import at_least_one, said, weights
 from chainrule.cli.app import Guidance, Prompts, Steps, or_else, progress
+from chainrule.cli.opened import base_of, load_with, run_of
 from chainrule.errors import UserError
-
-if TYPE_CHECKING:
-    from chainrule.models import Model
 
 
 def sample(
@@ -36,14 +34,14 @@ def sample(
     from chainrule.runs import Run, check_folder
 
     check_folder(out)
-    name, under = _base(source)
-    places = [place for place in (_run(source), adapter) if place]
+    name, under = base_of(source)
+    places = [place for place in (run_of(source), adapter) if place]
     for place in places:
         parts(place)
-    if folder := _run(source):  # as it was trained, unless asked otherwise
+    if folder := run_of(source):  # as it was trained, unless asked otherwise
         config = Run(folder).config
         steps, guidance = or_else(steps, config.get("sample_steps")), or_else(guidance, config.get("guidance"))
-    model = _load(name, under)
+    model = load_with(name, under)
     for place in places:
         model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
     with progress("sampling", -(-len(every) // 16) * len(model.grid(steps)[1:])) as advance:
@@ -55,35 +53,6 @@ def sample(
         image.save(out / f"{i:04d}.png")
     grid(images, min(len(images), 6), [p for p, _ in every]).save(out / "grid.png")
     typer.echo(f"{len(images)} images in {out}, all together in {out / 'grid.png'}")
-
-
-def _run(source: str | Path) -> Path | None:
-    """The run folder this is, or None when it names a model."""
-    return Path(source) if (Path(source) / "config.yaml").is_file() else None
-
-
-def _base(source: str | Path) -> tuple[str, list[str]]:
-    """The name of a model, or of the model of a run with the adapters it was trained on top of; all checked."""
-    from chainrule.adapters.files import parts
-    from chainrule.models.loading import check
-    from chainrule.runs import Run
-
-    folder = _run(source)
-    config = Run(folder).config if folder else {"model": str(source)}
-    name, under = str(config.get("model")), [str(place) for place in config.get("under") or ()]
-    check(name)
-    for place in under:
-        parts(place)
-    return name, under
-
-
-def _load(name: str, under: list[str]) -> Model:
-    from chainrule.models.loading import load
-
-    model = load(name)
-    for place in under:
-        model = model.using(place)
-    return model
 
 
 def evaluate(
@@ -115,10 +84,10 @@ def evaluate(
 
     for folder in runs:
         parts(folder)
-    labels, (name, under) = _labels(runs), _base(runs[0])
+    labels, (name, under) = _labels(runs), base_of(runs[0])
     from chainrule.evaluate import evaluate as measure
 
-    base = _load(name, under)
+    base = load_with(name, under)
     steps, guidance = or_else(steps, first.get("sample_steps")), or_else(guidance, first.get("guidance"))
     models = {"before": base} | {name: base.using(folder, scale=scale) for name, folder in zip(labels, runs, strict=True)}
     with progress("evaluating", len(models) * -(-len(shown) * seeds // 16) * (len(base.grid(steps)) - 1)) as advance:

@@ -59,11 +59,12 @@ _TERM = re.compile(
 )
 
 
-def parse(text: str) -> Reward:
+def parse(text: str, source: str | None = None) -> Reward:
     """The reward written as a weighted sum, e.g. "10*pickscore + 2*hpsv2:tiny - rewards.py:brightness".
 
     A term is a name of `REGISTRY`, with `:source` (a folder, hub id or "tiny") or `:quality` where the class takes one,
     or `path/to/file.py:function`. Put spaces around + and - after a path or source, which may contain them.
+    `source` is that of terms that name none, where they take one ("tiny": the scorers that come with the bundled models).
     Errors: UserError for a malformed sum, an unknown name, a bad source, a missing file or function.
     """
     total: Reward | None = None
@@ -74,7 +75,7 @@ def parse(text: str) -> Reward:
             rest = text[at:].strip()
             raise UserError(f"cannot read the reward {text!r} at {rest!r}; write it like '10*pickscore + 2*hpsv2'")
         weight = float(term["weight"] or 1) * (-1 if term["sign"] == "-" else 1)
-        one = _named(term["body"])
+        one = _named(term["body"], {"source": source} if source else {})
         if term["goal"]:
             one = _target(one, float(term["goal"]))
         scaled = one if weight == 1 else weight * one
@@ -83,17 +84,19 @@ def parse(text: str) -> Reward:
     return total
 
 
-def _named(body: str) -> Reward:
+def _named(body: str, otherwise: dict[str, str]) -> Reward:
     head, colon, tail = body.partition(":")
     if body.partition(".py:")[1] or body.endswith(".py"):
         return _from_file(body)
     if head not in REGISTRY:
         raise unknown("reward", head, REGISTRY)
     kind = REGISTRY[head].load()
+    if not any(field.name == "source" for field in fields(kind)):  # type: ignore[arg-type]
+        otherwise = {}
     if head in SAYING and (colon or SAYING[head] != "text"):
-        return kind(**_saying(head, tail))
+        return kind(**otherwise | _saying(head, tail))
     if not colon:
-        return kind()
+        return kind(**otherwise)
     option = next(iter(fields(kind)), None)  # type: ignore[arg-type]
     if option is None:
         raise UserError(f"reward {head!r} takes nothing after a colon, got {tail!r}")
