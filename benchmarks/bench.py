@@ -39,7 +39,7 @@ import chainrule as cr
 from chainrule.adapters import selected
 from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method, ShortFT, spelled
 from chainrule.models.model import Defaults
-from chainrule.models.stable_diffusion import ddim
+from chainrule.models.solvers import ddim
 from chainrule.plan import Forecast
 from chainrule.rewards import Reward, Symmetry, parse
 

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "session": "errors noise models report runs rewards learner trainer",
     "finetune": "errors runs settings methods rewards chain models prompts session trainer",
     "evaluate": "errors rewards chain models prompts",
-    "analyze": "errors plan rewards chain models prompts report evaluate",
+    "analyze": "errors plan methods rewards chain models prompts report evaluate",
     "steer": "errors plan runs settings methods noise solve rewards denoise chain models report session",
     "distill": "errors plan runs settings noise adapters denoise models prompts learner session analyze",
     "arguments": "errors settings methods prompts",

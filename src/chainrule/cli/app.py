@@ -27,10 +27,10 @@ def or_else(given: Any, otherwise: Any) -> Any:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr that goes away when it is full; the value moves it on by one."""
+    """A bar on stderr that goes away when it is full; the value moves it on by one. 0: the end is not known."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(label, total=total or None)
         yield lambda: bar.advance(task)

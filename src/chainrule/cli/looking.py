@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from chainrule.arguments import at_least_one, counted, method_of
-from chainrule.cli.app import Guidance, Options, progress
+from chainrule.cli.app import Guidance, Options, Steps, progress
 from chainrule.errors import UserError
 from chainrule.plan import Grid, Levels
 
@@ -62,6 +62,7 @@ def _calls(levels: Grid, spans: Levels) -> list[str]:
     return found
 
 
+Model = Annotated[str, typer.Argument(help="Bundled model, diffusers folder or hub id.")]
 analyses = typer.Typer(no_args_is_help=True, help="Measurements the papers rest on.", rich_markup_mode=None)
 
 
@@ -112,6 +113,76 @@ def analyze_shortcut(
         f"{len(said)} prompts x {seeds} seeds; distance from the {steps}-step image, mean ± 95% interval over prompts\n{found}"
     )
     typer.echo(f"table and picture: {save(found, out)}")
+
+
+@analyses.command("picard")
+def analyze_picard(
+    model: Model = "tiny-emoji",
+    reward: Annotated[str | None, typer.Option(help="Whose gradient; default: a bundled model's aesthetic score.")] = None,
+    prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:test",
+    images: Annotated[int, typer.Option(help="How many of the prompts, one image each.")] = 4,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    tolerance: Annotated[float, typer.Option(help="How near, relative to the latent's size, is converged.")] = 1e-2,
+    out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/picard"),
+) -> None:
+    """Parallel sampling by Picard iteration: its contraction, and the error of SDO's gradient beside its bound."""
+    net, said, scorer = _measured(model, reward, prompts, images, out)
+    from chainrule.analyze import picard
+    from chainrule.report.plots import plot
+
+    number = len(net.grid(steps)) - 1
+    with progress("analyzing", 0) as advance:
+        found = picard(net, said, scorer, steps=number, guidance=guidance, tolerance=tolerance, on_call=advance)
+    curves = {"moved by": found.change, "from the sequential image": found.error}
+    points = {name: [(k + 1.0, e.mean) for k, e in enumerate(curve)] for name, curve in curves.items()}
+    _kept(str(found), plot(points, f"Picard iteration over {number} steps", "iteration", log=True), out, "picard")
+
+
+@analyses.command("gradients")
+def analyze_gradients(
+    model: Model = "tiny-emoji",
+    reward: Annotated[str | None, typer.Option(help="Whose gradient; default: a bundled model's aesthetic score.")] = None,
+    prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:train",
+    batches: Annotated[int, typer.Option(help="Batches of four images.")] = 4,
+    steps: Annotated[int, typer.Option(help="Network calls of the chain.")] = 50,
+    guidance: Guidance = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/gradients"),
+) -> None:
+    """The gradient's norm and angle against the depth of backpropagation (SDO, Fig. 11a; DRaFT, Fig. 8 and 25)."""
+    at_least_one(batches=batches, steps=steps)
+    net, said, scorer = _measured(model, reward, prompts, 1000, out)
+    from chainrule.analyze import gradients
+
+    with progress("analyzing", 0) as advance:
+        found = gradients(net, said, scorer, steps=steps, guidance=guidance, batches=batches, on_call=advance)
+    _kept(str(found), found.picture(), out, "gradients")
+
+
+def _measured(model: str, reward: str | None, prompts: str, images: int, out: Path) -> tuple[Any, list[str], Any]:
+    """The loaded model, prompts and reward of an analysis, all names checked first."""
+    from chainrule import rewards
+    from chainrule.models.bundled import BUNDLED
+    from chainrule.prompts import prompts as read_prompts
+    from chainrule.runs import check_folder
+
+    at_least_one(images=images)
+    own = "tiny" if model in BUNDLED else None
+    if not (reward or own):
+        raise UserError("no reward given; pass --reward")
+    said, scorer = read_prompts(prompts)[:images], rewards.parse(reward or "aesthetic", own)
+    check_folder(out)
+    from chainrule.models.loading import check, load
+
+    check(model)
+    return load(model), said, scorer
+
+
+def _kept(table: str, picture: Any, out: Path, name: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(table + "\n")
+    picture.save(out / f"{name}.png")
+    typer.echo(f"{table}\ntable and picture: {out / name}.md, .png")
 
 
 def methods() -> None:

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from chainrule.denoise import Condition
 from chainrule.errors import UserError, unknown
 from chainrule.models.model import Defaults, Model
-from chainrule.models.stable_diffusion import ddim, levels
-from chainrule.noise import Schedule
-from chainrule.solve import DDIM, Prediction
+from chainrule.models.solvers import made
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,6 @@ class UNet:
 
 def build(name: str, pipe: Any, defaults: Defaults) -> Model:
     """The family's `Model` around a live pipeline. Freezes every weight; changes nothing else in it."""
-    scheduler = ddim(pipe.scheduler)
     pipe.unet.requires_grad_(False).eval()
     config, names = pipe.unet.config, defaults.labels
     count = config.num_class_embeds or 0
@@ -69,11 +66,7 @@ def build(name: str, pipe: Any, defaults: Defaults) -> Model:
 
     return Model(
         name=name, pipe=pipe, denoiser=UNet(pipe.unet),
-        solver=DDIM(
-            Schedule.diffusion(scheduler.alphas_cumprod, end=0 if scheduler.config.set_alpha_to_one else 1),
-            Prediction(scheduler.config.prediction_type),
-        ),
-        levels=lambda steps: levels(scheduler, steps), embed=embed, decode=decode, encode=encode,
+        **made(pipe.scheduler, "ddim"), embed=embed, decode=decode, encode=encode,
         latent_shape=(config.in_channels, config.sample_size, config.sample_size), image_size=config.sample_size,
         defaults=defaults,
     )  # fmt: skip

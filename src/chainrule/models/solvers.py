@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 from chainrule.errors import UserError, unknown
-from chainrule.models.stable_diffusion import ddim, levels
 from chainrule.noise import Schedule
 from chainrule.plan import Grid
 from chainrule.solve import DDIM, Consistency, DPMSolver, Prediction
@@ -30,6 +29,36 @@ def made(scheduler: Any, name: str) -> dict[str, Any]:
         return {"solver": DPMSolver(first), "levels": lambda steps: _levels(multistep, steps)}
     consistent = LCMScheduler.from_config(own.config)
     return {"solver": Consistency(first), "levels": lambda steps: _levels(consistent, steps)}
+
+
+def ddim(scheduler: Any) -> DDIMScheduler:
+    """DDIM with this scheduler's betas and settings, as users get by swapping a pipeline's scheduler for DDIM."""
+    config = dict(scheduler.config)
+    if "alphas_cumprod" not in vars(scheduler):
+        raise UserError(f"the scheduler {type(scheduler).__name__} is not a diffusion one; the nearest supported is DDIMScheduler")
+    if not isinstance(scheduler, DDIMScheduler):
+        config["clip_sample"] = False
+    made: DDIMScheduler = DDIMScheduler.from_config(config)
+    for option in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        if getattr(made.config, option):
+            raise UserError(f"the scheduler has {option}=True, which chains that are differentiated cannot use; set it to False")
+    return made
+
+
+def levels(scheduler: DDIMScheduler, steps: int) -> Grid:
+    """The levels of diffusers' own timesteps, then 0."""
+    fresh = DDIMScheduler.from_config(scheduler.config)
+    fresh.set_timesteps(steps)
+    times = [int(t) for t in fresh.timesteps]
+    stride, total = scheduler.config.num_train_timesteps // steps, scheduler.config.num_train_timesteps
+    if max(times) >= total:
+        raise UserError(f"steps is {steps}, but with steps_offset={scheduler.config.steps_offset} it must be below {total}")
+    for a, b in itertools.pairwise(times):
+        if a - b != stride:
+            raise UserError(
+                f"steps is {steps}: with {scheduler.config.timestep_spacing} spacing diffusers' DDIM needs a divisor of {total}"
+            )
+    return (*(t + 1 for t in times), 0)
 
 
 def _levels(scheduler: Any, steps: int) -> Grid:

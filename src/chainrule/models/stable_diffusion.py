@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from chainrule.denoise import Condition
-from chainrule.errors import UserError
 from chainrule.models.model import Defaults, Model
-from chainrule.noise import Schedule
-from chainrule.plan import Grid
-from chainrule.solve import DDIM, Prediction
+from chainrule.models.solvers import made
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,42 +26,10 @@ class UNet:
         return self.network(x.to(dtype), t, encoder_hidden_states=text.to(dtype), return_dict=False)[0].to(x.dtype)  # type: ignore[no-any-return]
 
 
-def ddim(scheduler: Any) -> DDIMScheduler:
-    """DDIM with this scheduler's betas and settings, as users get by swapping a pipeline's scheduler for DDIM."""
-    config = dict(scheduler.config)
-    if "alphas_cumprod" not in vars(scheduler):
-        raise UserError(f"the scheduler {type(scheduler).__name__} is not a diffusion one; the nearest supported is DDIMScheduler")
-    if not isinstance(scheduler, DDIMScheduler):
-        config["clip_sample"] = False
-    made: DDIMScheduler = DDIMScheduler.from_config(config)
-    for option in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
-        if getattr(made.config, option):
-            raise UserError(f"the scheduler has {option}=True, which chains that are differentiated cannot use; set it to False")
-    return made
-
-
-def levels(scheduler: DDIMScheduler, steps: int) -> Grid:
-    """The levels of diffusers' own timesteps, then 0."""
-    fresh = DDIMScheduler.from_config(scheduler.config)
-    fresh.set_timesteps(steps)
-    times = [int(t) for t in fresh.timesteps]
-    stride, total = scheduler.config.num_train_timesteps // steps, scheduler.config.num_train_timesteps
-    if max(times) >= total:
-        raise UserError(f"steps is {steps}, but with steps_offset={scheduler.config.steps_offset} it must be below {total}")
-    for a, b in itertools.pairwise(times):
-        if a - b != stride:
-            raise UserError(
-                f"steps is {steps}: with {scheduler.config.timestep_spacing} spacing diffusers' DDIM needs a divisor of {total}"
-            )
-    return (*(t + 1 for t in times), 0)
-
-
 def build(name: str, pipe: Any, defaults: Defaults) -> Model:
     """The family's `Model` around a live pipeline. Freezes every weight; changes nothing else in it."""
-    scheduler = ddim(pipe.scheduler)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
-    schedule = Schedule.diffusion(scheduler.alphas_cumprod, end=0 if scheduler.config.set_alpha_to_one else 1)
 
     @torch.no_grad()
     def embed(prompts: Sequence[str]) -> Condition:
@@ -91,8 +54,7 @@ def build(name: str, pipe: Any, defaults: Defaults) -> Model:
         name=name,
         pipe=pipe,
         denoiser=UNet(pipe.unet),
-        solver=DDIM(schedule, Prediction(scheduler.config.prediction_type)),
-        levels=lambda steps: levels(scheduler, steps),
+        **made(pipe.scheduler, "ddim"),
         embed=embed,
         decode=decode,
         encode=encode,

@@ -128,7 +128,12 @@ def _sheet(width: int, height: int) -> Image.Image:
 
 
 def _font(cell: tuple[int, int]) -> Font:
-    return ImageFont.load_default(min(max(round(max(cell) / 14), 12), 24))
+    return font_of(min(max(round(max(cell) / 14), 12), 24))
+
+
+def font_of(size: int) -> Font:
+    """The font Pillow comes with."""
+    return ImageFont.load_default(size)
 
 
 def _line_height(font: Font) -> int:

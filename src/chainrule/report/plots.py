@@ -1,0 +1,43 @@
+"""A plot as a picture: a few curves, with axes, for the folders that analyses write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from PIL import Image, ImageDraw
+
+from chainrule.report.charts import Scale, ticks
+from chainrule.report.pictures import FAINT, INK, PAPER, font_of
+from chainrule.report.words import number
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 560, 110, 40, 70, 80
+COLORS = ((27, 94, 160), (200, 80, 40), (60, 140, 70), (130, 70, 150), (110, 110, 110))
+
+
+def plot(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, across: str, *, log: bool = False) -> Image.Image:
+    """Curves of (x, y) over one pair of axes, y on a logarithmic scale with `log`; the names stand in a legend."""
+    points = [point for curve in curves.values() for point in curve if math.isfinite(point[1]) and (point[1] > 0 or not log)]
+    level = (lambda y: math.log10(y)) if log else (lambda y: y)
+    xs, ys = [x for x, _ in points], [level(y) for _, y in points]
+    room = (max(ys) - min(ys)) * 0.06 or 1.0
+    right = Scale(low=min(xs), high=max(max(xs), min(xs) + 1), start=LEFT, end=WIDTH - RIGHT)
+    up = Scale(low=min(ys) - room, high=max(ys) + room, start=HEIGHT - BOTTOM, end=TOP)
+    sheet = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
+    draw, font = ImageDraw.Draw(sheet), font_of(18)
+    draw.text((LEFT, 22), title, INK, font_of(22))
+    for y in ticks(up.low, up.high, whole=log and up.high - up.low > 2):
+        draw.line([(LEFT, up(y)), (WIDTH - RIGHT, up(y))], (228, 228, 228))
+        draw.text((LEFT - 12, up(y)), number(10**y if log else y), FAINT, font, anchor="rm")
+    for x in ticks(right.low, right.high, 6, whole=True):
+        draw.text((right(x), HEIGHT - BOTTOM + 10), number(x), FAINT, font, anchor="ma")
+    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 32), across, INK, font, anchor="mm")
+    for i, (name, curve) in enumerate(curves.items()):
+        color = COLORS[i % len(COLORS)]
+        line = [(right(x), up(level(y))) for x, y in curve if math.isfinite(y) and (y > 0 or not log)]
+        if len(line) > 1:
+            draw.line(line, color, 3, joint="curve")
+        for x, y in line:
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], color)
+        draw.text((WIDTH - RIGHT - 10, TOP + 14 + 26 * i), name, color, font, anchor="rm")
+    return sheet
