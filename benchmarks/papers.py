@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the meter is the
 
 from experiments import interval
 from meter import peak_bytes
+from steering import section
 
 import chainrule as cr
 from chainrule import methods
@@ -230,7 +231,7 @@ def page() -> str:
     untuned = base("HPSv2", STUDENT)["trained"] - base("HPSv2")["trained"]
     return f"""# The papers' tables in miniature
 
-`python benchmarks/papers.py` writes this page.
+`python benchmarks/papers.py` makes ShortFT's tables and `python benchmarks/steering.py` those of SDO; each writes this page.
 
 ## ShortFT, Tables 1, 2 and 3
 
@@ -249,7 +250,8 @@ here, one call does at a time.
 Inference in a plain diffusers pipeline, {N} steps, batch 4, medians in one run: {cost["none"]:.2f} s without an adapter,
 {cost["one"]:.2f} s with one LoRA of rank {RANK} by `load_lora_weights`, {cost["attached"]:.2f} s with ShortFT's four of that
 rank by `chainrule.attach`: {cost["attached"] / cost["one"]:.2f} times the one LoRA.
-"""
+
+{section()}"""
 
 
 def main() -> None:

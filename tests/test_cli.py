@@ -533,3 +533,59 @@ def test_bad_input_around_students_is_one_line_before_a_model_is_loaded(argument
     monkeypatch.setattr("chainrule.models.loading.load", lambda *_, **__: pytest.fail("loaded a model"))
     found = chainrule(*arguments.split())
     assert found.code == 2 and message in found.err and found.err.count("\n") == 1 and not list(tmp_path.iterdir()), found.err
+
+
+# Steering
+
+
+def test_steer_leaves_pictures_a_curve_and_a_report(sd_folder, chainrule, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "orange").save("photo.png")
+    common = f"--model {sd_folder} --reward symmetry --steps 5 --updates 2 --guidance 2 --lr 0.05"
+    found = chainrule("steer", "a fox", "two bees", *f"{common} --seeds 2 --out made".split())
+    assert found.code == 0, found.err
+    assert found.out.count(" to ") == 4 and "report: made/report.html" in found.out
+    assert len(list(Path("made/images").glob("*.png"))) == 4
+    rows = [json.loads(line) for line in Path("made/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    expected = cr.load(str(sd_folder)).sample(["a fox"] * 2 + ["two bees"] * 2, [0, 1, 0, 1], 5, 2.0)
+    again = cr.steer(
+        cr.load(str(sd_folder)), ["a fox"] * 2 + ["two bees"] * 2, cr.rewards.parse("symmetry"), seeds=[0, 1, 0, 1], steps=5,
+        updates=2, guidance=2.0, lr=0.05,
+    )  # fmt: skip
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(again.before, expected, strict=True))
+    assert np.array_equal(np.asarray(Image.open("made/images/0003.png")), np.asarray(again.images[3]))
+    pictured = chainrule("steer", *f"--image photo.png {common} --keep 0.5 --over latent@601 --solver dpm++ --out photo".split())
+    assert pictured.code == 2 and "t = 601 is not on the 5-step grid" in pictured.err  # that solver's levels are others
+    pictured = chainrule("steer", *f"--image photo.png {common} --keep 0.5 --over latent@601 --out photo".split())
+    assert pictured.code == 0 and json.loads(Path("photo/steered.json").read_text())["inverted"][0] > 0
+    assert chainrule("steer", "a fox", *f"{common} --out made".split()).code == 2
+    assert chainrule("steer", "a fox", *f"{common} --out made --overwrite".split()).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("steer --reward symmetry", "nothing to steer"),
+        ("steer fox", "no reward given"),
+        ("steer fox --reward symmtry", "unknown reward 'symmtry'"),
+        ("steer fox --reward symmetry --gradient sod", "unknown gradient 'sod'"),
+        ("steer fox --reward symmetry --over nothing", "over is 'nothing'"),
+        ("steer fox --reward symmetry --bound 0", "bound is 0"),
+        ("steer fox --reward symmetry --keep 1.5", "keep is 1.5"),
+        ("steer fox --reward symmetry --seeds 0", "seeds is 0"),
+        ("steer fox --reward symmetry --image gone.png", "no image 'gone.png'"),
+        ("steer fox bee --reward symmetry --image a.png --image b.png --image c.png", "2 prompts but 3 images"),
+        ("steer fox --style gone.png", "no style picture 'gone.png'"),
+        ("steer fox --reward symmetry --model nowhere", "unknown model 'nowhere'"),
+        ("steer fox --reward symmetry --solver dmp", "unknown solver 'dmp'"),
+        ("analyze picard tiny-emoji --reward symmtry", "unknown reward 'symmtry'"),
+        ("analyze gradients nowhere/at/all", "no reward given"),
+        ("analyze gradients tiny-emoji --batches 0", "batches is 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_steering_is_one_line_before_a_model_is_loaded(arguments, message, chainrule, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("chainrule.models.loading.load", lambda *_, **__: pytest.fail("loaded a model"))
+    found = chainrule(*arguments.split())
+    assert found.code == 2 and message in found.err and found.err.count("\n") == 1 and not list(tmp_path.iterdir()), found.err

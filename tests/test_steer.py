@@ -467,6 +467,24 @@ def test_every_gradient_raises_a_reward_it_can_reach(tmp_path: Path) -> None:
         assert all(b > a for a, b in zip(found.rewards_before, found.rewards, strict=True)), name
 
 
+@pytest.mark.parametrize("gradient", ["sdo", "full"])
+def test_weights_are_steered_together_and_saved_as_an_adapter(gradient: str, tmp_path: Path) -> None:
+    """DiffusionCLIP's way: the first image is that of the model, the folder's adapter makes the last one, the model stays."""
+    model = cr.load(make_pipeline())
+    before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
+    common: dict[str, Any] = {"seeds": SEEDS, "steps": STEPS, "guidance": GUIDANCE}
+    found = cr.steer(model, PROMPTS, score, over="weights", gradient=gradient, updates=5, lr=0.01, out=tmp_path / "out", **common)
+    assert all(b > a for a, b in zip(found.rewards_before, found.rewards, strict=True))
+    assert model.network.state_dict().keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.network.state_dict().items())
+    again = model.using(tmp_path / "out" / "adapter")
+    assert [float(r) for r in score(again.render(PROMPTS, **common).double(), "")] == pytest.approx(
+        found.rewards if max(found.updates) == 5 == min(found.updates) else [found.curve[-1]["reward"]] * 2, rel=1e-2
+    )
+    with pytest.raises(cr.UserError, match="batch is 1"):
+        cr.steer(model, PROMPTS, score, over="weights", batch=1, **common)
+
+
 def test_a_folder_gets_pictures_curve_and_report(tmp_path: Path) -> None:
     model, out = cr.load(make_pipeline()), tmp_path / "found"
     Image.new("RGB", (40, 30), "orange").save(tmp_path / "photo.png")

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "finetune": "errors runs settings methods rewards chain models prompts session trainer",
     "evaluate": "errors rewards chain models prompts",
     "analyze": "errors plan methods rewards chain models prompts report evaluate",
-    "steer": "errors plan runs settings methods noise solve rewards denoise chain models report session",
+    "steer": "errors plan runs settings noise solve adapters rewards denoise chain models report session",
     "distill": "errors plan runs settings noise adapters denoise models prompts learner session analyze",
     "arguments": "errors settings methods prompts",
     "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer distill evaluate analyze "

@@ -17,10 +17,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from torch import nn
-
 from chainrule.adapters import Active, Band, inject
-from chainrule.adapters.lora import gradients
+from chainrule.adapters.lora import every_layer, gradients
 from chainrule.analyze import save, shortcut
 from chainrule.denoise import Member
 from chainrule.errors import UserError
@@ -100,11 +98,6 @@ class Distiller:
         (folder / "student.json").write_text(json.dumps(said) + "\n")
 
 
-def layers(network: nn.Module) -> tuple[str, ...]:
-    """Every linear layer and convolution of a network, by name."""
-    return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
-
-
 def distill(
     model: Model,
     *,
@@ -129,7 +122,7 @@ def distill(
     config = {"model": model.name, "kind": "student", "prompts": prompts if isinstance(prompts, str) else said}
     config |= {"student_steps" if key == "steps" else key: value for key, value in settings.model_dump().items()}
     run, name = Run.create(out, config, resume=resume, overwrite=overwrite), "student"
-    adapter = inject(model.network, name, rank=settings.rank, seed=settings.seed, targets=layers(model.network))
+    adapter = inject(model.network, name, rank=settings.rank, seed=settings.seed, targets=every_layer(model.network))
     try:
         learner = Learner.of({name: adapter}, settings.lr, 0.0)
         made = Distiller(model, learner, Member(model.denoiser, 1.0, Active({name: Band()})), said, settings)

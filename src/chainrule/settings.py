@@ -57,7 +57,7 @@ class Steering(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     over: str = Field(
-        "latent", description="what is optimized: latent, latent@600 (the one at t = 600), prompt, negative, controls"
+        "latent", description="what is optimized: latent, latent@600 (the one at t = 600), prompt, negative, controls, weights"
     )
     gradient: str = Field("sdo", description="sdo, full, adjoint, invertible or flowgrad; freedom and universal guide a single run")
     updates: int = Field(50, ge=1, description="updates; every one samples the image again")
@@ -68,6 +68,7 @@ class Steering(BaseModel):
     renormalize: bool | None = Field(None, description="hold the latent's norm; default: only for invertible, as DOODL does")
     steps: int | None = Field(None, ge=1, description="network calls of a sampling chain; default: the model's")
     guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance; default: the model's")
+    rank: int = Field(8, ge=1, description="of the LoRA that is optimized over weights")
     strength: float = Field(0.2, gt=0, description="of freedom and universal, as a share of the sampler's own step or noise")
     patience: int = Field(0, ge=0, description="stop after this many updates in which no image got better; 0: never")
     batch: int = Field(4, ge=1, description="images steered at a time; changes no image")

@@ -52,6 +52,11 @@ class Adapter:
         remove(self)
 
 
+def every_layer(network: nn.Module) -> tuple[str, ...]:
+    """Every linear layer and convolution of a network, by name."""
+    return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+
+
 def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None = None, seed: int = 0,
            targets: tuple[str, ...] = TARGETS) -> Adapter:  # fmt: skip
     """Add a LoRA of this rank, an identity until trained, in float32 (float64 in a float64 network).

@@ -53,10 +53,12 @@ def steer(
     scorer = rewards.parse(" + ".join(terms), own)
     Run(out).check_place(overwrite=overwrite)
     from chainrule.adapters.files import parts
+    from chainrule.models.solvers import check as check_solver
     from chainrule.steer.images import check_image
     from chainrule.steer.steering import check
 
     check(settings)
+    check_solver(solver)
     for place in sources:
         check_image(place)
     places = [place for place in (run_of(model),) if place]

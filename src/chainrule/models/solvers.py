@@ -15,10 +15,15 @@ from chainrule.solve import DDIM, Consistency, DPMSolver, Prediction
 SOLVERS = ("ddim", "dpm++", "lcm")
 
 
-def made(scheduler: Any, name: str) -> dict[str, Any]:
-    """`solver` and `levels` of a `Model`, from a pipeline's scheduler and a solver's name."""
+def check(name: str) -> None:
+    """UserError for a solver that is not there."""
     if name not in SOLVERS:
         raise unknown("solver", name, SOLVERS)
+
+
+def made(scheduler: Any, name: str) -> dict[str, Any]:
+    """`solver` and `levels` of a `Model`, from a pipeline's scheduler and a solver's name."""
+    check(name)
     own = ddim(scheduler)
     end = 0 if name == "dpm++" or own.config.set_alpha_to_one else 1
     first = DDIM(Schedule.diffusion(own.alphas_cumprod, end), Prediction(own.config.prediction_type))

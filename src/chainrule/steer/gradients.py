@@ -23,9 +23,9 @@ Grads = Callable[[int, str, Random], list[Grad]]  # of every call, from how many
 def sdo(calls: int, kind: str, rng: Random) -> list[Grad]:
     """Shortcut diffusion optimization (arXiv:2505.07477): the graph of the one call that reads the variable.
 
-    For a latent that is the first call of its own grid (Eq. 15, 18-19, Fig. 4). An embedding is read by all calls, and one of
-    them is drawn (section 4.3, Fig. 5). Controls are added to the answers, so every call passes them its own part of the
-    linear path and no call needs a graph.
+    For a latent that is the first call of its own grid (Eq. 15, 18-19, Fig. 4). Embeddings and weights are read by all calls,
+    and one of them is drawn (section 4.3, Fig. 5). Controls are added to the answers, so every call passes them its own part
+    of the linear path and no call needs a graph.
     """
     if kind == "controls":
         return [Grad.WEIGHTS] * calls
@@ -57,9 +57,9 @@ PLANNED: Mapping[str, Grads] = {"sdo": sdo, "full": full}
 GRADIENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "sdo": (
         "the one call that reads the variable, and the solver's linear path (SDO)",
-        ("latent", "prompt", "negative", "controls"),
+        ("latent", "prompt", "negative", "controls", "weights"),
     ),
-    "full": ("every call, recomputed one at a time", ("latent", "prompt", "negative", "controls")),
+    "full": ("every call, recomputed one at a time", ("latent", "prompt", "negative", "controls", "weights")),
     "adjoint": ("the continuous adjoint of the sampling ODE (AdjointDPM)", ("latent", "prompt", "negative")),
     "invertible": ("every call of an exactly invertible coupled chain (EDICT, DOODL)", ("latent", "prompt", "negative")),
     "flowgrad": ("every call, for controls added to the network's answers (FlowGrad)", ("controls",)),

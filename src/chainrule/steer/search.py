@@ -12,6 +12,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+from chainrule.adapters import Adapter, Band, inject
+from chainrule.adapters.lora import every_layer
 from chainrule.chain import Memory
 from chainrule.denoise import Condition
 from chainrule.errors import UserError
@@ -43,6 +45,11 @@ class Search:
         given: Tensor | None,
     ) -> None:  # fmt: skip
         self.settings, self.over = settings, over
+        self.adapter: Adapter | None = None
+        if over.kind == "weights":
+            model, name = replace(model, active=dict(model.active)), f"steered{len(model.active)}"
+            self.adapter = inject(model.network, name, rank=settings.rank, targets=every_layer(model.network))
+            model.active[name] = Band()
         guidance = model.defaults.guidance if settings.guidance is None else settings.guidance
         chain = model.chain(prompts, seeds, guidance, Memory(settings.memory))
         levels = model.grid(settings.steps)
@@ -62,6 +69,8 @@ class Search:
             self.leaves = [embedding.clone().requires_grad_()]
             chain = replace(chain, condition=Condition(**{"positive": chain.condition.positive,
                                                           "negative": chain.condition.negative, side: self.leaves[0]}))  # fmt: skip
+        if self.adapter:
+            self.leaves = list(self.adapter.parameters())
         if over.kind == "controls":
             controls = {level: torch.zeros_like(self.x, requires_grad=True) for level in self.grid[:-1]}
             self.leaves, base = list(controls.values()), chain.cast["base"]

@@ -43,7 +43,7 @@ def steer(
     seeds: Sequence[int] | None = None, images: Sequence[Source] | None = None, out: str | Path | None = None,
     overwrite: bool = False, on_update: Callable[[dict[str, float]], None] | None = None, **options: Any,
 ) -> Steered:  # fmt: skip
-    """Optimize a latent, an embedding or controls of each image by gradients of a reward through the sampling chain.
+    """Optimize a latent, an embedding or controls of each image, or weights, by gradients of a reward through the chain.
 
     One image per prompt, with `seeds` (default: seed, seed + 1, ...). `images` are pictures to start from instead of noise:
     they enter by DDIM inversion, and stay what `keep` holds on to; then `prompts` say what they show, "" if nothing.
@@ -64,6 +64,8 @@ def steer(
         if count != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {count} {what}; give one each")
     over.grid(model.grid(settings.steps))
+    if over.kind == "weights" and len(prompts) > settings.batch:
+        raise UserError(f"batch is {settings.batch}, but over weights all {len(prompts)} images are steered together; raise it")
     for place in pictures_in or ():
         if not isinstance(place, Image.Image):
             check_image(place)
@@ -77,8 +79,14 @@ def steer(
             part = slice(start, start + settings.batch)
             given = encoded(model, pictures_in[part]) if pictures_in is not None else None
             search = Search(model, settings, over, scorer, prompts[part], numbers[part], given)
-            tables.append(search.run(bar))
-            search.report(found)
+            try:
+                tables.append(search.run(bar))
+                search.report(found)
+                if search.adapter and run is not None:
+                    search.adapter.save(run.adapter)
+            finally:
+                if search.adapter:
+                    search.adapter.remove()
             if bar.stopped:
                 break
     found.prompts = prompts[: len(found.images)]

@@ -1,4 +1,4 @@
-"""What steering optimizes, one value per image: a latent on the chain, an embedding, or controls beside the network."""
+"""What steering optimizes: a latent on the chain, an embedding or controls beside the network, one per image; or weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from chainrule.denoise import Condition, Member
 from chainrule.errors import UserError
 from chainrule.plan import Grid
 
-KINDS = ("latent", "prompt", "negative", "controls")
+KINDS = ("latent", "prompt", "negative", "controls", "weights")
 
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """A variable as it is written: `latent`, `latent@600`, `prompt`, `negative`, `controls`.
+    """A variable as it is written: `latent`, `latent@600`, `prompt`, `negative`, `controls`, `weights`.
 
+    `weights` is a LoRA on every layer that all images share: with inverted pictures, directional CLIP and the gradient
+    `full` it is DiffusionCLIP (arXiv:2110.02711), which trains all weights instead.
     `time` is the timestep of the latent, as diffusers counts it; None is the initial noise.
     """
 
