@@ -123,7 +123,7 @@ def style(options: dict[str, Any], seed: int) -> Found:
         plain = cr.Steered(said, model.sample(said, [seed, seed + 50], 10))
         scale = float(-aim(tensors(plain.images), said).mean())  # losses of order one, for guidance strengths and intervals alike
         out = cr.steer(model, said, (1 / scale) * aim, over="latent@600", seeds=[seed, seed + 50], steps=10,
-                       **{"updates": 30, "lr": 0.02, **options})  # fmt: skip
+                       **{"updates": 50, "lr": 0.02, **options})  # fmt: skip
         after = tensors(out.images)
         now, words = eye(after, said)
         loss = -aim(after, said) / scale
@@ -138,7 +138,7 @@ def aesthetic(options: dict[str, Any], seed: int, real: bool = False) -> Found:
     images = [face(name, seed) for name in names] if real else None
     numbers = [seed * 10 + k for k in range(3)]
     out = cr.steer(model, said, rewards.Target(score, 10.0), over="latent@600", seeds=numbers, images=images, steps=10,
-                   **{"updates": 30, "lr": 0.02, **options})  # fmt: skip
+                   **{"updates": 50, "lr": 0.02, **options})  # fmt: skip
     with torch.no_grad():
         return {"score": float(score(tensors(out.images), said).mean()), "base": float(score(tensors(out.before), said).mean()),
                 "perceptual": float(perceptual(tensors(out.images), tensors(out.before)).mean())}  # fmt: skip
@@ -282,7 +282,7 @@ DiffusionCLIP trains a LoRA per edit.
 
 {table(1, {"perceptual": "perceptual, down", "clip": "CLIP x 100, up", "identity": "identity, down"}, "LPIPS / CLIP / ID")}
 
-Table 2, style: tiny-emoji, 10 steps, the latent at t = 600, 30 updates. The style loss is a share of that before steering.
+Table 2, style: tiny-emoji, 10 steps, the latent at t = 600, 50 updates. The style loss is a share of that before steering.
 
 {table(2, {"loss": "style loss, lower is better", "clip": "CLIP x 100"}, "style / CLIP")}
 
@@ -292,7 +292,7 @@ Beyond sampling is what is left after the sampling all share is taken off. The p
 
 {cost_table()}
 
-Table 4, aesthetic score: tiny-emoji, 10 steps, the latent at t = 600, 30 updates, target 10. Before steering {baseline(4, "base")}.
+Table 4, aesthetic score: tiny-emoji, 10 steps, the latent at t = 600, 50 updates, target 10. Before steering {baseline(4, "base")}.
 
 {table(4, {"score": "aesthetic", "perceptual": "perceptual change"}, "aesthetic")}
 
