@@ -252,6 +252,17 @@ def test_sdo_runs_through_a_transformer() -> None:
         close(seen.gradient, torch.autograd.grad(-score(state[:, :3], PROMPTS).sum(), leaf)[0])
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_dpm_solver_samples_as_the_pipeline_with_that_scheduler(prediction: str) -> None:
+    pipe = make_pipeline(prediction, torch.float32)
+    model = cr.load(pipe).solving("dpm++")
+    ours = model.render(PROMPTS, SEEDS, 12, GUIDANCE)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, final_sigmas_type="zero")
+    noise = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    theirs = pipe(PROMPTS, num_inference_steps=12, guidance_scale=GUIDANCE, generator=noise, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
 # The continuous adjoint
 
 
@@ -572,6 +583,18 @@ def test_bad_input_is_one_line(options: dict[str, Any], message: str, tmp_path: 
         cr.steer(model, PROMPTS, score, out=tmp_path / "out", **{"steps": STEPS, "updates": 1, **options})
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gradient_for_ddim_refuses_another_solver(tmp_path: Path) -> None:
+    model = cr.load(make_pipeline()).solving("lcm")
+    for name in ("adjoint", "invertible", "freedom", "universal"):
+        with pytest.raises(cr.UserError, match=f"{name}' is for DDIM"):
+            cr.steer(model, PROMPTS, score, gradient=name, steps=4)
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    with pytest.raises(cr.UserError, match="DDIM inversion"):
+        cr.steer(model, [""], score, images=[tmp_path / "photo.png"], steps=4)
+    found = cr.steer(model, PROMPTS, score, steps=4, updates=3, lr=0.05, seeds=SEEDS)
+    assert all(b >= a for a, b in zip(found.rewards_before, found.rewards, strict=True))
 
 
 def test_bad_pictures_and_rewards_are_one_line(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 import chainrule as cr
 from chainrule import rewards
 from chainrule.methods import DRaFTLV
+from chainrule.rewards.classifier import load_classifier
 from chainrule.tiny import preferences, scenes, text
 
 WEIGHTS = Path(str(files("chainrule"))) / "tiny" / "weights"
@@ -141,3 +142,14 @@ def test_the_bundled_student_keeps_to_the_trajectory_better_than_ddim_with_as_ma
         for measure in ("latent", "pixels", "perceptual"):
             assert ways["shortcut"][measure].mean < 0.75 * ways["ddim, half the calls"][measure].mean
             assert ways["shortcut"][measure].mean < 0.75 * ways["one step"][measure].mean
+
+
+def test_tiny_faces_is_an_ordinary_pixel_pipeline_and_its_classifier_knows_what_it_draws():
+    model, judge = cr.load("tiny-faces"), load_classifier("tiny")
+    assert model.pipe.unet.config.num_class_embeds == len(model.defaults.labels) + 1 == len(judge.labels) + 1
+    assert list(model.defaults.labels) == judge.labels
+    said = [*list(scenes.FACES)[:6], "cat", "fox", "lion", "turtle", "bee", "pig"]
+    images = model.render(said, range(len(said)), 20)
+    assert images.shape == (12, 3, 64, 64)
+    right = [judge.labels[i] == name for i, name in zip(judge(images).argmax(1).tolist(), said, strict=True)]
+    assert sum(right) >= 10, right

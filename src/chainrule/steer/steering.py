@@ -14,6 +14,7 @@ from chainrule.models import Model
 from chainrule.rewards import Reward, RewardFunction, probe, reward_of
 from chainrule.runs import Run
 from chainrule.settings import Steering
+from chainrule.solve import DDIM, Consistency
 from chainrule.steer.found import Steered, together
 from chainrule.steer.gradients import GRADIENTS
 from chainrule.steer.guidance import GUIDES
@@ -64,6 +65,10 @@ def steer(
         if count != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {count} {what}; give one each")
     over.grid(model.grid(settings.steps))
+    if not isinstance(model.solver, DDIM) and settings.gradient not in ("sdo", "full", "flowgrad"):
+        raise UserError(f"the gradient {settings.gradient!r} is for DDIM; sample with the solver ddim, or take sdo or full")
+    if pictures_in is not None and isinstance(model.solver, Consistency):
+        raise UserError("images enter by DDIM inversion, which consistency sampling does not follow; use the solver ddim")
     if over.kind == "weights" and len(prompts) > settings.batch:
         raise UserError(f"batch is {settings.batch}, but over weights all {len(prompts)} images are steered together; raise it")
     for place in pictures_in or ():

@@ -161,6 +161,9 @@ def _pack_faces(out: Path, part: Path) -> None:
     faces.pipeline(denoiser.half()).save_pretrained(part / "faces", safe_serialization=True)
     (part / "faces" / "chainrule.json").write_text(json.dumps(FACES | {"labels": faces.LABELS}) + "\n")
     network.half().save_pretrained(part / "classifier")
+    facts = {"size": {"shortest_edge": faces.SIDE}, "crop_pct": 1.0, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    text = json.dumps({"image_processor_type": "ConvNextImageProcessor"} | facts)
+    (part / "classifier" / "preprocessor_config.json").write_text(text + "\n")
 
 
 def unpack(out: Path, steps: int) -> None:
@@ -172,6 +175,7 @@ def unpack(out: Path, steps: int) -> None:
     from transformers import CLIPModel, CLIPTextModel
 
     from chainrule.rewards.scorers import aesthetic_head
+    from chainrule.tiny import faces
 
     encoder = CLIPTextModel.from_pretrained(WEIGHTS / "emoji" / "text_encoder")
     denoiser = UNet2DConditionModel.from_pretrained(WEIGHTS / "emoji" / "unet")
@@ -183,6 +187,8 @@ def unpack(out: Path, steps: int) -> None:
         "unet": torch.nn.ModuleDict({"text_encoder": encoder, "unet": denoiser}),
         **critics,
         "aesthetic": head,
+        "faces": faces.build().from_pretrained(WEIGHTS / "faces" / "unet"),
+        "classifier": faces.build_classifier().from_pretrained(WEIGHTS / "classifier"),
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, module in trained.items():
