@@ -545,7 +545,7 @@ def test_steer_leaves_pictures_a_curve_and_a_report(sd_folder, chainrule, tmp_pa
     found = chainrule("steer", "a fox", "two bees", *f"{common} --seeds 2 --out made".split())
     assert found.code == 0, found.err
     assert found.out.count(" to ") == 4 and "report: made/report.html" in found.out
-    assert len(list(Path("made/images").glob("*.png"))) == 4
+    assert len(list(Path("made/images").glob("*.png"))) == 8
     rows = [json.loads(line) for line in Path("made/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     expected = cr.load(str(sd_folder)).sample(["a fox"] * 2 + ["two bees"] * 2, [0, 1, 0, 1], 5, 2.0)

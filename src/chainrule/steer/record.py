@@ -10,11 +10,12 @@ from chainrule.steer.found import Steered
 
 
 def save(found: Steered, run: Run) -> None:
-    """Write `images/0000.png`, `samples/before_after.png`, `best.png`, `steered.json`, `metrics.jsonl` and `report.html`."""
+    """Write `images/0000.png` and `images/0000-before.png`, `samples/before_after.png`, `best.png`, `steered.json`, `metrics.jsonl` and `report.html`."""
     for place in (run.folder / "images", run.samples):
         place.mkdir(exist_ok=True)
-    for i, image in enumerate(found.images):
-        image.save(run.folder / "images" / f"{i:04d}.png")
+    for i, (before, after) in enumerate(zip(found.before, found.images, strict=True)):
+        after.save(run.folder / "images" / f"{i:04d}.png")
+        before.save(run.folder / "images" / f"{i:04d}-before.png")
     found.best.save(run.folder / "best.png")
     said = [f"{prompt} {a:.4g} to {b:.4g}" for prompt, a, b in zip(found.prompts, found.rewards_before, found.rewards, strict=True)]
     before_after(found.before, found.images, said).save(run.samples / "before_after.png")

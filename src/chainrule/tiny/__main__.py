@@ -26,8 +26,8 @@ from chainrule.tiny import autoencoder
 from chainrule.tiny.loop import RANK, WORLD, restore, start
 
 if TYPE_CHECKING:  # what a stage does not need it does not import
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from transformers import CLIPModel
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DModel
+    from transformers import CLIPModel, ConvNextForImageClassification
 
 WEIGHTS = Path(__file__).parent / "weights"
 BEST = {"steps": 20, "guidance": 2.0}  # the sampling settings `check` finds best
@@ -122,9 +122,19 @@ def classifier(out: Path, steps: int) -> None:
 
 
 def check(out: Path, steps: int) -> None:
-    from chainrule.tiny import judges, quality
+    from chainrule.tiny import faces, judges, quality
 
     quality.measure(_pipeline(out), judges.load(out), out, steps=steps)
+    print("tiny-faces, right class:", faces.measure(*_faces(out)))
+
+
+def _faces(out: Path) -> tuple[UNet2DModel, ConvNextForImageClassification]:
+    from chainrule.tiny import faces
+
+    denoiser, network = faces.build(), faces.build_classifier()
+    restore("faces", denoiser, out)
+    restore("classifier", network, out)
+    return denoiser.eval(), network.eval()
 
 
 def pack(out: Path, steps: int) -> None:
@@ -155,9 +165,7 @@ def _pack_faces(out: Path, part: Path) -> None:
     """The pixel model with the names of its classes, and the classifier with its preprocessing."""
     from chainrule.tiny import faces
 
-    denoiser, network = faces.build(), faces.build_classifier()
-    restore("faces", denoiser, out)
-    restore("classifier", network, out)
+    denoiser, network = _faces(out)
     faces.pipeline(denoiser.half()).save_pretrained(part / "faces", safe_serialization=True)
     (part / "faces" / "chainrule.json").write_text(json.dumps(FACES | {"labels": faces.LABELS}) + "\n")
     network.half().save_pretrained(part / "classifier")

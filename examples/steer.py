@@ -1,0 +1,21 @@
+"""Steering without training: three gradients for the same goal, from Python. About two minutes on a laptop.
+
+The goal is a plain function, how warm the picture is; the latent in the middle of the chain is moved, the weights are not.
+"""
+
+import torch
+
+import chainrule as cr
+
+
+def warm(images: torch.Tensor, prompts: object) -> torch.Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+
+model = cr.load("tiny-emoji")
+said = ["a painting of a cat", "two turtles"]
+for gradient in ("sdo", "full", "adjoint"):
+    found = cr.steer(model, said, warm, over="latent@600", gradient=gradient, updates=20, lr=0.02, steps=10, keep=0.2, seed=3)
+    for prompt, before, after, image in zip(found.prompts, found.rewards_before, found.rewards, found.images, strict=True):
+        image.save(f"{prompt.replace(' ', '-')}-{gradient}.png")
+        print(f"{gradient:8} {prompt:22} {before:.3f} to {after:.3f}")
