@@ -296,7 +296,8 @@ Table 4, aesthetic score: tiny-emoji, 10 steps, the latent at t = 600, 50 update
 
 {table(4, {"score": "aesthetic", "perceptual": "perceptual change"}, "aesthetic")}
 
-Table 5, adversarial noise within ±0.1, Adam 0.02 (the paper: gradient descent 0.1): tiny-faces, 10 steps, 15 updates, 6 classes x 4 images a seed, the bundled classifier.
+Table 5, adversarial noise within ±0.1, Adam 0.02 (the paper: gradient descent 0.1): tiny-faces, 10 steps, 15 updates,
+6 classes x 4 images a seed, the bundled classifier.
 Images it got wrong to begin with are left out. Frechet distance x 1000 to renders, in 8 directions of CLIP's embedding.
 
 {table(5, {"success": "success, %", "perceptual": "perceptual change", "frechet": "Frechet"}, "success / LPIPS / FID")}

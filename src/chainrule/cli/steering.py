@@ -76,8 +76,8 @@ def steer(
 
     found = steered(net, wanted, scorer, seeds=numbers, images=sources or None, out=out, overwrite=overwrite, **values)
     if sources:
-        far = ", ".join(f"{value:.3f}" for value in found.inverted)
-        typer.echo(f"inverted and sampled again, the pictures differ from themselves by {far} of the range of a pixel")
+        apart = ", ".join(f"{value:.3f}" for value in found.inverted)
+        typer.echo(f"inverted and sampled again, the pictures differ from themselves by {apart} of the range of a pixel")
     for prompt, before, after, far in zip(found.prompts, found.rewards_before, found.rewards, found.distances, strict=True):
         typer.echo(f"{prompt or '(no prompt)'}: {before:.4g} to {after:.4g}, changed by {far:.3f} of the range of a pixel")
     typer.echo(f"pictures: {out / 'samples' / 'before_after.png'}, best: {out / 'best.png'}, report: {out / 'report.html'}")

@@ -10,7 +10,7 @@ from chainrule.steer.found import Steered
 
 
 def save(found: Steered, run: Run) -> None:
-    """Write `images/0000.png` and `images/0000-before.png`, `samples/before_after.png`, `best.png`, `steered.json`, `metrics.jsonl` and `report.html`."""
+    """Write every image before and after, a sheet of both, the best one, `steered.json`, `metrics.jsonl` and `report.html`."""
     for place in (run.folder / "images", run.samples):
         place.mkdir(exist_ok=True)
     for i, (before, after) in enumerate(zip(found.before, found.images, strict=True)):
