@@ -597,13 +597,21 @@ def test_a_gradient_for_ddim_refuses_another_solver(tmp_path: Path) -> None:
     assert all(b >= a for a, b in zip(found.rewards_before, found.rewards, strict=True))
 
 
-def test_bad_pictures_and_rewards_are_one_line(tmp_path: Path) -> None:
+def test_bad_pictures_and_rewards_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = cr.load(make_pipeline())
+    monkeypatch.setattr("chainrule.steer.images.LARGEST", 10**6)
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (4, 40)).save(tmp_path / "thin.png")
-    for name, message in (("text.png", "cannot read the image"), ("thin.png", "8x8 is the least")):
+    Image.new("L", (1001, 1000)).save(tmp_path / "huge.png")
+    cut = (tmp_path / "huge.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(cut[: len(cut) // 2])
+    bad = {"text": "cannot read the image", "thin": "8x8 is the least", "huge": "1001x1000 pixels; make it smaller than 1 mega"}
+    for name, message in bad.items():
         with pytest.raises(cr.UserError, match=message):
-            cr.steer(model, [""], score, images=[tmp_path / name], steps=STEPS)
+            cr.steer(model, [""], score, images=[tmp_path / f"{name}.png"], steps=STEPS)
+    monkeypatch.setattr("chainrule.steer.images.LARGEST", 10**8)
+    with pytest.raises(cr.UserError, match="cannot read the image"):
+        cr.steer(model, [""], score, images=[tmp_path / "cut.png"], steps=STEPS)
     with pytest.raises(cr.UserError, match="passes no gradient"):
         cr.steer(model, ["a"], lambda images, prompts: images.detach().mean((1, 2, 3)), steps=STEPS, updates=1)
     with pytest.raises(cr.UserError, match="returned"):
