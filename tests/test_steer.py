@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -599,7 +600,8 @@ def test_a_gradient_for_ddim_refuses_another_solver(tmp_path: Path) -> None:
 
 def test_bad_pictures_and_rewards_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = cr.load(make_pipeline())
-    monkeypatch.setattr("chainrule.steer.images.LARGEST", 10**6)
+    room = importlib.import_module("chainrule.steer.images")  # `chainrule.steer` is the function
+    monkeypatch.setattr(room, "LARGEST", 10**6)
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (4, 40)).save(tmp_path / "thin.png")
     Image.new("L", (1001, 1000)).save(tmp_path / "huge.png")
@@ -609,7 +611,7 @@ def test_bad_pictures_and_rewards_are_one_line(tmp_path: Path, monkeypatch: pyte
     for name, message in bad.items():
         with pytest.raises(cr.UserError, match=message):
             cr.steer(model, [""], score, images=[tmp_path / f"{name}.png"], steps=STEPS)
-    monkeypatch.setattr("chainrule.steer.images.LARGEST", 10**8)
+    monkeypatch.setattr(room, "LARGEST", 10**8)
     with pytest.raises(cr.UserError, match="cannot read the image"):
         cr.steer(model, [""], score, images=[tmp_path / "cut.png"], steps=STEPS)
     with pytest.raises(cr.UserError, match="passes no gradient"):
