@@ -66,7 +66,7 @@ PAPER = {
     4: {"no steering": "6.27", "UGD": "8.13", "FreeDoM": "8.74", "AdjointDPM": "8.96", "DOODL": "9.02", "SDO": "9.13"},
     5: {"AdjointDPM": "52.54 / 0.098 / 85.3", "DOODL": "51.61 / 0.084 / 70.4", "SDO": "96.32 / 0.023 / 58.2"},
 }  # fmt: skip
-EDITS = ("an angry face", "a sad face", "a crying face", "a cool face")
+EDITS = ("an angry face", "a crying face", "a cool face")
 WAYS: dict[int, dict[str, dict[str, Any]]] = {1: TABLE1, 2: TABLE2, 4: {**TABLE4, "SDO, real images": SDO}, 5: TABLE5}
 
 
@@ -90,7 +90,7 @@ def manipulation(options: dict[str, Any], seed: int) -> Found:
     model, found = cr.load("tiny-faces"), []
     for text in EDITS:
         source = face("smiling face", seed)
-        out = cr.steer(model, [""], rewards.CLIPScore("tiny", text), images=[source], keep=0.5, steps=20, updates=25, **options)
+        out = cr.steer(model, [""], rewards.CLIPScore("tiny", text), images=[source], keep=0.5, steps=20, updates=20, **options)
         before, after = tensors(out.before), tensors(out.images)
         (was, _), (now, words) = eye(before, [text]), eye(after, [text])
         found.append({
@@ -146,7 +146,7 @@ def aesthetic(options: dict[str, Any], seed: int, real: bool = False) -> Found:
 
 def adversarial(options: dict[str, Any], seed: int) -> Found:
     """Table 5: away from the true class, |delta| <= 0.1, Adam with rate 0.02 (the paper: gradient descent, 0.1)."""
-    model, names = cr.load("tiny-faces"), ["cat", "fox", "bee", "smiling face", "cool face", "turtle"]
+    model, names = cr.load("tiny-faces"), ["cat", "fox", "smiling face", "cool face"]
     judge, hit, far, kept, pictures = load_classifier("tiny"), 0, [], 0, []
     for k, name in enumerate(names):
         numbers = [seed * 100 + k * 4 + i for i in range(4)]
@@ -277,7 +277,7 @@ p = 0.93, and guidance (UGD, FreeDoM) is one run. The perceptual distance is LPI
 identity is 1 - cosine of its embeddings: stand-ins, not comparable with the paper's columns.
 
 Table 1, text-guided manipulation: renders of a smiling face towards {", ".join(EDITS)}, tiny-faces,
-20 steps, 25 updates, lambda = 0.5, noise from DDIM inversion. Before steering the CLIP score is {baseline(1, "base")}.
+20 steps, 20 updates, lambda = 0.5, noise from DDIM inversion. Before steering the CLIP score is {baseline(1, "base")}.
 DiffusionCLIP trains a LoRA per edit.
 
 {table(1, {"perceptual": "perceptual, down", "clip": "CLIP x 100, up", "identity": "identity, down"}, "LPIPS / CLIP / ID")}
@@ -297,7 +297,7 @@ Table 4, aesthetic score: tiny-emoji, 10 steps, the latent at t = 600, 50 update
 {table(4, {"score": "aesthetic", "perceptual": "perceptual change"}, "aesthetic")}
 
 Table 5, adversarial noise within ±0.1, Adam 0.02 (the paper: gradient descent 0.1): tiny-faces, 10 steps, 15 updates,
-6 classes x 4 images a seed, the bundled classifier.
+4 classes x 4 images a seed, the bundled classifier.
 Images it got wrong to begin with are left out. Frechet distance x 1000 to renders, in 8 directions of CLIP's embedding.
 
 {table(5, {"success": "success, %", "perceptual": "perceptual change", "frechet": "Frechet"}, "success / LPIPS / FID")}
