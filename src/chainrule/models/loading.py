@@ -103,12 +103,14 @@ def load(source: Any, *, dtype: str = "float32", device: str | None = None) -> M
         library.disable_progress_bar()
 
     local = Path(source).is_dir()
+    # A checker that paints images black has no gradient; other pipelines know no such word.
+    checks = not local or _class_of(Path(source)) == "StableDiffusionPipeline"
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if checks else {}
     try:
         with warnings.catch_warnings():  # newer versions rename torch_dtype, older ones know no other word
             warnings.simplefilter("ignore", FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(
-                str(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=local,
-                safety_checker=None, requires_safety_checker=False,
+                str(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=local, **unchecked
             )  # fmt: skip
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
