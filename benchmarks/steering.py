@@ -165,7 +165,7 @@ def adversarial(options: dict[str, Any], seed: int) -> Found:
 
 
 def frechet(images: Tensor, names: list[str], directions: int = 8) -> float:
-    """Frechet distance to 240 renders of the same things, in the renders' first principal directions of CLIP's embedding.
+    """Frechet distance to 30 renders of each of the same things, in the renders' first principal directions of CLIP's embedding.
 
     So few directions because a covariance of all 128 cannot be had from a few dozen images. Times 1000.
     """

@@ -22,11 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 import chainrule as cr
+from chainrule.adapters.lora import every_layer
 from chainrule.chain import Chain, Memory
 from chainrule.denoise import Condition, Member
 from chainrule.noise import Noise, Schedule
 from chainrule.plan import walk
 from chainrule.rewards import reward_of
+from chainrule.settings import Steering
 from chainrule.solve import DDIM, Prediction
 from chainrule.steer.adjoint import Adjoint
 from chainrule.steer.gradients import gradient_of
@@ -34,6 +36,7 @@ from chainrule.steer.guidance import FreeDoM, Universal
 from chainrule.steer.images import invert, read_image
 from chainrule.steer.invertible import Coupled
 from chainrule.steer.problem import Loss, Problem, distance
+from chainrule.steer.search import Bar, Search
 from chainrule.steer.variables import Controlled, Over
 
 STEPS, GUIDANCE, SEEDS, PROMPTS = 5, 3.0, [4, 9], ["a fox", "two bees"]
@@ -542,6 +545,43 @@ def test_a_pixel_model_samples_as_diffusers_does() -> None:
     np.testing.assert_allclose(ours, theirs.images, atol=1e-5)
 
 
+def test_a_picture_survives_that_its_own_folder_is_overwritten(tmp_path: Path) -> None:
+    model, common = cr.load(make_pipeline()), {"steps": STEPS, "guidance": 1.0, "updates": 1}
+    cr.steer(model, ["a"], score, out=tmp_path / "out", **common)
+    cr.steer(model, [""], score, images=tmp_path / "out" / "best.png", out=tmp_path / "out", overwrite=True, **common)
+    with pytest.raises(cr.UserError, match="unknown class"):  # nothing is emptied for a word that is not known
+        cr.steer(cr.load(pixel_pipeline(3)), ["0", "cta"], score, batch=1, out=tmp_path / "out", overwrite=True, steps=5)
+    assert (tmp_path / "out" / "best.png").is_file()
+
+
+def test_a_bound_holds_for_the_coupled_chain_too() -> None:
+    model = cr.load(make_pipeline())
+    _, x = problem(model)
+    settings = Steering.make(
+        {"gradient": "invertible", "bound": 0.05, "lr": 0.2, "steps": STEPS, "guidance": GUIDANCE, "updates": 3}
+    )
+    search = Search(model, settings, Over("latent"), reward_of(score), PROMPTS, SEEDS, None, None)
+    bar = Bar(settings, 1, None)
+    with bar.shown(), torch.no_grad():
+        search.run(bar)
+    assert 0.04 < float((search.x - x).abs().max()) <= 0.05 + 1e-12
+
+
+def test_weights_are_steered_on_every_layer_of_a_model_with_an_adapter() -> None:
+    model = cr.load(make_pipeline())
+    plain = every_layer(model.network)
+    adapter = model.adapt("mine", rank=2)
+    assert every_layer(model.network) == plain
+    before = cr.steer(model, PROMPTS, score, over="weights", updates=1, steps=STEPS)
+    assert before.rewards and list(model.network.peft_config) == ["mine"]
+    adapter.remove()
+
+
+def test_gray_pictures_of_sixteen_bits_keep_their_light(tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16), 30000, np.uint16)).save(tmp_path / "deep.png")
+    torch.testing.assert_close(read_image(tmp_path / "deep.png", 8), torch.full((3, 8, 8), 30000 / 65535), rtol=0, atol=4e-3)
+
+
 def test_classes_are_named_numbered_or_empty(tmp_path: Path) -> None:
     pixel_pipeline(3, torch.float32).save_pretrained(tmp_path)
     (tmp_path / "chainrule.json").write_text('{"steps": 10, "guidance": 1.0, "labels": ["cat", "dog"]}')
@@ -574,6 +614,10 @@ def test_classes_are_named_numbered_or_empty(tmp_path: Path) -> None:
         ({"seeds": [1, 2, 3]}, "2 prompts but 3 seeds"),
         ({"images": ["a.png"] * 3}, "2 prompts but 3 images"),
         ({"images": ["gone.png", "gone.png"]}, "no image 'gone.png'"),
+        ({"images": []}, "nothing to steer"),
+        ({"bound": 0.1, "renormalize": True}, "cannot both be held"),
+        ({"bound": 0.1, "gradient": "freedom"}, "holds no latent"),
+        ({"over": "negative", "guidance": 1.0}, "the negative embedding is not used"),
         ({"updatse": 3}, "unknown option 'updatse'.*updates"),
         ({"steps": 2000}, "steps is 2000"),
     ],
@@ -592,7 +636,7 @@ def test_a_gradient_for_ddim_refuses_another_solver(tmp_path: Path) -> None:
         with pytest.raises(cr.UserError, match=f"{name}' is for DDIM"):
             cr.steer(model, PROMPTS, score, gradient=name, steps=4)
     Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
-    with pytest.raises(cr.UserError, match="DDIM inversion"):
+    with pytest.raises(cr.UserError, match="pictures enter by DDIM"):
         cr.steer(model, [""], score, images=[tmp_path / "photo.png"], steps=4)
     found = cr.steer(model, PROMPTS, score, steps=4, updates=3, lr=0.05, seeds=SEEDS)
     assert all(b >= a for a, b in zip(found.rewards_before, found.rewards, strict=True))

@@ -54,7 +54,15 @@ class Adapter:
 
 def every_layer(network: nn.Module) -> tuple[str, ...]:
     """Every linear layer and convolution of a network, by name."""
-    return tuple(name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    found: list[str] = []
+    inside: tuple[str, ...] = ()
+    for name, module in network.named_modules():
+        if isinstance(module, BaseTunerLayer):  # a layer with a LoRA already: it, and not what is in it
+            inside = (*inside, f"{name}.")
+            found.append(name)
+        elif isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(inside):
+            found.append(name)
+    return tuple(found)
 
 
 def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None = None, seed: int = 0,

@@ -46,10 +46,8 @@ class Picard:
         lines = ["| iteration | moved by | from the sequential image |", "|---|---|---|"]
         lines += [f"| {k + 1} | {a} | {b} |" for k, (a, b) in enumerate(zip(self.change, self.error, strict=True))]
         lines += ["", f"| {self.steps} steps | mean over images |", "|---|---|"]
-        shown = {
-            name: f"{value}" if math.isfinite(value.mean) else "none: the norm is not below 1"
-            for name, value in self.figures.items()
-        }
+        unbounded = "none: the norm is not below 1"
+        shown = {name: unbounded if value.mean == math.inf else f"{value}" for name, value in self.figures.items()}
         return "\n".join(lines + [f"| {name} | {text} |" for name, text in shown.items()])
 
 
@@ -80,7 +78,7 @@ def picard(
 
 
 def _estimate(values: list[float]) -> Estimate:
-    return Estimate.of(values) if all(map(math.isfinite, values)) else Estimate(math.inf, math.inf)
+    return Estimate(math.inf, math.inf) if math.inf in values else Estimate.of(values)
 
 
 def _one(

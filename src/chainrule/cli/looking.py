@@ -175,7 +175,8 @@ def _measured(model: str, reward: str | None, prompts: str, images: int, out: Pa
     from chainrule.models.loading import check, load
 
     check(model)
-    return load(model), said, scorer
+    net = load(model)
+    return net, list(net.defaults.labels[:images]) or said, scorer  # a model of classes knows no prompts
 
 
 def _kept(table: str, picture: Any, out: Path, name: str) -> None:

@@ -45,12 +45,16 @@ def steer(
         raise UserError("nothing to steer: give a prompt, or a picture by --image")
     if sources and len(wanted) not in (1, len(sources)):
         raise UserError(f"{len(wanted)} prompts but {len(sources)} images; give one for all, or one each")
-    own = "tiny" if model in BUNDLED else None
-    terms = [*([reward] if reward else []), *([f"style:{style}"] if style else []),
-             *([f"classifier:{adversarial}"] if adversarial else [])]  # fmt: skip
-    if not terms:
+    if sources and seeds > 1:
+        raise UserError(f"seeds is {seeds}, but a picture is steered once; leave seeds out")
+    if not (reward or style or adversarial):
         raise UserError("no reward given; pass --reward, --style or --adversarial")
-    scorer = rewards.parse(" + ".join(terms), own)
+    places = [place for place in (run_of(model),) if place]
+    name, under = base_of(model)
+    own = "tiny" if name in BUNDLED else None
+    kind: dict[str, Any] = {"source": own} if own else {}
+    terms = [*([rewards.parse(reward, own)] if reward else []), *([rewards.Style(str(style), **kind)] if style else []),
+             *([rewards.Classifier(adversarial, **kind)] if adversarial else [])]  # fmt: skip
     Run(out).check_place(overwrite=overwrite)
     from chainrule.adapters.files import parts
     from chainrule.models.solvers import check as check_solver
@@ -59,12 +63,13 @@ def steer(
 
     check(settings)
     check_solver(solver)
-    for place in sources:
-        check_image(place)
-    places = [place for place in (run_of(model),) if place]
-    for place in places:
+    for source in sources:
+        check_image(source)
+    for place in places:  # a run is sampled as it was trained, unless asked otherwise
         parts(place)
-    name, under = base_of(model)
+        config = Run(place).config
+        trained = {"steps": config.get("sample_steps"), "guidance": config.get("guidance")}
+        values = {key: value for key, value in trained.items() if value is not None} | values
     net = load_with(name, [*under, *map(str, places)]).solving(solver)
     if not sources:
         pairs = [(prompt, first_seed + k) for prompt in wanted for k in range(seeds)]
@@ -74,7 +79,9 @@ def steer(
         numbers = [first_seed + k for k in range(len(sources))]
     from chainrule.steer import steer as steered
 
-    found = steered(net, wanted, scorer, seeds=numbers, images=sources or None, out=out, overwrite=overwrite, **values)
+    found = steered(
+        net, wanted, sum(terms[1:], terms[0]), seeds=numbers, images=sources or None, out=out, overwrite=overwrite, **values
+    )
     if sources:
         apart = ", ".join(f"{value:.3f}" for value in found.inverted)
         typer.echo(f"inverted and sampled again, the pictures differ from themselves by {apart} of the range of a pixel")

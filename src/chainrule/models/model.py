@@ -136,7 +136,7 @@ class Model:
             spans = ((grid[last], grid[first]),)
         active = dict(self.active)
         for each, own in pairs:
-            name = self._free("loaded")
+            name = self.free("loaded")
             adapters.load(self.network, name, each)
             active[name] = Band(scale, own or spans)
         return replace(self, active=active, under=(*self.under, str(source)))
@@ -162,7 +162,7 @@ class Model:
 
         return replace(self, active=dict(self.active), **solvers.made(self.pipe.scheduler, solver))
 
-    def _free(self, stem: str) -> str:
+    def free(self, stem: str) -> str:
         """An adapter name that is not taken."""
         taken = getattr(self.network, "peft_config", {})
         return next(f"{stem}{i}" for i in range(len(taken) + 1) if f"{stem}{i}" not in taken)
@@ -176,6 +176,11 @@ class Model:
         """The latents after every step of one batch, (b, c, h, w) each; the last one is the finished image's."""
         guidance = self.defaults.guidance if guidance is None else guidance
         chain, levels = self.chain(prompts, seeds, guidance, on_call=on_call), self.grid(steps)
+        self.check_bands(levels)
+        yield from chain.states(self.noise(seeds), self.solver.path(levels))
+
+    def check_bands(self, levels: Grid) -> None:
+        """UserError for an adapter by levels that would be on in no call of this grid."""
         for name, band in self.active.items():
             for low, high in band.spans or ():
                 if not any(low < level and (high is None or level <= high) for level in levels[:-1]):
@@ -184,7 +189,6 @@ class Model:
                         f"the adapter {name} is on {where}, where a {len(levels) - 1}-step grid has no call; "
                         "sample with the steps it was trained with"
                     )
-        yield from chain.states(self.noise(seeds), self.solver.path(levels))
 
     @torch.no_grad()
     def render(

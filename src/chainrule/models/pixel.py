@@ -1,13 +1,13 @@
 """Pixel-space diffusion: `DDPMPipeline` or `DDIMPipeline` with a `UNet2DModel`, unconditional or by class.
 
-A prompt is the name of a class, or its number, or empty: every class. Names come from `labels` in the folder's
-`chainrule.json`; for a network with `num_class_embeds` one above the number of names, the last class is that of nothing said.
+A prompt is the name of a class, or its number. Names come from `labels` in the folder's `chainrule.json`; where the network has
+one class more than there are names, the last one is that of nothing said, the empty prompt's and the one guidance leads away from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,28 +34,29 @@ class UNet:
 def build(name: str, pipe: Any, defaults: Defaults) -> Model:
     """The family's `Model` around a live pipeline. Freezes every weight; changes nothing else in it."""
     pipe.unet.requires_grad_(False).eval()
+    defaults = replace(defaults, guidance=1.0) if defaults == Defaults() else defaults
     config, names = pipe.unet.config, defaults.labels
     count = config.num_class_embeds or 0
-    if config.in_channels != config.out_channels:
-        raise UserError(
-            f"{name} answers {config.out_channels} channels for {config.in_channels}; learned variance is not supported"
-        )
+    nothing = bool(names) and count == len(names) + 1  # the last class is that of nothing said
+    if (config.in_channels, config.out_channels) != (3, 3):
+        counts = f"{config.in_channels} channels and answers {config.out_channels}"
+        raise UserError(f"{name} reads {counts}; color images without learned variance (3 and 3) are supported")
 
     def index(prompt: str) -> int:
         if prompt in names:
             return names.index(prompt)
         if prompt.isdecimal() and int(prompt) < count:
             return int(prompt)
-        if not prompt and count != len(names):
+        if not prompt and nothing:
             return count - 1
-        raise unknown("class", prompt, [*names[:count], *(["(empty)"] if count != len(names) else [])])
+        raise unknown("class", prompt, names or [f"0 to {count - 1}"])
 
     def embed(prompts: Sequence[str]) -> Condition:
         if not count:
-            nothing = torch.zeros(len(prompts), device=pipe.unet.device)
-            return Condition(nothing, nothing)
+            unread = torch.zeros(len(prompts), dtype=torch.long, device=pipe.unet.device)
+            return Condition(unread, unread)
         said = torch.tensor([index(prompt) for prompt in prompts], device=pipe.unet.device)
-        return Condition(said, torch.full_like(said, count - 1))
+        return Condition(said, torch.full_like(said, count - 1) if nothing else said)  # else guidance changes nothing
 
     def decode(latents: Tensor) -> Tensor:
         """(b, 3, h, w) in [-1, 1] to [0, 1]; values outside are clipped and pass no gradient."""

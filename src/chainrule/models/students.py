@@ -143,7 +143,7 @@ def load(model: Model, source: str | Path | None) -> Member:
     path = resolve(source, model.name)
     _check_prediction(path, model.solver.prediction.value, model.name)
     if _is_lora(path):
-        name = model._free("student")
+        name = model.free("student")
         adapters.load(model.network, name, lora(find(path)))
         active = adapters.Active({name: adapters.Band()})
         return replace(model.bare(1.0), active=active)

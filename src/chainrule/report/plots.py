@@ -19,7 +19,7 @@ def plot(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, across
     """Curves of (x, y) over one pair of axes, y on a logarithmic scale with `log`; the names stand in a legend."""
     points = [point for curve in curves.values() for point in curve if math.isfinite(point[1]) and (point[1] > 0 or not log)]
     level = (lambda y: math.log10(y)) if log else (lambda y: y)
-    xs, ys = [x for x, _ in points], [level(y) for _, y in points]
+    xs, ys = [x for x, _ in points] or [0.0], [level(y) for _, y in points] or [0.0]
     room = (max(ys) - min(ys)) * 0.06 or 1.0
     right = Scale(low=min(xs), high=max(max(xs), min(xs) + 1), start=LEFT, end=WIDTH - RIGHT)
     up = Scale(low=min(ys) - room, high=max(ys) + room, start=HEIGHT - BOTTOM, end=TOP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Classifier(Reward):
 
     Source: microsoft/resnet-50 (ImageNet; Apache-2.0) or any image classifier transformers loads. `label` is one of its class
     names, a part of one up to a comma, or its number. Range up to 0. Preprocessing: bicubic to the shortest side over `crop_pct`,
-    center crop, the mean and deviation of its own `preprocessor_config.json` (ImageNet's without one).
+    center crop (or its `crop_size`), the mean and deviation of its own `preprocessor_config.json` (ImageNet's without one).
     """
 
     label: str
@@ -78,7 +79,8 @@ class Network:
                 return i
         if label.isdecimal() and int(label) < len(self.labels):
             return int(label)
-        raise unknown("class", label, [part.strip() for name in self.labels for part in name.split(",")])
+        parts = [part.strip() for name in self.labels for part in name.split(",")]
+        raise unknown("class", label, get_close_matches(label, parts, 5, 0.3) or parts[:5])
 
 
 def load_classifier(source: str, device: torch.device | str = "cpu") -> Network:
@@ -95,11 +97,18 @@ def _load(source: str, device: str) -> Network:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load an image classifier from {source!r}: {str(error).splitlines()[0]}") from error
     facts = _facts(source)
-    size = facts.get("crop_size") or facts.get("size") or {"shortest_edge": getattr(model.config, "image_size", 224)}
-    side = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height") or 224
+    whole = _side(facts.get("size"), getattr(model.config, "image_size", 224))
+    side = _side(facts.get("crop_size"), whole) if facts.get("do_center_crop") or "crop_pct" not in facts else whole
     mean, std = tuple(facts.get("image_mean") or IMAGENET[0]), tuple(facts.get("image_std") or IMAGENET[1])
-    crop = float(facts.get("crop_pct") or 1.0)
-    return Network(model.to(device).requires_grad_(False).eval(), int(side), crop, mean, std)
+    crop = float(facts.get("crop_pct") or side / whole)
+    return Network(model.to(device).requires_grad_(False).eval(), side, crop, mean, std)
+
+
+def _side(size: Any, otherwise: int) -> int:
+    """The side of a processor's `size` or `crop_size`, which may be a number or a dictionary."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or size.get("height")
+    return int(size or otherwise)
 
 
 def _facts(source: str) -> dict[str, Any]:

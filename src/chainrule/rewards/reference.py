@@ -124,11 +124,11 @@ class Style(Reward):
         return f"style:{'' if self.source == CLIP_L else self.source + ':'}{self.picture}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        wanted = _gram_of(self.picture, self.layer, self.source, full_name(images.device))
+        wanted = _gram_of(self.picture, _changed(self.picture), self.layer, self.source, full_name(images.device))
         return -(_gram(images, self.layer, self.source) - wanted).square().sum((1, 2))
 
     def to(self, device: torch.device | str) -> Reward:
-        _gram_of(self.picture, self.layer, self.source, full_name(device))
+        _gram_of(self.picture, _changed(self.picture), self.layer, self.source, full_name(device))
         return self
 
 
@@ -141,8 +141,13 @@ def _gram(images: Tensor, layer: int, source: str) -> Tensor:
     return patches.transpose(1, 2) @ patches / patches.shape[1]
 
 
+def _changed(picture: str) -> int:
+    """When a file was last written, so that a picture that was replaced is read again."""
+    return Path(picture).stat().st_mtime_ns
+
+
 @lru_cache(maxsize=32)
-def _gram_of(picture: str, layer: int, source: str, device: str) -> Tensor:
+def _gram_of(picture: str, changed: int, layer: int, source: str, device: str) -> Tensor:
     try:
         with Image.open(picture) as opened:
             image: Any = ImageOps.exif_transpose(opened).convert("RGB")

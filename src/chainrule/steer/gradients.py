@@ -25,7 +25,7 @@ def sdo(calls: int, kind: str, rng: Random) -> list[Grad]:
 
     For a latent that is the first call of its own grid (Eq. 15, 18-19, Fig. 4). Embeddings and weights are read by all calls,
     and one of them is drawn (section 4.3, Fig. 5). Controls are added to the answers, so every call passes them its own part
-    of the linear path and no call needs a graph.
+    of the linear path; the calls' own graphs are empty.
     """
     if kind == "controls":
         return [Grad.WEIGHTS] * calls

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from chainrule.chain import Chain
 from chainrule.errors import UserError
-from chainrule.models import Model
 from chainrule.plan import Grid, walk
 
 LARGEST = 100_000_000  # pixels; a picture above this is refused
@@ -50,6 +48,9 @@ def read_image(source: str | Path | Image.Image, side: int) -> Tensor:
                 source = ImageOps.exif_transpose(opened)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"cannot read the image {str(source)!r}: {' '.join(str(error).split())}") from error
+    if source.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
+        wide = np.asarray(source, np.float32)
+        source = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
     image = source.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     fitted = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
@@ -73,9 +74,3 @@ def invert(chain: Chain, latents: Tensor, grid: Grid, refinements: int = 0) -> T
             found = (x - b * answer) / a
         x = found
     return x
-
-
-def encoded(model: Model, sources: Sequence[str | Path | Image.Image]) -> Tensor:
-    """Pictures as finished latents, (b, c, h, w)."""
-    images = torch.stack([read_image(source, model.image_size) for source in sources])
-    return model.encode(images).to(model.device, model.dtype)

@@ -12,15 +12,14 @@ from random import Random
 import torch
 from torch import Tensor
 
-from chainrule.adapters import Adapter, Band, inject
-from chainrule.adapters.lora import every_layer
+from chainrule.adapters import Adapter
 from chainrule.chain import Memory
 from chainrule.denoise import Condition
 from chainrule.errors import UserError
 from chainrule.models import Model
 from chainrule.models.model import pictures
 from chainrule.noise import derive
-from chainrule.rewards import Reward
+from chainrule.rewards import Reward, checked
 from chainrule.session import interrupts, progress_bar
 from chainrule.settings import Steering
 from chainrule.steer.found import Steered
@@ -42,21 +41,17 @@ class Search:
 
     def __init__(
         self, model: Model, settings: Steering, over: Over, scorer: Reward, prompts: list[str], seeds: list[int],
-        given: Tensor | None,
+        given: Tensor | None, adapter: Adapter | None,
     ) -> None:  # fmt: skip
         self.settings, self.over = settings, over
-        self.adapter: Adapter | None = None
-        if over.kind == "weights":
-            model, name = replace(model, active=dict(model.active)), f"steered{len(model.active)}"
-            self.adapter = inject(model.network, name, rank=settings.rank, targets=every_layer(model.network))
-            model.active[name] = Band()
         guidance = model.defaults.guidance if settings.guidance is None else settings.guidance
         chain = model.chain(prompts, seeds, guidance, Memory(settings.memory))
         levels = model.grid(settings.steps)
         self.grid = over.grid(levels)
         if given is not None:
-            self.x = invert(chain, given, self.grid)
-            self.reference: Tensor | None = model.decode(given)
+            latents = model.encode(given).to(model.device, model.dtype)
+            self.x = invert(chain, latents, self.grid)
+            self.reference: Tensor | None = model.decode(latents)
         else:
             head = takewhile(lambda jump: jump.start != self.grid[0], model.solver.path(levels))
             self.x, self.reference = chain.end(model.noise(seeds), tuple(head)), None
@@ -69,8 +64,8 @@ class Search:
             self.leaves = [embedding.clone().requires_grad_()]
             chain = replace(chain, condition=Condition(**{"positive": chain.condition.positive,
                                                           "negative": chain.condition.negative, side: self.leaves[0]}))  # fmt: skip
-        if self.adapter:
-            self.leaves = list(self.adapter.parameters())
+        if adapter:
+            self.leaves = [*adapter.parameters()]
         if over.kind == "controls":
             controls = {level: torch.zeros_like(self.x, requires_grad=True) for level in self.grid[:-1]}
             self.leaves, base = list(controls.values()), chain.cast["base"]
@@ -105,9 +100,11 @@ class Search:
                 idle = 0 if bool((self.updates == number).any()) else idle + 1
             if self.over.kind == "latent":
                 self.x.grad = seen.gradient
-            if not all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in self.leaves):
+            if not any(leaf.grad is not None for leaf in self.leaves):
+                raise UserError(f"the image does not depend on the {self.over.kind} here; steer something else")
+            if not all(leaf.grad is None or bool(leaf.grad.isfinite().all()) for leaf in self.leaves):
                 if number:
-                    break
+                    return rows
                 raise UserError(f"the gradient {s.gradient!r} of this reward is not finite at the first update")
             optimizer.step()
             self._project()
@@ -121,10 +118,20 @@ class Search:
         found.images += pictures(self.best.images)
         found.before += pictures(self.reference)
         found.rewards += self.values.tolist()
-        found.rewards_before += self._rewards(self.first).tolist()
+        found.rewards_before += self._before().tolist()
         found.distances += self.far.tolist()
         found.updates += self.updates.tolist()
         found.inverted += distance(self.first.images, self.reference).tolist()
+
+    def _before(self) -> Tensor:
+        """The reward of the images as they were: for a given picture its own, not that of what its latent samples."""
+        assert self.reference is not None
+        loss, values = self.problem.loss, []
+        for start in range(0, len(self.reference), self.problem.part):
+            part = slice(start, start + self.problem.part)
+            seen = self.reference[part]
+            values.append(checked(loss.reward.beside(seen), seen, self.problem.prompts[part]))
+        return torch.cat(values)
 
     def _hold(self, reference: Tensor) -> None:
         self.reference = reference
@@ -167,7 +174,7 @@ class Search:
         s = self.settings
         if s.bound:
             self.x.copy_(self.start + (self.x - self.start).clamp(-s.bound, s.bound))
-        if s.renormalize or (s.renormalize is None and s.gradient == "invertible" and self.over.kind == "latent"):
+        elif s.renormalize or (s.renormalize is None and s.gradient == "invertible" and self.over.kind == "latent"):
             norms = [x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (self.start, self.x)]
             self.x.mul_(norms[0] / norms[1])
 

@@ -27,6 +27,9 @@ class Over:
     kind: str
     time: int | None = None
 
+    def __str__(self) -> str:
+        return self.kind if self.time is None else f"{self.kind}@{self.time}"
+
     @classmethod
     def parse(cls, text: str) -> Over:
         found = re.fullmatch(r"(\w+)(?:@(\d+))?", text.strip())
@@ -39,16 +42,17 @@ class Over:
 
         Raises UserError for a time that is not on the grid, naming its neighbors.
         """
-        if self.time is None:
+        wanted = self.time
+        if wanted is None:
             return levels
         calls = levels[:-1]
-        near = [level for level in calls if abs(level - 1 - self.time) <= 1]
+        near = [level for level in calls if abs(level - 1 - wanted) <= 1]
         if not near:
-            above = min((level - 1 for level in calls if level - 1 > self.time), default=None)
-            below = max((level - 1 for level in calls if level - 1 < self.time), default=None)
+            above = min((level - 1 for level in calls if level - 1 > wanted), default=None)
+            below = max((level - 1 for level in calls if level - 1 < wanted), default=None)
             there = " and ".join(str(t) for t in (below, above) if t is not None)
-            raise UserError(f"t = {self.time} is not on the {len(calls)}-step grid; its neighbors there are {there}")
-        return levels[levels.index(near[0]) :]
+            raise UserError(f"t = {wanted} is not on the {len(calls)}-step grid; its neighbors there are {there}")
+        return levels[levels.index(min(near, key=lambda level: abs(level - 1 - wanted))) :]
 
 
 @dataclass(frozen=True, slots=True)
