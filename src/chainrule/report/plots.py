@@ -30,7 +30,7 @@ def plot(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, across
         draw.line([(LEFT, up(y)), (WIDTH - RIGHT, up(y))], (228, 228, 228))
         draw.text((LEFT - 12, up(y)), number(10**y if log else y), FAINT, font, anchor="rm")
     for x in ticks(right.low, right.high, 6, whole=True):
-        draw.text((right(x), HEIGHT - BOTTOM + 10), number(x), FAINT, font, anchor="ma")
+        draw.text((right(x), HEIGHT - BOTTOM + 10), f"{x:g}", FAINT, font, anchor="ma")
     draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 32), across, INK, font, anchor="mm")
     for i, (name, curve) in enumerate(curves.items()):
         color = COLORS[i % len(COLORS)]
