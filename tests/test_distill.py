@@ -15,9 +15,10 @@ from torch import Tensor
 
 import chainrule as cr
 from chainrule.adapters import Active, Band, inject
+from chainrule.adapters.lora import every_layer
 from chainrule.analyze import save, shortcut
 from chainrule.denoise import Member
-from chainrule.distill import Distiller, layers
+from chainrule.distill import Distiller
 from chainrule.learner import Learner
 from chainrule.methods import ShortFT
 from chainrule.models.students import boundaries, facts, resolve, route
@@ -43,7 +44,7 @@ def test_segments_and_routes():
 def distiller(prediction: str, dtype: torch.dtype = torch.float64) -> Distiller:
     net = fresh(prediction, dtype)
     settings = Distillation.make(SMALL)
-    adapter = inject(net.network, "student", rank=2, targets=layers(net.network))
+    adapter = inject(net.network, "student", rank=2, targets=every_layer(net.network))
     torch.manual_seed(0)
     for weight in adapter.parameters():
         weight.data.normal_(0, 0.1)
