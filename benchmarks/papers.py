@@ -54,8 +54,8 @@ TABLE3: dict[str, Spec] = {
 }
 # Why ShortFT does not lead at equal settings: its adapters are on in 15 of 50 calls, and three of four equal stages train little.
 WHY: dict[str, tuple[str, dict[str, Any]]] = {
-    "ShortFT, lr x 3": ("ShortFT", {"lr": 3 * LR}), "ShortFT, first stage 70%": ("ShortFT", {"first": 0.7}),
-    "ShortFT, both": ("ShortFT", {"lr": 3 * LR, "first": 0.7}), "DRaFT-1, lr x 3": ("DRaFT-1", {"lr": 3 * LR}),
+    "ShortFT, first stage 70%": ("ShortFT", {"first": 0.7}), "ShortFT, both": ("ShortFT", {"lr": 3 * LR, "first": 0.7}),
+    "DRaFT-1, lr x 3": ("DRaFT-1", {"lr": 3 * LR}), "ShortFT, lr x 3": ("ShortFT", {"lr": 3 * LR}),
 }  # fmt: skip
 STUDENT = "tuning the student"  # Table 2: DRaFT through all four calls of the student itself
 PAPER = {  # HPSv2 x 100, PickScore, symmetry (lower is better there: a distance)
@@ -289,7 +289,7 @@ def main() -> None:
         print(name, pace(name), flush=True)
     part, parts = map(int, given.shard.split("/"))
     jobs = [(name, reward, seed) for reward in given.rewards for seed in SEEDS for name in names_of(reward)]
-    jobs += [(STUDENT, "HPSv2", seed) for seed in SEEDS] + [(name, "PickScore", seed) for seed in SEEDS for name in WHY]
+    jobs += [(STUDENT, "HPSv2", seed) for seed in SEEDS] + [(name, "PickScore", seed) for name in WHY for seed in SEEDS]
     for name, reward, seed in [] if given.write or given.pace else jobs[part::parts]:
         print(name, reward, seed, run_one(name, reward, seed, given.out / str(part)), flush=True)
     Path("docs/papers.md").write_text(page())
