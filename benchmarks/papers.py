@@ -267,8 +267,9 @@ In the paper: HPSv2 32.92 and 35.97, after full training. The student as it is s
 
 {table("HPSv2", [STUDENT, "ShortFT"])}
 
-Live calls are those a reward's gradient passes at once: under `keep` each holds its activations, under `recompute`, used
-here, one call does at a time.
+All ran with the activations kept (`memory="keep"`); the two columns at the right are the peak bytes of one gradient of a batch
+above the weights, of a method's largest stage, that way and recomputed. Seconds are the middle one of six updates, measured one
+method after the other before all runs, averaged over stages.
 
 Inference in a plain diffusers pipeline, {N} steps, batch 4, medians in one run: {cost["none"]:.2f} s without an adapter,
 {cost["one"]:.2f} s with one LoRA of rank {RANK} by `load_lora_weights`, {cost["attached"]:.2f} s with ShortFT's four of that

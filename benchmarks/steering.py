@@ -244,7 +244,7 @@ def table(number: int, columns: dict[str, str], paper: str) -> str:
         if not rows:
             lines.append(f"| {name} | not run |{' |' * len(columns)} {theirs} |")
             continue
-        shown = [interval([row[key] for row in rows]) for key in columns]
+        shown = [interval([row[key] for row in rows]).removeprefix("+") for key in columns]
         seeds = "" if len(rows) == len(SEEDS) else f" ({len(rows)} of {len(SEEDS)} seeds)"
         lines.append(f"| {name}{seeds} | {' | '.join(shown)} | {statistics.fmean(r['seconds'] for r in rows):.0f} | {theirs} |")
     return "\n".join(lines)
@@ -256,9 +256,10 @@ def cost_table() -> str:
         sdo = ways["SDO"]
         for name, way in ways.items():
             beyond, own = way["seconds"] - way["sampling"], sdo["seconds"] - sdo["sampling"]
+            share = "" if name == "SDO" else f"{sdo['seconds'] / way['seconds']:.0%} of the whole, {own / beyond:.1%} beyond"
             lines.append(
-                f"| {space} | {name} | {way['seconds']:.2f} | {beyond:.2f} | {sdo['seconds'] / way['seconds']:.0%} of the whole, "
-                f"{own / beyond:.1%} beyond | {way['bytes'] / 2**20:.0f} | {sdo['bytes'] / way['bytes']:.0%} | "
+                f"| {space} | {name} | {way['seconds']:.2f} | {beyond:.2f} | {share} | "
+                f"{way['bytes'] / 2**20:.0f} | {sdo['bytes'] / way['bytes']:.0%} | "
                 f"{PAPER[3][space].get(name, '')} |"  # type: ignore[index]
             )
     return "\n".join(lines)
@@ -266,7 +267,7 @@ def cost_table() -> str:
 
 def baseline(number: int, key: str) -> str:
     rows = rows_of(number, "SDO")
-    return interval([row[key] for row in rows]) if rows else "not run"
+    return interval([row[key] for row in rows]).removeprefix("+") if rows else "not run"
 
 
 def section() -> str:
