@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -126,7 +127,7 @@ def names_of(reward: str) -> list[str]:
 
 
 def slug(*parts: object) -> str:
-    return "-".join(map(str, parts)).lower().replace(" ", "-")
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(map(str, parts)).lower()).strip("-")
 
 
 def run_one(name: str, reward: str, seed: int, folder: Path) -> dict[str, float]:
