@@ -42,8 +42,9 @@ weights: $(VENV)/stamp ## train the bundled models again; needs the font fonts-n
 	$(BIN)/chainrule distill tiny-emoji --updates 1000 --lr 4e-3 --teacher-steps 12 --starts 16 --out build/student --resume
 	mkdir -p src/chainrule/tiny/weights/student && cp build/student/adapter/* src/chainrule/tiny/weights/student/
 
-papers: $(VENV)/stamp ## the papers' tables in miniature; resumable, about two hours on two cores
+papers: $(VENV)/stamp ## the papers' tables in miniature; resumable, about three hours on two cores
 	$(BIN)/python benchmarks/papers.py
+	$(BIN)/python benchmarks/steering.py
 
 clean:
 	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
