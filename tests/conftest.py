@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -64,6 +65,17 @@ def make_pipeline(prediction_type: str = "epsilon", dtype: torch.dtype = torch.f
     return pipe
 
 
+def pixel_pipeline(classes: int | None, dtype: torch.dtype = torch.float64) -> DDIMPipeline:
+    """A model in pixel space, of classes or of nothing."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=classes,
+    ).to(dtype).eval()  # fmt: skip
+    return DDIMPipeline(unet, DDIMScheduler(clip_sample=False))
+
+
 @pytest.fixture
 def pipeline() -> Callable[..., StableDiffusionPipeline]:
     return make_pipeline
@@ -93,6 +105,11 @@ def chainrule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         return SimpleNamespace(code=caught.value.code or 0, out=out, err=err)
 
     return call
+
+
+def words(line: str) -> list[str]:
+    """A command line in words, quotes respected."""
+    return [word.strip("'") for word in re.findall(r"'[^']*'|[^\s']+", line)]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import make_pipeline
-from test_steer import GUIDANCE, score
+from steer_loops import GUIDANCE, score
 from torch import Tensor, nn
 
 import chainrule as cr

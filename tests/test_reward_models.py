@@ -1,21 +1,17 @@
-"""Each reward's own formula and preprocessing, computed another way: by transformers' processors, by a second implementation."""
+"""Each learned reward's own formula, computed another way: by transformers' models after their own processors."""
 
 from __future__ import annotations
 
-import io
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from official import ImageRewardOfficial, OpenClip
 from PIL import Image
 from reward_models import ALL, PROMPTS, SIZE, brightness, pictures, pil, random_images
 from safetensors.torch import load_file, save_file
@@ -23,51 +19,11 @@ from torch import Tensor, nn
 
 from chainrule import rewards
 from chainrule.errors import UserError
-from chainrule.rewards import imagereward, openclip, parse, reward_of
-from chainrule.rewards.classifier import look_of
-from chainrule.rewards.clip import load_clip, normalize, resize, resize_and_crop, resize_and_pad, resize_shortest
+from chainrule.rewards import parse
+from chainrule.rewards.clip import normalize, resize_and_crop
 from chainrule.rewards.detect import load_owl, pad_and_shrink
-from chainrule.rewards.imagereward import crop, load_imagereward
-from chainrule.rewards.jpeg import jpeg
 from chainrule.rewards.safety import load_checker
-from chainrule.rewards.siglip import HALF, load_siglip
-from chainrule.rewards.weights import heads
-
-SIZES = [(224, 224), (512, 512), (300, 225), (225, 300), (64, 64), (224, 333), (100, 31)]
-
-
-# ------------------------------------------------------------------------------------------- preprocessing and formulas
-@pytest.mark.parametrize("size", [(224, 224), (512, 512), (300, 225), (225, 300), (64, 64), (256, 771), (224, 333)])
-@pytest.mark.parametrize("noise", [0.02, 0.3])
-def test_preprocessing_equals_the_official_processor(size: tuple[int, int], noise: float) -> None:
-    images = random_images(*size, noise=noise)
-    official = pil("CLIPImageProcessor")()(images=pictures(images), return_tensors="pt")["pixel_values"]
-    ours = normalize(resize_and_crop(images, 224))
-    assert ours.shape == official.shape
-    assert (ours - official).abs().mean() < 5e-4
-    if 224 in size and max(size) == 224:
-        torch.testing.assert_close(ours, official, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("size", [(224, 224), (512, 512), (300, 225), (225, 300), (100, 224)])
-def test_padding_equals_pillow(size: tuple[int, int]) -> None:
-    images = random_images(*size)
-    scale = 224 / max(size)
-    height, width = round(size[0] * scale), round(size[1] * scale)
-    small = pictures(images)[0].resize((width, height), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (224, 224))
-    square.paste(small, ((224 - width) // 2, (224 - height) // 2))
-    official = torch.tensor(np.array(square)).permute(2, 0, 1)[None] / 255
-    assert (resize_and_pad(images, 224) - official).abs().mean() < 1e-4
-
-
-def test_images_of_the_right_size_keep_their_values_and_dtype() -> None:
-    images = torch.rand(1, 3, 224, 224, dtype=torch.float64)
-    assert torch.equal(resize_and_crop(images, 224), images)
-    assert torch.equal(resize_and_pad(images, 224), images)
-    assert resize_and_pad(torch.rand(1, 3, 2, 900), 224).shape == images.shape
-    assert resize_and_crop(images, 100).dtype == torch.float64
-    assert resize_and_crop(images.half(), 100).dtype == torch.float32
+from chainrule.rewards.siglip import load_siglip
 
 
 def _official_embeddings(folder: Path, images: Tensor, said: Sequence[str] = PROMPTS) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,177 +77,6 @@ def test_a_classifier_is_its_model_after_its_own_processor(models: Path, size: t
         rewards.Classifier("dgo", str(folder)).load()
 
 
-# ------------------------------------------------------------------------------------- the preprocessing of other models
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("noise", [0.02, 0.3])
-def test_squashing_equals_the_processors_of_siglip_owlvit_and_vit(
-    size: tuple[int, int], noise: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-
-    resized = Image.Image.resize
-
-    def width_first(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
-        """As Pillow did everywhere before 13, which takes the height first where that shrinks much more."""
-        return resized(resized(self, (size[0], self.height), *args, **kwargs), size, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "resize", width_first)
-    images = random_images(*size, noise=noise)
-    square = {"size": {"height": 224, "width": 224}}
-    vit = look_of({"image_processor_type": "ViTImageProcessor", **square, "image_mean": HALF, "image_std": HALF})
-    pairs = {
-        pil("SiglipImageProcessor"): normalize(resize(images, (224, 224)), HALF, HALF),
-        pil("OwlViTImageProcessor"): normalize(resize(images, (224, 224))),
-        pil("ViTImageProcessor"): vit(images),
-    }
-    for processor, ours in pairs.items():
-        official = processor(**square)(images=pictures(images), return_tensors="pt")["pixel_values"]
-        assert ours.shape == official.shape
-        halves = processor is pil("ViTImageProcessor") and size == (
-            64,
-            64,
-        )  # linear weights here give exact halves, rounded either way
-        assert (ours - official).abs().mean() < (1e-3 if halves else 5e-4)
-
-
-def test_the_order_of_pillows_passes_is_less_than_a_level_on_average() -> None:
-    images = random_images(300, 225)
-    official = np.array(pictures(images)[0].resize((224, 224), Image.Resampling.BICUBIC))
-    ours = (resize(images, (224, 224))[0].permute(1, 2, 0) * 255).round().numpy()
-    assert np.abs(ours - official).mean() < 0.7
-
-
-@pytest.mark.parametrize("size", [(96, 96), (64, 64), (40, 64), (150, 97), (97, 150), (20, 33)])
-def test_owlv2_is_padded_and_blurred_as_by_its_processor(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    pad = pil("Owlv2ImageProcessor").pad
-    if size[0] != size[1] and int(transformers.__version__.split(".")[0]) > 4:  # pads with black, the model's authors with gray
-        monkeypatch.setattr(pil("Owlv2ImageProcessor"), "pad", lambda self, image: pad(self, image, constant_value=0.5))
-    images = random_images(*size, noise=0.3)
-    official = pil("Owlv2ImageProcessor")(size={"height": 64, "width": 64})(images=pictures(images), return_tensors="pt")
-    assert (normalize(pad_and_shrink(images, 64)) - official["pixel_values"]).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("size", [(224, 224), (512, 512), (300, 225), (225, 300), (227, 224), (64, 91), (224, 333)])
-def test_imagereward_sees_what_its_own_preprocessing_shows(size: tuple[int, int]) -> None:
-    """Pillow's resize to the shortest side, then a center crop whose margins are rounded as torchvision rounds them."""
-    images = random_images(*size)
-    scale = 224 / min(size)
-    height, width = (224 if side == min(size) else int(224 * max(size) / min(size)) for side in size)
-    assert scale * max(size) == pytest.approx(max(height, width), abs=1)
-    whole = pictures(images)[0].resize((width, height), Image.Resampling.BICUBIC)
-    top, left = round((height - 224) / 2.0), round((width - 224) / 2.0)
-    official = np.array(whole.crop((left, top, left + 224, top + 224)), np.float32) / 255
-    ours = crop(resize_shortest(images, 224), 224)
-    assert (ours - torch.tensor(official).permute(2, 0, 1)).abs().mean() < 1e-4
-
-
-def test_a_classifier_is_shown_what_its_settings_say() -> None:
-    vit, convnext = {"image_processor_type": "ViTFeatureExtractor"}, {"feature_extractor_type": "ConvNextFeatureExtractor"}
-    cases: list[tuple[dict[str, Any], tuple[int, int], int | None, str]] = [
-        ({}, (224, 224), 224, "bicubic"),
-        ({**vit, "size": 224}, (224, 224), None, "bilinear"),
-        ({**vit, "size": {"height": 200, "width": 100}, "resample": 3}, (200, 100), None, "bicubic"),
-        ({**convnext, "size": 224, "crop_pct": 0.875, "resample": 3}, (224, 224), 256, "bicubic"),
-        ({**convnext, "size": {"shortest_edge": 224}}, (224, 224), 256, "bicubic"),
-        ({**convnext, "size": {"shortest_edge": 384}, "crop_pct": 0.875}, (384, 384), None, "bicubic"),
-        ({"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "resample": 2},
-         (224, 224), 256, "bilinear"),
-    ]  # fmt: skip
-    for facts, size, whole, mode in cases:
-        look = look_of(facts)
-        assert (look.size, look.whole, look.mode) == (size, whole, mode)
-        assert look(torch.rand(1, 3, 300, 260)).shape[-2:] == size
-    with pytest.raises(UserError, match=r"resample is 5 .* must be 2"):
-        look_of({"resample": 5})
-
-
-# ---------------------------------------------------------------------------------------------- converted checkpoints
-def _loaded(model: torch.nn.Module, path: Path) -> Any:
-    """The second implementation with the tensors of a file."""
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state.get("state_dict", state))
-    return model.eval()
-
-
-def test_an_open_clip_checkpoint_gives_what_open_clip_gives(models: Path) -> None:
-    file = models / "hps21" / "HPS_v2.1_compressed.pt"
-    judge = load_clip(str(file), "hps")
-    assert judge.size == SIZE
-    images, ids = torch.rand(3, 3, SIZE, SIZE), judge.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
-    official = _loaded(OpenClip(int(ids.max()) + 1, ids.shape[1]), file)
-    with torch.no_grad():
-        image, text = official.encode_image(normalize(images)), official.encode_text(ids)
-    ours = judge.embed(normalize(images), PROMPTS)
-    torch.testing.assert_close(ours, (image, text), rtol=0, atol=1e-5)
-    torch.testing.assert_close(judge.scale, official.logit_scale.detach().exp())
-    values = rewards.HPSv21(str(file))(images, PROMPTS)
-    torch.testing.assert_close(values, (image * text).sum(-1), rtol=0, atol=1e-5)
-    torch.testing.assert_close(rewards.HPSv2(str(file))(images, PROMPTS), values)
-    assert (image @ text.T).std() > 0.05  # prompts and images are told apart
-
-
-def test_an_open_clip_checkpoint_may_be_safetensors(models: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(models / "hps21", tmp_path / "hps"))
-    state = torch.load(folder / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
-    images = random_images(SIZE, 48, 3)
-    ours = parse(f"hpsv2.1:{folder}/model.safetensors")(images, PROMPTS)
-    torch.testing.assert_close(ours, ALL["hpsv2.1"](models)(images, PROMPTS))
-
-
-def test_the_published_sizes_are_read_off_the_tensors() -> None:
-    """ViT-H/14, HPSv2's, and ImageReward's BLIP-L, at full size without numbers: every name and every shape fits."""
-    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
-
-    def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("position_ids")}
-
-    with torch.device("meta"):
-        state = OpenClip(49408, 77, 224, 14, 1024, (1280, 16, 5120, 32), (1024, 16, 4096, 24)).state_dict()
-        found = openclip.sizes(state, {})
-        clip = CLIPModel(CLIPConfig(**found)).state_dict()
-        blip = ImageRewardOfficial(30524, 512, 224, 16, (1024, 16, 4096, 24), (768, 12, 3072, 12)).state_dict()
-        parts = [imagereward.under(blip, stem) for stem in ("blip.visual_encoder.", "blip.text_encoder.")]
-        vision, text = imagereward.sizes(*parts, {})
-        seeing = BlipVisionModel(BlipVisionConfig(**vision)).state_dict()
-        reading = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False).state_dict()
-    assert shapes(openclip.to_transformers(state)) == shapes(clip)
-    assert {imagereward.to_transformers(key): shape for key, shape in shapes(parts[0]).items()} == shapes(seeing)
-    assert shapes(parts[1]) == shapes(reading)
-    assert [found[f"{tower}_config"]["num_attention_heads"] for tower in ("vision", "text")] == [16, 16]
-    assert [tower["num_attention_heads"] for tower in (vision, text)] == [16, 12]
-    assert found["vision_config"]["image_size"] == vision["image_size"] == 224
-    assert {found[f"{tower}_config"]["hidden_act"] for tower in ("vision", "text")} == {"gelu"}
-    assert (found["text_config"]["eos_token_id"], found["text_config"]["bos_token_id"]) == (49407, 49406)
-    assert (vision["layer_norm_eps"], BlipTextConfig(**text).layer_norm_eps) == (1e-6, 1e-12)  # too small to show in a score
-    assert BlipVisionConfig(**vision).hidden_act == BlipTextConfig(**text).hidden_act == "gelu"
-    assert [heads(width, {}) for width in (768, 1024, 1280, 1408, 1664)] == [12, 16, 16, 16, 16]
-
-
-def test_imagereward_equals_its_second_implementation(models: Path) -> None:
-    file = models / "imagereward" / "ImageReward.pt"
-    judge = load_imagereward(str(file))
-    tokens = judge.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-    assert tokens.input_ids[:, 0].tolist() == [judge.tokenizer.cls_token_id] * 3
-    assert tokens.attention_mask.sum(1).min() < 35
-    images = torch.rand(3, 3, SIZE, SIZE)
-    official = _loaded(ImageRewardOfficial(len(judge.tokenizer)), file)
-    with torch.no_grad():
-        wanted = official(normalize(images), tokens.input_ids, tokens.attention_mask)
-        other = official(normalize(images), tokens.input_ids.flip(0), tokens.attention_mask.flip(0))
-    ours = rewards.ImageReward(str(file))(images, PROMPTS)
-    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
-    assert (wanted - other).abs().max() > 1e-3  # the prompt counts
-    folder = rewards.ImageReward(str(models / "imagereward"))
-    torch.testing.assert_close(folder(images, PROMPTS), wanted, rtol=0, atol=1e-5)
-    long = [f"{prompt} and many other things beside it" * 4 for prompt in PROMPTS]
-    tokens = judge.tokenizer(long, truncation=True, max_length=35, return_tensors="pt")
-    assert tokens.input_ids.shape == (3, 35)
-    with torch.no_grad():
-        wanted = official(normalize(images), tokens.input_ids, tokens.attention_mask)
-    torch.testing.assert_close(folder(images, long), wanted, rtol=0, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ models of transformers
 @pytest.mark.parametrize("size", [(SIZE, SIZE), (64, 80)])
 def test_siglip_is_its_model_after_its_own_processor(models: Path, size: tuple[int, int]) -> None:
 
@@ -378,7 +163,6 @@ def test_a_safety_checker_of_transformers_4_is_read_too(models: Path, tmp_path: 
         load_checker(str(shutil.copytree(folder, tmp_path / "half")))
 
 
-# ------------------------------------------------------------------------------------------- of a batch, and with dropout
 def test_diversity_is_the_distance_to_the_batch_reversed(models: Path) -> None:
     images = random_images(24, 40, 4, noise=0.2)
     ours = rewards.Diversity()(images, [""] * 4)
@@ -468,63 +252,6 @@ def test_rewards_beside_the_image_as_it_was(models: Path) -> None:
         rewards.Perceptual(source).beside(before[:1])(after, ["", ""])
 
 
-def test_a_target_is_the_distance_to_a_value(models: Path) -> None:
-    images = random_images(SIZE, SIZE, 3)
-    aim = rewards.Target(reward_of(brightness), 0.5)
-    torch.testing.assert_close(aim(images, PROMPTS), -(images.mean((1, 2, 3)) - 0.5).abs())
-
-
-@pytest.mark.parametrize("quality", [30, 50, 75, 90])
-@pytest.mark.parametrize("size", [(128, 128), (96, 150)])
-def test_jpeg_equals_pillow(quality: int, size: tuple[int, int]) -> None:
-    images = random_images(*size, noise=0.01)
-    file = io.BytesIO()
-    pictures(images)[0].save(file, "JPEG", quality=quality, subsampling=2)
-    official = torch.tensor(np.array(Image.open(file))).permute(2, 0, 1)[None] / 255
-    ours = jpeg(images, quality)
-    assert ours.shape == images.shape
-    assert -10 * torch.log10((ours - official).square().mean()) >= 40
-    by_reward = rewards.JPEGCompressibility(quality)(images, [""])
-    torch.testing.assert_close(by_reward, -(images - official).square().mean((1, 2, 3)), rtol=0.05, atol=0)
-    assert torch.equal(by_reward, -rewards.JPEGIncompressibility(quality)(images, [""]))
-
-
-def test_jpeg_passes_gradients_and_the_reward_passes_the_exact_one() -> None:
-    images = random_images(40, 40).requires_grad_()
-    (through,) = torch.autograd.grad(jpeg(images, 50).square().sum(), images)
-    assert through.isfinite().all()
-    assert (through != 0).float().mean() > 0.9
-    (exact,) = torch.autograd.grad(rewards.JPEGCompressibility()(images, [""]).sum(), images)
-    torch.testing.assert_close(exact, (-2 * (images - jpeg(images, 50)) / images.numel()).detach())
-
-
-def test_noise_hurts_compressibility() -> None:
-    amount = torch.tensor(0.1, requires_grad=True)
-    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    images = random_images(64, 64, noise=0.0) * 0.5 + 0.25 + amount * noise
-    for reward, sign in ((rewards.JPEGCompressibility(), -1), (rewards.JPEGIncompressibility(), 1)):
-        (gradient,) = torch.autograd.grad(reward(images, [""]).sum(), amount, retain_graph=True)
-        assert gradient.sign() == sign
-
-
-def test_symmetry_in_closed_form() -> None:
-    left = torch.rand(2, 3, 16, 8)
-    assert torch.equal(rewards.Symmetry()(torch.cat([left, left.flip(-1)], -1), ["", ""]), torch.zeros(2))
-    split = torch.cat([torch.zeros(1, 3, 16, 8), torch.full((1, 3, 16, 8), 0.25)], -1)
-    assert rewards.Symmetry()(split, [""]).item() == -0.25
-
-
-def test_rotation_in_closed_form() -> None:
-    reward = rewards.RotationalAnticorrelation()
-    assert torch.equal(reward(torch.full((1, 3, 8, 8), 0.3), [""]), torch.zeros(1))
-    corner = torch.zeros(1, 3, 8, 8)
-    corner[..., :4, :4] = 1  # each rotation moves a quarter of the pixels in and a quarter out
-    assert reward(corner, [""]).item() == pytest.approx(0.5)
-    with pytest.raises(UserError, match=r"rotation.*square.*8x9"):
-        reward(torch.rand(1, 3, 8, 9), [""])
-
-
-# ------------------------------------------------------------------------------------------------------------- likeness
 def test_identity_is_the_cosine_of_class_tokens_by_its_own_processor(models: Path) -> None:
     from transformers import BitImageProcessor, Dinov2Model
 

@@ -1,0 +1,76 @@
+"""What steering is held to: the papers' loops written with diffusers' own schedulers, on random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+import chainrule as cr
+from chainrule.chain import Memory
+from chainrule.denoise import Condition
+from chainrule.rewards import reward_of
+from chainrule.steer.problem import Loss, Problem
+from chainrule.steer.variables import Over
+
+STEPS, GUIDANCE, SEEDS, PROMPTS = 5, 3.0, [4, 9], ["a fox", "two bees"]
+close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-12)
+
+
+def score(images: Tensor, prompts: object) -> Tensor:
+    """A smooth reward that reads every pixel differently."""
+    ramp = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).view_as(images[0])
+    return -(images - 0.4 - 0.2 * ramp).square().mean((1, 2, 3))
+
+
+def problem(model: cr.Model, over: str = "latent", steps: int = STEPS, memory: str = "recompute") -> tuple[Problem, Tensor]:
+    chain = model.chain(PROMPTS, SEEDS, GUIDANCE, Memory(memory))
+    grid = Over.parse(over).grid(model.grid(steps))
+    return Problem(chain, grid, model.decode, PROMPTS, Loss(reward_of(score))), model.noise(SEEDS)
+
+
+def network(model: cr.Model, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a person would write: the two branches of guidance, one after the other."""
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        u, c = (model.pipe.unet(x, t, encoder_hidden_states=e.states).sample for e in (condition.negative, condition.positive))
+        return u + GUIDANCE * (c - u)
+
+    return call
+
+
+def paper_loop(
+    model: cr.Model, scheduler: Any, condition: Condition, x: Tensor, live: Callable[[int], bool], first: int = 0
+) -> Tensor:  # fmt: skip
+    """SDO's Fig. 4 and 5: diffusers' scheduler steps with the graph, the network only where `live`. The summed losses."""
+    call = network(model, condition)
+    for i, t in enumerate(scheduler.timesteps[first:]):
+        with torch.set_grad_enabled(live(i)):
+            answer = call(x, t)
+        x = scheduler.step(answer, t, x).prev_sample
+    return -score(model.decode(x), PROMPTS).sum()
+
+
+def near(ours: Tensor, theirs: Tensor, solver: str) -> None:
+    """The same up to the arithmetic of diffusers' scheduler, which for DPM-Solver++ is float32."""
+    assert theirs.norm() > 1e-8
+    assert float((ours - theirs).norm() / theirs.norm()) < (1e-8 if solver == "ddim" else 2e-6)
+
+
+SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+
+
+def scheduler_of(model: cr.Model, name: str, steps: int = STEPS) -> Any:
+    made = SCHEDULERS[name].from_config(model.pipe.scheduler.config, **({"final_sigmas_type": "zero"} if name == "dpm++" else {}))
+    made.alphas_cumprod = made.alphas_cumprod.double()  # diffusers computes its scales in float32, the laws are in float64
+    made.set_timesteps(steps)
+    if name == "ddim":
+        made.final_alpha_cumprod = made.alphas_cumprod[0]
+    else:
+        squared = made.alphas_cumprod[made.timesteps]
+        made.sigmas = torch.cat([((1 - squared) / squared).sqrt(), torch.zeros(1, dtype=torch.float64)])
+    return made
