@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "errors": "",
     "plan": "",
     "runs": "errors",
+    "processes": "errors",
+    "loop": "errors runs processes",
     "settings": "errors",
     "methods": "errors plan",
     "noise": "",
