@@ -40,6 +40,7 @@ from chainrule.adapters import selected
 from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method, ShortFT, spelled
 from chainrule.models.model import Defaults
 from chainrule.plan import Forecast
+from chainrule.report.tables import markdown
 from chainrule.rewards import Reward, Symmetry, parse
 
 ROOT = Path(__file__).parents[1]
@@ -273,8 +274,7 @@ class Sheet:
         return table
 
     def markdown(self) -> str:
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return f"### {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"### {self.title}\n\n{markdown(self.columns, self.rows)}"
 
 
 def shown(value: Mapping[str, float] | None) -> str:
@@ -362,7 +362,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def markdown(facts: Mapping[str, Any]) -> str:
+def page(facts: Mapping[str, Any]) -> str:
     """benchmarks/results.md."""
     m = facts["machine"]
     place = f"{m['gpu']}, " if "gpu" in m else ""
@@ -404,7 +404,7 @@ def main() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(facts, indent=1) + "\n")
     if not (args.quick or stand_in):
-        (ROOT / "benchmarks" / "results.md").write_text(markdown(facts))
+        (ROOT / "benchmarks" / "results.md").write_text(page(facts))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from chainrule.report.tables import markdown
+
 Row = dict[str, Any]
 LABELS = {
     "draft-1": "DRaFT-1", "draft-lv": "DRaFT-LV, n = 2", "sdo": "SDO", "drtune": "DRTune", "shortft-1": "ShortFT, stage 1",
@@ -46,11 +48,6 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f}" if size >= 10 * 2**30 else f"{size / 2**30:.2f}"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def read(folder: Path) -> dict[str, Row]:
     """The rows by file name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
@@ -71,7 +68,7 @@ def configurations(rows: dict[str, Row], published: dict[str, dict[str, str]]) -
                 found.append((title, part, f"{count:,}", published.get(name, {}).get(part, "-")))
     columns = ("model", "part", "parameters here", "published, millions")
     said = "Built from the published configurations; the numbers of parameters tell whether they are those."
-    return f"## The models\n\n{said}\n\n{table(columns, found)}"
+    return f"## The models\n\n{said}\n\n{markdown(columns, found)}"
 
 
 def further(peaks: dict[str, int]) -> str:
@@ -99,7 +96,7 @@ def counts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
         '"Before" is what lies there between updates: weights and the adapters\' state. "One image" is an update\'s peak above '
         'that for a batch of one, "each further" what another image adds. The last columns are the largest batch.'
     )
-    return f"## Counted: one update\n\n{said}\n\n{table(columns, found)}"
+    return f"## Counted: one update\n\n{said}\n\n{markdown(columns, found)}"
 
 
 def parts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
@@ -117,7 +114,7 @@ def parts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
         'backwards. "Blocks recomputed" is gradient checkpointing inside the network and the decoder, which memory="blocks" '
         'switches on; "adapters in the network\'s type" are LoRAs in bfloat16.'
     )
-    return f"## Counted: what an image is made of\n\n{said}\n\n{table(('model', *names), found)}"
+    return f"## Counted: what an image is made of\n\n{said}\n\n{markdown(('model', *names), found)}"
 
 
 def growth(rows: dict[str, Row]) -> str:
@@ -127,7 +124,7 @@ def growth(rows: dict[str, Row]) -> str:
         if row:
             found.append((label, *(f"{row['growth'][memory] / 2**30:.3f}" for memory in ("recompute", "keep"))))
     said = "Stable Diffusion 1.5, one image: the peak above the weights in GiB, along steps N, live calls K and M, and copies n."
-    return f"## Counted: what memory does not depend on\n\n{said}\n\n{table(('plan', 'recompute', 'keep'), found)}"
+    return f"## Counted: what memory does not depend on\n\n{said}\n\n{markdown(('plan', 'recompute', 'keep'), found)}"
 
 
 def ratio(values: Sequence[float]) -> str:
@@ -181,7 +178,7 @@ def measured(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
     )
     columns = ("model", "memory", "method", "device", "batch", "update, s", "peak, GiB", "in 24 GB", "48 GB", "80 GB")
     command = "python benchmarks/sizes.py --device cuda --minutes 9"
-    rest = table(columns, found) if found else f"Nothing yet. `{command}`, as often as it takes, then `make sizes`."
+    rest = markdown(columns, found) if found else f"Nothing yet. `{command}`, as often as it takes, then `make sizes`."
     return f"## Measured\n\n{said}\n\n{rest}"
 
 

@@ -11,7 +11,8 @@ import torch
 from conftest import make_pipeline
 
 import chainrule as cr
-from chainrule.evaluate import Estimate, Table, diversity, evaluate
+from chainrule.estimate import Estimate
+from chainrule.evaluate import Table, diversity, evaluate
 from chainrule.prompts import SETS
 from chainrule.rewards import Symmetry, reward_of
 from chainrule.runs import Run

@@ -19,6 +19,7 @@ SOURCE = Path(cr.__file__).parent
 # Room -> the rooms it may import. A room is a file or a folder of the package; a room imports only rooms above it.
 MAY_IMPORT = {
     "errors": "",
+    "estimate": "",
     "plan": "",
     "runs": "errors",
     "processes": "errors",
@@ -36,13 +37,13 @@ MAY_IMPORT = {
     "models": "errors plan noise solve adapters denoise chain",
     "tiny": "errors rewards",
     "prompts": "errors tiny",  # the names of what tiny-emoji can draw
-    "report": "errors plan runs",
+    "report": "errors estimate plan runs",
     "learner": "adapters",
     "trainer": "errors plan settings methods noise adapters rewards objective chain models learner",
     "session": "errors noise models report runs rewards learner trainer",
     "finetune": "errors runs settings methods rewards chain models prompts session trainer",
-    "evaluate": "errors rewards chain models prompts",
-    "analyze": "errors plan methods rewards chain models prompts report evaluate",
+    "evaluate": "errors estimate rewards chain models prompts",
+    "analyze": "errors estimate plan methods rewards chain models prompts report",
     "steer": "errors plan runs settings noise half solve adapters rewards denoise chain models report session",
     "doctor": "errors methods rewards chain models",
     "distill": "errors plan runs settings noise half adapters denoise models prompts learner session analyze",
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer doctor distill evaluate "
     "analyze arguments",
 }
-WITHOUT_TORCH = ("errors", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
+WITHOUT_TORCH = ("errors", "estimate", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
 KNOW_DIFFUSERS = ("models", "tiny")
 FILES = sorted(SOURCE.rglob("*.py"))
 

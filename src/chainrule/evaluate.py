@@ -14,34 +14,10 @@ from torch import Tensor
 
 from chainrule.chain import Score
 from chainrule.errors import UserError
+from chainrule.estimate import Estimate
 from chainrule.models import Model
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import checked, reward_of
-
-# The 97.5% points of Student's t for 1 to 30 degrees of freedom; beyond, 1.96 + 2.4 / degrees is right to 0.003.
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13,
-      2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean and the half width of its 95% interval."""
-
-    mean: float
-    interval: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """Over independent values; one value has no interval (infinite)."""
-        n = len(values)
-        mean = math.fsum(values) / n
-        if n < 2:
-            return cls(mean, math.inf)
-        spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        return cls(mean, (_T[n - 2] if n - 2 < len(_T) else 1.96 + 2.4 / (n - 1)) * spread / math.sqrt(n))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g} ± {self.interval:.2g}"
 
 
 @dataclass(frozen=True, slots=True)

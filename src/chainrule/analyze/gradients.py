@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from chainrule.chain import Chain, Score, backpropagate
-from chainrule.evaluate import Estimate
+from chainrule.estimate import Estimate
 from chainrule.methods import DRaFT
 from chainrule.models import Model
 from chainrule.plan import Grad, Jump, Plan, walk
 from chainrule.report.plots import plot
+from chainrule.report.tables import markdown
 from chainrule.rewards import checked, reward_of
 
 
@@ -33,8 +34,8 @@ class Depths:
     sdo: dict[int, Estimate]
 
     def __str__(self) -> str:
-        lines = ["| depth K | DRaFT-K's norm | its cosine to DRaFT-1's | SDO's norm, its call at K |", "|---|---|---|---|"]
-        return "\n".join(lines + [f"| {k} | {self.draft[k]} | {self.cosine[k]} | {self.sdo[k]} |" for k in self.draft])
+        columns = ("depth K", "DRaFT-K's norm", "its cosine to DRaFT-1's", "SDO's norm, its call at K")
+        return markdown(columns, [(k, self.draft[k], self.cosine[k], self.sdo[k]) for k in self.draft])
 
     def picture(self) -> Image.Image:
         curves = {"DRaFT-K": self.draft, "SDO, its call at K": self.sdo}

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from chainrule.chain import Chain, Score, read
 from chainrule.errors import UserError
-from chainrule.evaluate import Estimate
+from chainrule.estimate import Estimate
 from chainrule.models import Model
 from chainrule.plan import Grad, Jump, Plan, walk
+from chainrule.report.tables import markdown
 from chainrule.rewards import checked, reward_of
 
 DONE = 1e-6  # a trajectory that moved less than this stands still
@@ -44,12 +45,11 @@ class Picard:
     figures: dict[str, Estimate]
 
     def __str__(self) -> str:
-        lines = ["| iteration | moved by | from the sequential image |", "|---|---|---|"]
-        lines += [f"| {k + 1} | {a} | {b} |" for k, (a, b) in enumerate(zip(self.change, self.error, strict=True))]
-        lines += ["", f"| {self.steps} steps | mean over images |", "|---|---|"]
+        rows = [(k + 1, moved, apart) for k, (moved, apart) in enumerate(zip(self.change, self.error, strict=True))]
         unbounded = "none: the norm is not below 1"
-        shown = {name: unbounded if value.mean == math.inf else f"{value}" for name, value in self.figures.items()}
-        return "\n".join(lines + [f"| {name} | {text} |" for name, text in shown.items()])
+        figures = [(name, unbounded if value.mean == math.inf else value) for name, value in self.figures.items()]
+        curves = markdown(("iteration", "moved by", "from the sequential image"), rows)
+        return f"{curves}\n\n{markdown((f'{self.steps} steps', 'mean over images'), figures)}"
 
 
 def picard(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chainrule.chain import Score
 from chainrule.errors import UserError
-from chainrule.evaluate import Estimate
+from chainrule.estimate import Estimate
 from chainrule.models import BUNDLED, Model
 from chainrule.models.model import pictures
 from chainrule.models.students import route
@@ -20,6 +20,7 @@ from chainrule.plan import Path as Jumps
 from chainrule.plan import walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import grid as sheet
+from chainrule.report.tables import markdown
 from chainrule.rewards import HPSv2, PickScore, Reward, checked, reward_of
 from chainrule.rewards.clip import Clip, load_clip, normalize, resize_and_crop
 
@@ -41,13 +42,12 @@ class Shortcut:
 
     def __str__(self) -> str:
         measures = list(next(iter(next(iter(self.rows.values())).values())))
-        lines = ["| from level | calls | way | " + " | ".join(measures) + " |", "|---" * (len(measures) + 3) + "|"]
-        for level, ways in self.rows.items():
-            for way, found in ways.items():
-                lines.append(
-                    f"| {level} | {self.calls[level][way]} | {way} | " + " | ".join(str(found[m]) for m in measures) + " |"
-                )
-        return "\n".join(lines)
+        rows = [
+            (level, self.calls[level][way], way, *(found[measure] for measure in measures))
+            for level, ways in self.rows.items()
+            for way, found in ways.items()
+        ]
+        return markdown(("from level", "calls", "way", *measures), rows)
 
 
 @torch.no_grad()

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from chainrule.errors import UserError
+from chainrule.estimate import Estimate
 from chainrule.report.words import duration, measured, phrase
 from chainrule.runs import Run
 
 Row = Mapping[str, Any]
-Estimate = tuple[float, float]  # mean and the half-width of its 95% interval
+Bar = tuple[float, float]  # a mean and the half-width of its 95% interval; 0 where there is none, so that it can be drawn
 MOST_TILES = 4
 
 
@@ -28,8 +29,8 @@ class Material:
     environment: Mapping[str, Any]
     rows: Sequence[Row]
     plan: str
-    measures: Sequence[tuple[str, Mapping[str, Estimate]]]
-    gains: Mapping[str, Estimate]
+    measures: Sequence[tuple[str, Mapping[str, Bar]]]
+    gains: Mapping[str, Bar]
     prompts: Sequence[str]
 
 
@@ -58,8 +59,8 @@ def gather(run: Run) -> Material:
         environment=run.environment,
         rows=run.metrics(),
         plan=plan.read_text(encoding="utf-8", errors="replace").strip("\n") if plan.is_file() else "",
-        measures=[(str(row.get("name", "")), _estimates(row.get("metrics"))) for row in evaluation.get("rows", [])],
-        gains=_estimates(evaluation.get("gains")),
+        measures=[(str(row.get("name", "")), _bars(row.get("metrics"))) for row in evaluation.get("rows", [])],
+        gains=_bars(evaluation.get("gains")),
         prompts=[str(prompt) for prompt in evaluation.get("prompts", [])],
     )
 
@@ -96,7 +97,7 @@ def series(rows: Sequence[Row], key: str, inside: str = "") -> list[tuple[float,
     return found
 
 
-def edges(points: Sequence[tuple[float, float | None]]) -> tuple[Estimate, Estimate, int] | None:
+def edges(points: Sequence[tuple[float, float | None]]) -> tuple[Bar, Bar, int] | None:
     """The means over the first and the last tenth of a curve (at least one step, at most 50), and how many steps."""
     values = [value for _, value in points if value is not None and math.isfinite(value)]
     if not values:
@@ -146,7 +147,7 @@ def _trained(rows: Sequence[Row]) -> list[Tile]:
     return [_tile("Reward in training", ends)] if ends else []
 
 
-def _tile(label: str, ends: tuple[Estimate, Estimate, int]) -> Tile:
+def _tile(label: str, ends: tuple[Bar, Bar, int]) -> Tile:
     first, last, count = ends
     note = "first and last value" if count == 1 else f"mean of the first and last {count} values"
     return Tile(label=label, before=measured(*first), after=measured(*last), note=note)
@@ -164,7 +165,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
     return found
 
 
-def _estimates(values: Any) -> dict[str, Estimate]:
+def _bars(values: Any) -> dict[str, Bar]:
     """{metric: {"mean": m, "interval": i}} as {metric: (m, i)}; a plain number has no interval."""
     found = {}
     for key, value in (values or {}).items():
@@ -184,12 +185,9 @@ def _named(material: Material, metrics: Sequence[str]) -> list[str]:
     return [key for key in metrics if _squash(key.split(":")[0]) in reward]
 
 
-def _mean(values: Sequence[float]) -> Estimate:
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, 0.0
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, 1.96 * math.sqrt(variance / len(values))
+def _mean(values: Sequence[float]) -> Bar:
+    found = Estimate.of(values)
+    return found.mean, found.interval if math.isfinite(found.interval) else 0.0
 
 
 def _is_diversity(key: str) -> bool:
