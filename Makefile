@@ -32,11 +32,11 @@ format: $(VENV)/stamp
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/stamp ## time ratios and memory; writes benchmarks/results.md
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python -m benchmarks.bench
 
 sizes: $(VENV)/stamp ## memory at the published sizes, counted where there is no GPU; resumable; writes docs/performance.md
-	$(BIN)/python benchmarks/sizes.py
-	$(BIN)/python benchmarks/sizes.py --write
+	$(BIN)/python -m benchmarks.sizes
+	$(BIN)/python -m benchmarks.sizes --write
 
 experiments: $(VENV)/stamp ## the comparisons in docs/log.md; resumable, about an hour on two cores
 	$(BIN)/python benchmarks/experiments.py

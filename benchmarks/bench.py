@@ -1,6 +1,6 @@
 """What an update costs: its time against diffusers' own sampling, and its peak memory against N and K.
 
-    python benchmarks/bench.py [--quick] [--out docs/bench.json] [--model FOLDER_OR_NAME] [--device cuda]
+    python -m benchmarks.bench [--quick] [--out docs/bench.json] [--model FOLDER_OR_NAME] [--device cuda]
 
 Prints the tables and writes them as JSON and as benchmarks/results.md. `--quick` only shows that the script works: a
 shorter chain, and nothing is written unless `--out` names a file.
@@ -27,16 +27,15 @@ from statistics import median
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the meter is there, next to the test that relies on it
 
 import torch
-from meter import peak_bytes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import chainrule as cr
 from chainrule.adapters import selected
+from chainrule.meters import peak_bytes
 from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method, ShortFT, spelled
 from chainrule.models.model import Defaults
 from chainrule.plan import Forecast
@@ -313,7 +312,7 @@ def added(facts: Mapping[str, Any]) -> float:
 def notes(facts: Mapping[str, Any]) -> list[str]:
     """What was measured, in sentences."""
     s, device = facts["settings"], facts["machine"]["device"]
-    meter = "`torch.cuda.max_memory_allocated`" if device == "cuda" else "the storages its operations return (`tests/meter.py`)"
+    meter = "`torch.cuda.max_memory_allocated`" if device == "cuda" else "the storages its operations return (`chainrule.meters`)"
     return [
         f"Model: {facts['model']}, {s['steps']} steps, guidance {s['guidance']:g}, a batch of {s['batch']} prompts, "
         f"LoRA rank {s['rank']}.",
@@ -355,7 +354,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "rank": bench.adapter.config.r, "memory_batch": scope.memory_batch, "latent_bytes": latent,
     }  # fmt: skip
     return {
-        "command": shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]]), "date": date.today().isoformat(),
+        "command": shlex.join(["python", "-m", "benchmarks.bench", *sys.argv[1:]]), "date": date.today().isoformat(),
         "model": Path(model.name).name, "machine": machine(model.device), "versions": {name: version(name) for name in PACKAGES},
         "settings": settings, "sampling_adapted_s": sampling[ADAPTED], "sampling_pristine_s": sampling[PRISTINE],
         "largest_pixel_difference": apart, "time": time_rows, "memory": peaks(bench),

@@ -1,8 +1,8 @@
 """Memory, time and the largest batch of an update, for models of the published sizes.
 
-    python benchmarks/sizes.py --count                   # no GPU: bytes counted on the meta device
-    python benchmarks/sizes.py --device cuda             # random weights on a GPU: time, peak, the largest batch
-    python benchmarks/sizes.py --write                   # docs/performance.md from the rows that are there
+    python -m benchmarks.sizes --count                   # no GPU: bytes counted on the meta device
+    python -m benchmarks.sizes --device cuda             # random weights on a GPU: time, peak, the largest batch
+    python -m benchmarks.sizes --write                   # docs/performance.md from the rows that are there
 
 Every row is one small file of docs/performance/, written as soon as it is known; what is there is not made again (`--again`
 does), so that a long measurement may be cut at any time (`--minutes`) and taken up later. `--tiny` takes models of a few
@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,15 +24,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the meter is there, next to the test that relies on it
-
 import torch
-from meter import peak_bytes
-from sizes_meter import largest
-from sizes_models import ARCHITECTURES, TINY, Architecture, parameters
-from sizes_update import MICRO_BATCH, RANK, STUDENT_RANK, Bench, adapted, counted, open_bench, pieces
 
+from benchmarks.sizes_count import largest
+from benchmarks.sizes_models import ARCHITECTURES, TINY, Architecture, parameters
+from benchmarks.sizes_update import MICRO_BATCH, RANK, STUDENT_RANK, Bench, adapted, counted, open_bench, pieces
+from chainrule.meters import peak_bytes
 from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method, ShortFT
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +219,7 @@ def main() -> None:
     if not args.write:
         run(args)
         return
-    from sizes_page import page
+    from benchmarks.sizes_page import page
 
     PAGE.write_text(page(args.out, {name: dict(shape.published) for name, shape in ARCHITECTURES.items()}, USABLE))
     print(f"wrote {PAGE}")

@@ -177,7 +177,7 @@ def measured(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
         "the allocator may take no more than the card's gigabytes less one for CUDA (`set_per_process_memory_fraction`)."
     )
     columns = ("model", "memory", "method", "device", "batch", "update, s", "peak, GiB", "in 24 GB", "48 GB", "80 GB")
-    command = "python benchmarks/sizes.py --device cuda --minutes 9"
+    command = "python -m benchmarks.sizes --device cuda --minutes 9"
     rest = markdown(columns, found) if found else f"Nothing yet. `{command}`, as often as it takes, then `make sizes`."
     return f"## Measured\n\n{said}\n\n{rest}"
 

@@ -9,17 +9,18 @@ from random import Random
 from typing import Any
 
 import torch
-from sizes_meter import Count, Rehearsed, flash_attention
-from sizes_models import Architecture, load, reward
 from torch import Tensor, nn
 
 import chainrule as cr
+from benchmarks.sizes_count import Rehearsed, flash_attention
+from benchmarks.sizes_models import Architecture, load, reward
 from chainrule import adapters
 from chainrule.adapters import Active, Band
 from chainrule.adapters.lora import gradients
 from chainrule.adapters.select import recompute
 from chainrule.chain import Memory, Score, backpropagate, read
 from chainrule.learner import Learner
+from chainrule.meters import LiveBytes
 from chainrule.methods import Method
 from chainrule.plan import Plan
 
@@ -53,7 +54,7 @@ class Bench:
     def plan(self, number: int = 0) -> Plan:
         return self.method.plan(self.model.grid(self.steps), Random(number))
 
-    def update(self, batch: int, memory: str, meter: Count | None = None, number: int = 0) -> None:
+    def update(self, batch: int, memory: str, meter: LiveBytes | None = None, number: int = 0) -> None:
         """The gradient, the clipping, AdamW's step and the average of the weights, as `Trainer.update` has them."""
         plan, prompts, seeds = self.plan(number), ["a fox"] * batch, range(batch)
         weights = self.learner.train_only(plan.trained or self.learner.adapters)
@@ -101,7 +102,7 @@ def adapted(model: cr.Model, judge: nn.Module, score: Score, method: Method, ste
             model.student = replace(model.bare(1.0), active=Active({"student": Band()}))
     learner = Learner.of(trained, lr=1e-4, weight_decay=0.0)
     every = learner.train_only(trained)
-    with Count(model.device):  # AdamW makes its moments at its first step
+    with LiveBytes(model.device):  # AdamW makes its moments at its first step
         learner.step(every, torch.zeros_like(gradients(every)), lr=0.0, clip=1.0, ema=0.99)
     learner.optimizer.zero_grad(set_to_none=True)
     try:
@@ -114,7 +115,7 @@ def adapted(model: cr.Model, judge: nn.Module, score: Score, method: Method, ste
 
 def counted(bench: Bench, batch: int, memory: str, *, rehearse: bool = True) -> int:
     """The most bytes an update holds above what was there before it, by its operations' results."""
-    with flash_attention(), Count(bench.model.device) as meter:
+    with flash_attention(), LiveBytes(bench.model.device) as meter:
         bench.update(batch, memory, meter if rehearse else None)
     return meter.peak
 
@@ -135,7 +136,7 @@ def pieces(bench: Bench) -> dict[str, int]:
 
     def peak(run: Callable[[], None]) -> int:
         bench.learner.optimizer.zero_grad(set_to_none=True)
-        with flash_attention(), Count(model.device) as meter:
+        with flash_attention(), LiveBytes(model.device) as meter:
             run()
         return meter.peak
 

@@ -10,7 +10,8 @@ from families import CASES
 from test_families import shaken
 
 import chainrule as cr
-from chainrule.doctor import Check, _held, _there, environment, examine
+from chainrule.doctor import Check, environment, examine
+from chainrule.meters import saved_bytes, storages
 from chainrule.rewards import reward_of
 
 
@@ -61,7 +62,7 @@ def test_weights_are_not_what_an_image_adds() -> None:
     """A linear layer keeps its weight's transpose for the backward pass: a view of what is there anyway."""
     layer, x = torch.nn.Linear(500, 500), torch.rand(2, 500)
     layer.requires_grad_(False)
-    assert _held(lambda: layer(x.clone().requires_grad_()).square().sum(), _there(torch.device("cpu"))) == 2 * 500 * 4
+    assert saved_bytes(lambda: layer(x.clone().requires_grad_()).square().sum(), storages(torch.device("cpu"))) == 2 * 500 * 4
 
 
 def test_nothing_is_left_in_the_model() -> None:

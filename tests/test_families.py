@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from families import CASES, Case
-from meter import peak_bytes
 from torch import Tensor
 
 import chainrule as cr
 from chainrule import methods
 from chainrule.adapters import save_bands, selected
 from chainrule.adapters.lora import gradients
+from chainrule.meters import peak_bytes
 from chainrule.models import attach
 
 PROMPTS, SEEDS = ["a fox", "two bees"], [3, 8]

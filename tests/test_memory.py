@@ -13,10 +13,10 @@ from random import Random
 import pytest
 import torch
 from conftest import make_pipeline
-from meter import LiveBytes, peak_bytes
 from torch import Tensor
 
 import chainrule as cr
+from chainrule.meters import LiveBytes, peak_bytes
 from chainrule.methods import SDO, DRaFT, DRaFTLV, Method
 
 PROMPTS, SEEDS = ["a fox", "two bees"], [4, 9]

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from sizes_meter import largest
-from sizes_models import ARCHITECTURES, TINY, parameters
-from sizes_update import adapted, counted, open_bench
-
+from benchmarks.sizes_count import largest
+from benchmarks.sizes_models import ARCHITECTURES, TINY, parameters
+from benchmarks.sizes_update import adapted, counted, open_bench
 from chainrule.methods import DRaFTLV, Method, ShortFT
 
 META, CPU = torch.device("meta"), torch.device("cpu")

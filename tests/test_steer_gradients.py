@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import make_pipeline
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, PixArtTransformer2DModel
-from meter import peak_bytes
 from steer_loops import GUIDANCE, PROMPTS, SEEDS, STEPS, close, near, network, paper_loop, problem, scheduler_of, score
 from torch import Tensor
 
 import chainrule as cr
 from chainrule.chain import Chain
 from chainrule.denoise import Condition, Member, Words
+from chainrule.meters import peak_bytes
 from chainrule.noise import Diffusion, Noise
 from chainrule.plan import walk
 from chainrule.rewards import reward_of

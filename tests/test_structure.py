@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "methods": "errors plan",
     "noise": "",
     "half": "",
+    "meters": "",
     "solve": "plan noise",
     "adapters": "errors",
     "rewards": "errors",
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "evaluate": "errors estimate rewards chain models prompts",
     "analyze": "errors estimate plan methods rewards chain models prompts report",
     "steer": "errors plan runs settings noise half solve adapters rewards denoise chain models report session",
-    "doctor": "errors methods rewards chain models",
+    "doctor": "errors meters methods rewards chain models",
     "distill": "errors plan runs settings noise half adapters denoise models prompts learner session analyze",
     "arguments": "errors settings methods prompts",
     "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer doctor distill evaluate "

@@ -5,11 +5,10 @@ Everything that the tests show on random weights can be asked of real ones by wh
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from chainrule.errors import UserError
+from chainrule.meters import saved_bytes, storages
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 CARDS = (24, 48, 80)  # GB
@@ -157,9 +156,9 @@ def _memory(model: Any, judge: Any, prompts: Sequence[str]) -> Check:
     try:
         member, condition = model.cast(model.defaults.guidance)["base"], model.embed([prompts[0]])
         x, level = model.noise([0]), model.grid(2)[0]
-        there = _there(model.device)
-        call = _held(lambda: member(x.clone().requires_grad_(), level, condition), there)
-        image = _held(lambda: judge(model.decode(x.clone().requires_grad_()), [prompts[0]]), there)
+        there = storages(model.device)
+        call = saved_bytes(lambda: member(x.clone().requires_grad_(), level, condition), there)
+        image = saved_bytes(lambda: judge(model.decode(x.clone().requires_grad_()), [prompts[0]]), there)
         fixed = sum(there.values()) + sum(weight.numel() for weight in adapter.parameters()) * 12  # gradient, two moments
     finally:
         model.drop(adapter)
@@ -167,25 +166,3 @@ def _memory(model: Any, judge: Any, prompts: Sequence[str]) -> Check:
     room = ", ".join(f"{max(count, 0)} in {size} GB" for size, count in fits.items())
     said = f"weights and adapter {fixed / 2**30:.2f} GiB, a call's graph {call / 2**20:.0f} MiB an image, decoding and scoring"
     return Check("memory", f"{said} {image / 2**20:.0f} MiB a micro-batch of one; images at a time by that: {room} (a forecast)")
-
-
-def _there(device: torch.device) -> dict[int, int]:
-    """The storages of every tensor on a device by now, weights of models and rewards above all, and their bytes."""
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.device.type == device.type]
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided)
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-def _held(run: Callable[[], Tensor], there: Mapping[int, int]) -> int:
-    """Bytes autograd keeps for the backward pass of `run`, without what was there before."""
-    seen: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return sum(seen.values())

@@ -1,0 +1,1 @@
+"""What an update costs; run as `python -m benchmarks.bench` and `python -m benchmarks.sizes`."""
