@@ -186,7 +186,7 @@ def page(folder: Path, published: dict[str, dict[str, str]], usable: float) -> s
     """The whole page."""
     rows = read(folder)
     if not rows:
-        raise SystemExit(f"error: no rows in {folder}; run benchmarks/sizes.py --count first")
+        raise SystemExit(f"error: no rows in {folder}; run python -m benchmarks.sizes --count first")
     versions = next(iter(rows.values()))["versions"]
     how = HOW.format(usable=usable, steps=next(iter(rows.values()))["steps"])
     made = "Made with " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
