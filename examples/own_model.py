@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import chainrule as cr
 from chainrule import methods
 from chainrule.denoise import Condition, Words
+from chainrule.models.codec import Pixels
 from chainrule.models.solvers import made
 
 
@@ -69,10 +70,7 @@ def model() -> cr.Model:
         denoiser=Denoiser(trained()),
         sampler=made(scheduler),
         embed=lambda prompts: Condition(unread(prompts), unread(prompts)),
-        decode=lambda latents: (latents / 2 + 0.5).clamp(0, 1),
-        encode=lambda images: images * 2 - 1,
-        latent_shape=(3, 4, 4),
-        image_size=4,
+        codec=Pixels(4, 4),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -112,9 +112,9 @@ def lcm() -> Any:
     return diffusers.LatentConsistencyModelPipeline(**pipe.components, requires_safety_checker=False)
 
 
-def pixels(kind: type = diffusers.DDPMPipeline) -> Any:
+def pixels(kind: type = diffusers.DDPMPipeline, size: int | tuple[int, int] = 16) -> Any:
     network = diffusers.UNet2DModel(
-        sample_size=16, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
+        sample_size=size, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     scheduler = diffusers.DDPMScheduler if kind is diffusers.DDPMPipeline else diffusers.DDIMScheduler
@@ -123,15 +123,15 @@ def pixels(kind: type = diffusers.DDPMPipeline) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """One family: its pipeline, what else its call wants, guidance off and on, and its latents as (b, c, h, w)."""
+    """One family: its pipeline, what else its call wants, guidance off and on, height and width, its latents as (b, c, h, w)."""
 
     make: Callable[[], Any]
     call: dict[str, Any] = field(default_factory=dict)
     guidances: tuple[float, ...] = (1.0, 4.0)
     steps: int = 4
-    unpack: Callable[[Tensor], Tensor] = lambda x: x
+    unpack: Callable[[Tensor, tuple[int, int]], Tensor] = lambda x, size: x
     texts: bool = True
-    size: int | None = 16
+    size: tuple[int, int] | None = (16, 16)
 
     def pipe(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         torch.manual_seed(seed)
@@ -147,14 +147,20 @@ class Case:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if not self.texts:
             return pipe(batch_size=len(seeds), generator=generators, num_inference_steps=steps, **self.call, **options)
+        assert self.size is not None
+        height, width = self.size
         return pipe(
-            prompt=prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, height=self.size,
-            width=self.size, **self.call, **options,
+            prompt=prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators, height=height, width=width,
+            **self.call, **options,
         )  # fmt: skip
 
+    def latents(self, told: Tensor) -> Tensor:
+        """What the pipeline holds between its steps, as (b, c, h, w)."""
+        return self.unpack(told, self.size) if self.size else told
 
-def unpacked(tokens: Tensor) -> Tensor:
-    return FluxPipeline._unpack_latents(tokens, 16, 16, 2)
+
+def unpacked(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    return FluxPipeline._unpack_latents(tokens, *size, 2)
 
 
 PLAIN = {"use_resolution_binning": False, "clean_caption": False}
@@ -170,4 +176,9 @@ CASES: dict[str, Case] = {
     "pixart-alpha": Case(lambda: pixart(diffusers.PixArtAlphaPipeline, told=True), call=PLAIN),
     "ddpm": Case(pixels, guidances=(1.0,), texts=False, size=None),
     "ddim": Case(lambda: pixels(diffusers.DDIMPipeline), guidances=(1.0,), texts=False, size=None),
+}
+# The same, higher than wide; a pixel-space network has its own size.
+TALL: dict[str, Case] = {name: replace(case, size=(24, 16)) for name, case in CASES.items() if case.texts} | {
+    "ddpm": replace(CASES["ddpm"], make=lambda: pixels(size=(24, 16))),
+    "ddim": replace(CASES["ddim"], make=lambda: pixels(diffusers.DDIMPipeline, (24, 16))),
 }

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import CASES, Case
+from families import CASES, TALL, Case
 from torch import Tensor
 
 import chainrule as cr
@@ -28,6 +28,13 @@ TEXTS = [name for name, case in CASES.items() if case.texts]
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
+
+
+@pytest.fixture(params=[*CASES.values(), *TALL.values()], ids=[*CASES, *(f"{name}-tall" for name in TALL)])
+def shape(request: pytest.FixtureRequest) -> Case:
+    """Every family, square and higher than wide."""
+    case: Case = request.param
+    return case
 
 
 def loaded(case: Case, pipe: Any = None) -> cr.Model:
@@ -51,18 +58,18 @@ def images_of(found: Any) -> np.ndarray:
     return np.asarray(found.images if hasattr(found, "images") else found)
 
 
-def test_images_are_those_of_the_pipeline(case: Case) -> None:
-    for guidance in case.guidances:
-        pipe = case.pipe()
-        theirs = images_of(case.run(pipe, PROMPTS, SEEDS, guidance, case.steps, output_type="np"))
-        ours = loaded(case, pipe).render(said(case), SEEDS, case.steps, guidance).permute(0, 2, 3, 1).numpy()
+def test_images_are_those_of_the_pipeline(shape: Case) -> None:
+    for guidance in shape.guidances:
+        pipe = shape.pipe()
+        theirs = images_of(shape.run(pipe, PROMPTS, SEEDS, guidance, shape.steps, output_type="np"))
+        ours = loaded(shape, pipe).render(said(shape), SEEDS, shape.steps, guidance).permute(0, 2, 3, 1).numpy()
         assert np.abs(ours - theirs).max() < 2e-5
 
 
-def test_latents_are_those_of_the_pipeline_at_every_step(case: Case) -> None:
+def test_latents_are_those_of_the_pipeline_at_every_step(shape: Case) -> None:
     """What the scheduler's own step answers, with guidance and without."""
-    for guidance in case.guidances:
-        pipe, theirs = case.pipe(), []
+    for guidance in shape.guidances:
+        pipe, theirs = shape.pipe(), []
         step = pipe.scheduler.step
 
         @functools.wraps(step)
@@ -72,14 +79,14 @@ def test_latents_are_those_of_the_pipeline_at_every_step(case: Case) -> None:
             return answer
 
         pipe.scheduler.step = keep
-        case.run(pipe, PROMPTS, SEEDS, guidance, case.steps, output_type="np")
-        model = loaded(case, pipe)
-        ours, grid = list(model.states(said(case), SEEDS, case.steps, guidance)), model.grid(case.steps)
-        assert len(ours) == len(theirs) == case.steps
+        shape.run(pipe, PROMPTS, SEEDS, guidance, shape.steps, output_type="np")
+        model = loaded(shape, pipe)
+        ours, grid = list(model.states(said(shape), SEEDS, shape.steps, guidance)), model.grid(shape.steps)
+        assert len(ours) == len(theirs) == shape.steps
         for mine, other, level in zip(ours, theirs, grid[1:], strict=True):
             # Euler's states are in units of 1 / alpha.
             scale = model.solver.process.schedule(level)[0] if type(pipe.scheduler).__name__.startswith("Euler") else 1.0
-            wanted = case.unpack(other) * scale
+            wanted = shape.latents(other) * scale
             # float32 keeps seven digits of the largest: an untrained PixArt's states reach hundreds.
             torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=max(1e-5, 1e-6 * float(wanted.abs().max())))
 
@@ -97,7 +104,7 @@ def test_the_gradient_of_two_steps_is_plain_autograds_through_the_pipeline(name:
     ours = {key: weight.grad for key, weight in adapter.named_parameters().items()}
     monkeypatch.setattr(type(pipe), "__call__", type(pipe).__call__.__wrapped__)  # without its no_grad
     with selected(model.network, {"mine": 1.0}):
-        latents = case.unpack(case.run(pipe, PROMPTS, SEEDS, guidance, 2, output_type="latent").images)
+        latents = case.latents(case.run(pipe, PROMPTS, SEEDS, guidance, 2, output_type="latent").images)
     units = pipe.vae.config
     images = pipe.vae.decode(latents / units.scaling_factor + (getattr(units, "shift_factor", None) or 0)).sample / 2 + 0.5
     loss = -score(images.clamp(0, 1), PROMPTS).mean()
@@ -262,13 +269,14 @@ def test_a_saved_folder_is_the_same_model(case: Case, tmp_path: Path) -> None:
     torch.testing.assert_close(model.render(said(case), SEEDS, 2, case.guidances[-1]), expected, rtol=0, atol=2e-5)
 
 
-def test_latents_there_and_back(case: Case) -> None:
+def test_latents_there_and_back(shape: Case) -> None:
     """What the VAE's own encoder says, in the chain's units: decoding it again goes by the same scale and shift."""
-    model = loaded(case)
-    images: Tensor = torch.rand(2, 3, model.image_size, model.image_size)
-    latents = model.encode(images)
-    assert latents.shape == (2, *model.latent_shape) and model.decode(latents).shape == images.shape
+    model = loaded(shape)
+    codec = model.codec
+    images: Tensor = torch.rand(2, 3, codec.height, codec.width)
+    latents = codec.encode(images)
+    assert latents.shape == (2, *codec.latent_shape) and codec.decode(latents).shape == images.shape
     vae = getattr(model.pipe, "vae", None)
     if vae is not None:
         mean = vae.encode(images * 2 - 1).latent_dist.mean
-        torch.testing.assert_close(model.decode(latents), (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(codec.decode(latents), (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)

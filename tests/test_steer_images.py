@@ -47,7 +47,7 @@ def test_pictures_are_turned_flattened_and_cropped(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side: to be turned by 90 degrees clockwise
     side.save(tmp_path / "side.png", exif=exif)
-    seen = read_image(tmp_path / "side.png", 10)
+    seen = read_image(tmp_path / "side.png", (10, 10))
     assert seen.shape == (3, 10, 10)
     torch.testing.assert_close(seen[:, 1, 5], torch.tensor([0.0, 0.0, 1.0]), rtol=0, atol=0.02)  # blue on top
     torch.testing.assert_close(seen[:, 8, 5], torch.ones(3), rtol=0, atol=0.02)  # transparent is white
@@ -64,7 +64,7 @@ def test_a_picture_survives_that_its_own_folder_is_overwritten(tmp_path: Path) -
 
 def test_gray_pictures_of_sixteen_bits_keep_their_light(tmp_path: Path) -> None:
     Image.fromarray(np.full((16, 16), 30000, np.uint16)).save(tmp_path / "deep.png")
-    torch.testing.assert_close(read_image(tmp_path / "deep.png", 8), torch.full((3, 8, 8), 30000 / 65535), rtol=0, atol=4e-3)
+    torch.testing.assert_close(read_image(tmp_path / "deep.png", (8, 8)), torch.full((3, 8, 8), 30000 / 65535), rtol=0, atol=4e-3)
 
 
 def test_bad_pictures_and_rewards_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

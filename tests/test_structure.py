@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "runs": "errors",
     "processes": "errors",
     "loop": "errors runs processes",
-    "settings": "errors",
+    "size": "errors",
+    "settings": "errors size",
     "methods": "errors plan",
     "noise": "",
     "half": "",
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "denoise": "adapters",
     "objective": "plan denoise",
     "chain": "plan noise half solve adapters denoise",
-    "models": "errors plan noise solve adapters denoise chain",
+    "models": "errors size plan noise solve adapters denoise chain",
     "tiny": "errors rewards",
     "prompts": "errors tiny",  # the names of what tiny-emoji can draw
     "report": "errors estimate plan runs",
@@ -45,14 +46,14 @@ MAY_IMPORT = {
     "finetune": "errors runs settings methods rewards chain models prompts session trainer",
     "evaluate": "errors estimate rewards chain models prompts",
     "analyze": "errors estimate plan methods rewards chain models prompts report",
-    "steer": "errors plan runs settings noise half solve adapters rewards denoise chain models report session",
+    "steer": "errors size plan runs settings noise half solve adapters rewards denoise chain models report session",
     "doctor": "errors meters methods rewards chain models",
     "distill": "errors plan runs settings noise half adapters denoise models prompts learner session analyze",
     "arguments": "errors settings methods prompts",
     "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer doctor distill evaluate "
     "analyze arguments",
 }
-WITHOUT_TORCH = ("errors", "estimate", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
+WITHOUT_TORCH = ("errors", "size", "estimate", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
 KNOW_DIFFUSERS = ("models", "tiny")
 FILES = sorted(SOURCE.rglob("*.py"))
 

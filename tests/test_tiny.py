@@ -39,7 +39,7 @@ def test_the_bundled_model_is_an_ordinary_pipeline_and_samples_as_diffusers_does
     ).images  # fmt: skip
     *_, ours = model.states(prompts, seeds, 8, 2.0)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert type(model.pipe).__name__ == "StableDiffusionPipeline" and model.image_size == 128
+    assert type(model.pipe).__name__ == "StableDiffusionPipeline" and model.size == (128, 128)
     assert model.pipe.scheduler.config.prediction_type == "v_prediction"
 
 

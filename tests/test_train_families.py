@@ -17,6 +17,7 @@ from test_families import PROMPTS, SEEDS, images_of, said, shaken
 
 import chainrule as cr
 from chainrule.models import attach
+from chainrule.size import written
 
 METHODS = ["draft-lv", "drtune", "sdo", "shortft"]
 OPTIONS = {"drtune": ["--method-option", "k=2", "--method-option", "m=2"], "shortft": ["--method-option", "k=2"]}
@@ -58,7 +59,7 @@ def test_two_updates_and_the_adapter_in_plain_diffusers(
     words = ["train", "--model", str(folder / "model"), "--method", method, *OPTIONS.get(method, []), "--reward", "symmetry"]
     words += ["--prompts", prompts, "--steps", "2", "--batch", "2", "--sample-steps", "4", "--rank", "2", "--lr", "0.05"]
     words += ["--guidance", str(case.guidances[-1]), "--out", str(run), "--sample-every", "0"]
-    words += ["--size", str(case.size)] if case.size else []
+    words += ["--size", str(written(case.size))] if case.size else []
     words += ["--student", str(folder / "student")] if method == "shortft" else []
     found = chainrule(*words)
     assert found.code == 0, found.err

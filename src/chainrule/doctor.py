@@ -70,10 +70,10 @@ def examine(model: Any, reward: Any = None, prompts: Sequence[str] = (), steps: 
 
     model, prompts = replace(model, active={}), prompts or model.defaults.labels[:1] or ("a photo of a cat",)
     exact = next(model.network.parameters()).dtype in (torch.float32, torch.float64)
-    yield Check("model", f"{model.family}, {model.image_size} pixels, {model.sampler.name}, {_parts(model)}")
+    yield Check("model", f"{model.family}, {model.size[0]}x{model.size[1]} pixels, {model.sampler.name}, {_parts(model)}")
     yield _samples(model, prompts, steps, 2e-4 if exact else 0.1)
     judge = (reward_of(reward) if reward else reward_of(_brightness, "brightness")).to(model.device)
-    values = ", ".join(f"{value:.4g}" for value in probe(judge, model.image_size, model.device).tolist())
+    values = ", ".join(f"{value:.4g}" for value in probe(judge, model.size, model.device).tolist())
     yield Check("reward", f"{judge.name}: {values} on two images of noise, its gradient reaches the pixels", True)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)

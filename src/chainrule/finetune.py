@@ -50,7 +50,7 @@ def finetune(
     lengths = stage_lengths(settings, len(turns))
     Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
     for each in filter(None, (scorer, judge)):
-        probe(each.to(model.device), model.image_size)
+        probe(each.to(model.device), model.size)
     config = {"model": model.name, **model.opening,
               "under": list(model.under), "student": model.student_name, "method": spelled(method), "reward": scorer.name,
               "held_out": judge.name if judge else None, "prompts": prompts if isinstance(prompts, str) else said,

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from chainrule.errors import UserError, unknown
+from chainrule.size import size_of, written
 
 
 def _made(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
@@ -20,6 +21,8 @@ def _made(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(said := first.get("ctx", {}).get("error"), UserError):
+            raise said from error
         reason = first["msg"].replace("Input should be", "must be")
         raise UserError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}, but {reason}") from error
 
@@ -37,7 +40,14 @@ class Opening(BaseModel):
     solver: str | None = Field(
         None, description="how to sample: ddim, ddpm, euler, euler-a, dpm++, lcm or tcd; default: the pipeline's own scheduler"
     )
-    size: int | None = Field(None, ge=8, description="side of the images in pixels; default: the model's own")
+    size: str | None = Field(
+        None, description="pixels of the images: 512, a square, or 768x1024, HEIGHTxWIDTH; default: the model's own"
+    )
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> str | None:
+        return None if value is None else str(written(size_of(value)))
 
     @classmethod
     def make(cls, values: Mapping[str, Any]) -> Opening:

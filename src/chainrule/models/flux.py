@@ -12,8 +12,9 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from chainrule.denoise import Condition, Words
-from chainrule.models.latent import autoencoder, freeze, latent_side, usual, weight_type
+from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
+from chainrule.models.pipeline import freeze, usual, weight_type
 from chainrule.models.solvers import made, shifted
 
 
@@ -55,11 +56,10 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         words = Words(states, pooled)
         return Condition(words, words)
 
-    side, images = latent_side(pipe, defaults.size, pipe.default_sample_size, 2), autoencoder(pipe)
+    codec = kl_autoencoder(pipe, pipe.transformer.config.in_channels // 4, defaults.size, pipe.default_sample_size, 2)
+    _, height, width = codec.latent_shape
     return Model(
         name=name, pipe=pipe, part="transformer", denoiser=Transformer(pipe.transformer), distilled=True,
-        sampler=made(pipe.scheduler, solver, shifted((side // 2) ** 2, 1.15, spaced)),
-        embed=embed, decode=images.decode, encode=images.encode,
-        latent_shape=(pipe.transformer.config.in_channels // 4, side, side), image_size=side * pipe.vae_scale_factor,
-        defaults=defaults,
+        sampler=made(pipe.scheduler, solver, shifted((height // 2) * (width // 2), 1.15, spaced)),
+        embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

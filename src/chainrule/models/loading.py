@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from chainrule.models.quantize import check as check_quantization
 from chainrule.models.quantize import quantization
 from chainrule.models.solvers import check as check_solver
 from chainrule.models.solvers import check_scheduler
+from chainrule.size import size_of
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that are not asked for anything
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -77,30 +79,33 @@ def check(source: str | Path, solver: str | None = None) -> None:
 def _defaults(settings: Path) -> Defaults:
     try:
         values = json.loads(settings.read_text())
-        return Defaults(**values | {"labels": tuple(values.get("labels", ()))})
+        size = None if values.get("size") is None else size_of(values["size"])
+        return Defaults(**values | {"labels": tuple(values.get("labels", ())), "size": size})
     except (ValueError, TypeError) as error:
         raise UserError(f"{settings} is damaged: {error}") from error
 
 
 def load(
-    source: Any, *, dtype: str = "float32", device: str | None = None, solver: str | None = None, size: int | None = None,
-    quantize: str | None = None,
+    source: Any, *, dtype: str = "float32", device: str | None = None, solver: str | None = None,
+    size: int | str | Sequence[int] | None = None, quantize: str | None = None,
 ) -> Model:  # fmt: skip
     """A model from a name (`tiny-emoji`), a local diffusers folder, a hub id (`owner/name`) or a pipeline object.
 
     A pipeline object is used as it is; otherwise `dtype` is the weights' type and `device` defaults to the GPU if there
-    is one. `solver` samples by another solver than the pipeline's own scheduler, `size` makes images of that many pixels
-    a side. `quantize` holds the denoiser's weights in fewer bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU);
-    adapters stay in float32. Only safetensors are read. Raises UserError in one line before anything heavy is loaded.
+    is one. `solver` samples by another solver than the pipeline's own scheduler, `size` is that of the images
+    in pixels: 512, a square; (768, 1024) or "768x1024", height and width. `quantize` holds the denoiser's weights in fewer
+    bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32. Only safetensors are read. Raises
+    UserError in one line before anything heavy is loaded.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     check_solver(solver)
     check_quantization(quantize)
+    pixels = None if size is None else size_of(size)
     device = _device(device)
     if not isinstance(source, (str, Path)):
         family = _family(type(source).__name__)
-        return family.build(type(source).__name__, source, replace(_usual(source), size=size), solver)  # type: ignore[no-any-return]
+        return family.build(type(source).__name__, source, replace(_usual(source), size=pixels), solver)  # type: ignore[no-any-return]
     check(source, solver)
     name = str(source)
     if name in BUNDLED:
@@ -114,12 +119,12 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     defaults = defaults or _usual(pipe)
-    return replace(family.build(name, pipe, replace(defaults, size=size or defaults.size), solver), quantize=quantize)
+    return replace(family.build(name, pipe, replace(defaults, size=pixels or defaults.size), solver), quantize=quantize)
 
 
 def _usual(pipe: Any) -> Defaults:
     """What the pipeline itself does when it is not told: its call's own defaults."""
-    from chainrule.models.latent import usual
+    from chainrule.models.pipeline import usual
 
     return Defaults(usual(pipe, "num_inference_steps", 50), usual(pipe, "guidance_scale", 1.0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from chainrule.chain import Chain, Memory
 from chainrule.denoise import Cast, Condition, Denoiser, Member
 from chainrule.errors import UserError
 from chainrule.models import loras, published, solvers
-from chainrule.models.latent import weight_type
+from chainrule.models.codec import Codec
+from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
 from chainrule.noise import Noise
 from chainrule.plan import Grid, Levels, walk
+from chainrule.size import Size, written
 from chainrule.solve import Solver
 
 PIXELS = 2**20  # decoded at a time
@@ -35,7 +38,7 @@ class Defaults:
     steps: int = 50
     guidance: float = 7.5
     labels: tuple[str, ...] = ()  # names of the classes of a class-conditional model
-    size: int | None = None  # side of its images in pixels; None: the pipeline's own
+    size: Size | None = None  # height and width of its images in pixels; None: the pipeline's own
 
 
 @dataclass(slots=True)
@@ -50,10 +53,7 @@ class Model:
     denoiser: Denoiser
     sampler: Sampler
     embed: Callable[[Sequence[str]], Condition]
-    decode: Callable[[Tensor], Tensor]
-    encode: Callable[[Tensor], Tensor]
-    latent_shape: tuple[int, int, int]
-    image_size: int
+    codec: Codec
     part: str = "unet"  # what the pipeline calls the network that denoises
     distilled: bool = False  # whether guidance is a number the network reads, rather than a mix of two answers
     defaults: Defaults = field(default_factory=Defaults)
@@ -68,6 +68,23 @@ class Model:
         return self.denoiser.network
 
     @property
+    def size(self) -> Size:
+        """Height and width of its images, in pixels."""
+        return self.codec.height, self.codec.width
+
+    @property
+    def decode(self) -> Callable[[Tensor], Tensor]:
+        return self.codec.decode
+
+    @property
+    def encode(self) -> Callable[[Tensor], Tensor]:
+        return self.codec.encode
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.codec.latent_shape
+
+    @property
     def solver(self) -> Solver:
         return self.sampler.solver
 
@@ -79,13 +96,13 @@ class Model:
     @property
     def micro_batch(self) -> int:
         """Images that are decoded and scored at a time with a gradient: 8, fewer where they are large."""
-        return max(1, min(8, PIXELS // self.image_size**2))
+        return max(1, min(8, PIXELS // prod(self.size)))
 
     @property
     def opening(self) -> dict[str, object]:
         """What `chainrule.load` has to be told to open it like this again."""
         dtype = str(weight_type(self.network)).removeprefix("torch.")
-        return {"dtype": dtype, "solver": self.sampler.name, "size": self.image_size, "quantize": self.quantize}
+        return {"dtype": dtype, "solver": self.sampler.name, "size": written(self.size), "quantize": self.quantize}
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +125,7 @@ class Model:
         return self.sampler.start * self._noise(seeds).initial().to(self.device, self.dtype)
 
     def _noise(self, seeds: Sequence[int]) -> Noise:
-        return Noise(tuple(seeds), self.latent_shape)
+        return Noise(tuple(seeds), self.codec.latent_shape)
 
     def cast(self, guidance: float) -> Cast:
         active = Active(dict(self.active))
@@ -138,20 +155,21 @@ class Model:
 
         About one block's activations instead of a call's, for one more forward pass. UserError for a network that cannot.
         """
-        parts = [member.denoiser.network for member in self.cast(1.0).values()] if memory is Memory.BLOCKS else []
-        vae = getattr(getattr(self.decode, "__self__", None), "vae", None)
+        found: list[Any] = [member.denoiser.network for member in self.cast(1.0).values()] if memory is Memory.BLOCKS else []
+        found += [self.codec.network] if found and self.codec.network is not None else []
         switched: list[Any] = []
         try:
-            for part in dict.fromkeys([*parts, *([vae] if parts and vae is not None else [])]):
-                if not hasattr(part, "enable_gradient_checkpointing"):
-                    raise UserError(f"memory is 'blocks', but a {type(part).__name__} has no blocks to recompute; take 'recompute'")
-                if not part.is_gradient_checkpointing:
-                    part.enable_gradient_checkpointing(adapters.recompute)
-                    switched.append(part)
+            for network in dict.fromkeys(found):
+                if not hasattr(network, "enable_gradient_checkpointing"):
+                    kind = type(network).__name__
+                    raise UserError(f"memory is 'blocks', but a {kind} has no blocks to recompute; take 'recompute'")
+                if not network.is_gradient_checkpointing:
+                    network.enable_gradient_checkpointing(adapters.recompute)
+                    switched.append(network)
             yield
         finally:
-            for part in switched:
-                part.disable_gradient_checkpointing()
+            for network in switched:
+                network.disable_gradient_checkpointing()
 
     # Adapters
 
@@ -258,7 +276,7 @@ class Model:
             for latents in self.states(prompts[i : i + batch], seeds[i : i + batch], steps, guidance, on_call):
                 final = latents
             # Decoding takes far more memory than a call without a graph: large images one after the other.
-            parts += [self.decode(some).float().cpu() for some in final.split(max(1, PIXELS // self.image_size**2))]
+            parts += [self.codec.decode(some).float().cpu() for some in final.split(max(1, PIXELS // prod(self.size)))]
         return torch.cat(parts)
 
     def sample(

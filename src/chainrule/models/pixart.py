@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from chainrule.denoise import Condition, Words
-from chainrule.models.latent import autoencoder, freeze, latent_side, usual, weight_type
+from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
+from chainrule.models.pipeline import freeze, usual, weight_type
 from chainrule.models.solvers import made
 
 
@@ -19,18 +20,20 @@ from chainrule.models.solvers import made
 class DiT:
     """A `PixArtTransformer2DModel` at a level: its timestep is one below. The learned variance it may answer with is dropped.
 
-    PixArt-alpha's at 1024 pixels is told the `size` of its images and their aspect ratio, 1.
+    PixArt-alpha's at 1024 pixels is told the height and width of its images, and the one divided by the other.
     """
 
     network: Any
-    size: int
+    height: int
+    width: int
 
     def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
         dtype, t = weight_type(self.network), torch.full((len(x),), level - 1, device=x.device)
         told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:
-            sizes = torch.full((len(x), 2), float(self.size), device=x.device, dtype=dtype)
-            told = {"resolution": sizes, "aspect_ratio": torch.ones_like(sizes[:, :1])}
+            numbers = torch.tensor([[self.height, self.width, self.height / self.width]], device=x.device, dtype=dtype)
+            numbers = numbers.expand(len(x), -1)
+            told = {"resolution": numbers[:, :2], "aspect_ratio": numbers[:, 2:]}
         found = self.network(
             x.to(dtype), encoder_hidden_states=words.states.to(dtype), encoder_attention_mask=words.mask, timestep=t,
             added_cond_kwargs=told, return_dict=False,
@@ -54,10 +57,8 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         )
         return Condition(Words(states, mask=mask), Words(negative, mask=negative_mask))
 
-    side, images = latent_side(pipe, defaults.size, config.sample_size, config.patch_size), autoencoder(pipe)
-    size = side * pipe.vae_scale_factor
+    codec = kl_autoencoder(pipe, config.in_channels, defaults.size, config.sample_size, config.patch_size)
     return Model(
-        name=name, pipe=pipe, part="transformer", denoiser=DiT(pipe.transformer, size), sampler=made(pipe.scheduler, solver),
-        embed=embed, decode=images.decode, encode=images.encode,
-        latent_shape=(config.in_channels, side, side), image_size=size, defaults=defaults,
+        name=name, pipe=pipe, part="transformer", denoiser=DiT(pipe.transformer, codec.height, codec.width),
+        sampler=made(pipe.scheduler, solver), embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

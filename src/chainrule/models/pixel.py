@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from chainrule.denoise import Condition, Words
 from chainrule.errors import UserError, unknown
-from chainrule.models.latent import freeze, weight_type
+from chainrule.models.codec import Pixels
 from chainrule.models.model import Defaults, Model
+from chainrule.models.pipeline import freeze, weight_type
 from chainrule.models.solvers import made
+from chainrule.size import Size, written
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +60,10 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         said = torch.tensor([index(prompt) for prompt in prompts], device=pipe.unet.device)
         return Condition(Words(said), Words(torch.full_like(said, count - 1) if nothing else said))  # else guidance changes nothing
 
-    def decode(latents: Tensor) -> Tensor:
-        """(b, 3, h, w) in [-1, 1] to [0, 1]; values outside are clipped and pass no gradient."""
-        return (latents / 2 + 0.5).clamp(0, 1)
-
-    def encode(images: Tensor) -> Tensor:
-        return (images * 2 - 1).to(pipe.unet.device)
-
-    if defaults.size not in (None, config.sample_size):
-        raise UserError(f"size is {defaults.size}, but {name} is a model of {config.sample_size} pixels")
+    own: Size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    if defaults.size not in (None, own):
+        raise UserError(f"size is {written(defaults.size)}, but {name} is a model of {written(own)} pixels")
     return Model(
         name=name, pipe=pipe, denoiser=UNet(pipe.unet),
-        sampler=made(pipe.scheduler, solver), embed=embed, decode=decode, encode=encode,
-        latent_shape=(config.in_channels, config.sample_size, config.sample_size), image_size=config.sample_size,
-        defaults=defaults,
+        sampler=made(pipe.scheduler, solver), embed=embed, codec=Pixels(*own), defaults=defaults,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from chainrule.errors import UserError
-from chainrule.models.latent import weight_type
 from chainrule.models.model import Model
+from chainrule.models.pipeline import weight_type
 
 
 def plain(model: Model, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
@@ -28,8 +28,8 @@ def plain(model: Model, prompts: Sequence[str], seeds: Sequence[int], steps: int
         raise UserError(f"the plain {model.family} knows no classes, so there is nothing to compare with")
     pipe, solver = model.pipe, model.sampler.solver
     options: dict[str, Any] = {
-        "prompt": list(prompts), "batch_size": len(prompts), "guidance_scale": guidance, "height": model.image_size,
-        "width": model.image_size, "eta": getattr(solver, "gamma", 0.0), "clean_caption": False, "use_resolution_binning": False,
+        "prompt": list(prompts), "batch_size": len(prompts), "guidance_scale": guidance, "height": model.codec.height,
+        "width": model.codec.width, "eta": getattr(solver, "gamma", 0.0), "clean_caption": False, "use_resolution_binning": False,
     }  # fmt: skip
     given = {key: value for key, value in options.items() if key in known}
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from chainrule.denoise import Condition, Words
-from chainrule.models.latent import autoencoder, freeze, latent_side, weight_type
+from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
+from chainrule.models.pipeline import freeze, weight_type
 from chainrule.models.solvers import made
 
 
@@ -51,11 +52,10 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         found = pipe.encode_prompt(list(prompts), next(pipe.unet.parameters()).device, 1, True)
         return Condition(*map(Words, found))
 
-    side, images = latent_side(pipe, defaults.size, pipe.unet.config.sample_size), autoencoder(pipe)
     distilled = bool(pipe.unet.config.time_cond_proj_dim)
     return Model(
         name=name, pipe=pipe,
         denoiser=UNet(pipe.unet, pipe.get_guidance_scale_embedding if distilled else None), distilled=distilled,
-        sampler=made(pipe.scheduler, solver), embed=embed, decode=images.decode, encode=images.encode,
-        latent_shape=(pipe.unet.config.in_channels, side, side), image_size=side * pipe.vae_scale_factor, defaults=defaults,
+        sampler=made(pipe.scheduler, solver), embed=embed,
+        codec=kl_autoencoder(pipe, pipe.unet.config.in_channels, defaults.size, pipe.unet.config.sample_size), defaults=defaults,
     )  # fmt: skip

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from chainrule.denoise import Condition, Words
 from chainrule.errors import UserError
-from chainrule.models.latent import autoencoder, freeze, latent_side, usual, weight_type
+from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
+from chainrule.models.pipeline import freeze, usual, weight_type
 from chainrule.models.solvers import made, shifted
+from chainrule.size import written
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,13 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         )
         return Condition(Words(states, pooled), Words(negative, pooled_negative))
 
-    side, images = latent_side(pipe, defaults.size, config.sample_size, config.patch_size), autoencoder(pipe)
-    if side // config.patch_size > config.pos_embed_max_size:
-        largest = config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor
-        raise UserError(f"size is {defaults.size}, but this model has places for images up to {largest} pixels a side")
+    codec = kl_autoencoder(pipe, config.in_channels, defaults.size, config.sample_size, config.patch_size)
+    rows, columns = (side // config.patch_size for side in codec.latent_shape[1:])
+    if max(rows, columns) > config.pos_embed_max_size:
+        largest, size = config.pos_embed_max_size * config.patch_size * codec.factor, written((codec.height, codec.width))
+        raise UserError(f"size is {size}, but this model has places for images up to {largest} pixels a side")
     return Model(
         name=name, pipe=pipe, part="transformer", denoiser=MMDiT(pipe.transformer),
-        sampler=made(pipe.scheduler, solver, shifted((side // config.patch_size) ** 2, 1.16)),
-        embed=embed, decode=images.decode, encode=images.encode,
-        latent_shape=(config.in_channels, side, side), image_size=side * pipe.vae_scale_factor, defaults=defaults,
+        sampler=made(pipe.scheduler, solver, shifted(rows * columns, 1.16)),
+        embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from chainrule.denoise import Condition, Words
-from chainrule.models.latent import autoencoder, freeze, latent_side, weight_type
+from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
+from chainrule.models.pipeline import freeze, weight_type
 from chainrule.models.solvers import made
 
 
 @dataclass(frozen=True, slots=True)
 class UNet:
-    """SDXL's `UNet2DConditionModel`, told that its images are `size` pixels a side, whole and uncropped."""
+    """SDXL's `UNet2DConditionModel`, told that its images are whole: of this height and width, cropped nowhere."""
 
     network: nn.Module
-    size: int
+    height: int
+    width: int
 
     def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
         dtype, t = weight_type(self.network), torch.tensor(level - 1, device=x.device)
         assert words.pooled is not None
-        sizes = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]], device=x.device, dtype=dtype)
+        sizes = torch.tensor([[self.height, self.width, 0, 0, self.height, self.width]], device=x.device, dtype=dtype)
         added = {"text_embeds": words.pooled.to(dtype), "time_ids": sizes.expand(len(x), -1)}
         return self.network(  # type: ignore[no-any-return]
             x.to(dtype), t, encoder_hidden_states=words.states.to(dtype), added_cond_kwargs=added, return_dict=False
@@ -42,10 +44,8 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         states, negative, pooled, pooled_negative = pipe.encode_prompt(list(prompts), device=device)
         return Condition(Words(states, pooled), Words(negative, pooled_negative))
 
-    side, images = latent_side(pipe, defaults.size, pipe.unet.config.sample_size), autoencoder(pipe)
-    size = side * pipe.vae_scale_factor
+    codec = kl_autoencoder(pipe, pipe.unet.config.in_channels, defaults.size, pipe.unet.config.sample_size)
     return Model(
-        name=name, pipe=pipe, denoiser=UNet(pipe.unet, size), sampler=made(pipe.scheduler, solver),
-        embed=embed, decode=images.decode, encode=images.encode,
-        latent_shape=(pipe.unet.config.in_channels, side, side), image_size=size, defaults=defaults,
+        name=name, pipe=pipe, denoiser=UNet(pipe.unet, codec.height, codec.width), sampler=made(pipe.scheduler, solver),
+        embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from chainrule.adapters.files import PARTS, find
 from chainrule.errors import UserError
 from chainrule.models import bundled, loras, published
 from chainrule.models.families import FAMILIES, family_of
-from chainrule.models.latent import weight_type
+from chainrule.models.pipeline import weight_type
 from chainrule.plan import Jump, walk
 
 if TYPE_CHECKING:

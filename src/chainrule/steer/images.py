@@ -13,6 +13,7 @@ from torch import Tensor
 from chainrule.chain import Chain
 from chainrule.errors import UserError
 from chainrule.plan import Grid, walk
+from chainrule.size import Size
 
 LARGEST = 100_000_000  # pixels; a picture above this is refused
 
@@ -35,10 +36,11 @@ def check_image(path: str | Path) -> None:
         raise UserError(f"the image {str(path)!r} has {width}x{height} pixels; 8x8 is the least")
 
 
-def read_image(source: str | Path | Image.Image, side: int) -> Tensor:
-    """(3, side, side) in [0, 1]: turned as its EXIF says, transparency on white, cropped to its middle square, resized.
+def read_image(source: str | Path | Image.Image, size: Size) -> Tensor:
+    """A picture as (3, height, width) in [0, 1], whatever its own size and aspect ratio.
 
-    Raises UserError for a file that cannot be read.
+    It is turned as its EXIF says, put on white where it is transparent, cropped around its middle to the aspect ratio of
+    `size`, (height, width), and resized. Raises UserError for a file that cannot be read.
     """
     if not isinstance(source, Image.Image):
         check_image(source)
@@ -53,7 +55,7 @@ def read_image(source: str | Path | Image.Image, side: int) -> Tensor:
         source = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
     image = source.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    fitted = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted, np.float32) / 255).permute(2, 0, 1).contiguous()
 
 

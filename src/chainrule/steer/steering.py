@@ -76,11 +76,11 @@ def steer(
         if count != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {count} {what}; give one each")
     _check_together(model, settings, over, len(prompts), bool(sources))
-    given = torch.stack([read_image(source, model.image_size) for source in sources]) if sources else None
+    given = torch.stack([read_image(source, model.size) for source in sources]) if sources else None
     for start in range(0, len(prompts), settings.batch):  # a word the model does not know is found here
         model.embed(prompts[start : start + settings.batch])
     scorer = scorer.to(model.device)
-    probe(scorer, model.image_size, model.device)
+    probe(scorer, model.size, model.device)
     run = _open(out, model, scorer, settings, over, prompts, numbers, sources, overwrite) if out is not None else None
     found, tables = Steered(prompts), []
     bar = Bar(settings, -(-len(prompts) // settings.batch), on_update)
