@@ -41,7 +41,7 @@ sizes: $(VENV)/stamp ## memory at the published sizes, counted where there is no
 experiments: $(VENV)/stamp ## the comparisons in docs/log.md; resumable, about an hour on two cores
 	$(BIN)/python benchmarks/experiments.py
 
-weights: $(VENV)/stamp ## train the bundled models again; needs the font fonts-noto-color-emoji
+weights: $(VENV)/stamp ## train the bundled models again
 	$(BIN)/python -m chainrule.tiny all --out build
 	$(BIN)/chainrule distill tiny-emoji --updates 1000 --lr 4e-3 --teacher-steps 12 --starts 16 --out build/student --resume
 	mkdir -p src/chainrule/tiny/weights/student && cp build/student/adapter/* src/chainrule/tiny/weights/student/

@@ -6,6 +6,7 @@ import random
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -93,6 +94,16 @@ def test_the_preference_rules_like_the_true_and_the_undamaged():
     caption, first, second, chosen = preferences.pair(rng, preferences.PICK)
     assert caption and first.damage >= 0 and second.damage >= 0 and isinstance(chosen, bool)
     assert preferences.PICK != preferences.HPS
+
+
+@pytest.mark.parametrize("name", scenes.THINGS)
+def test_every_thing_has_a_drawing_of_its_own_cropped_to_its_ink(name):
+    with np.load(scenes.GLYPHS) as drawings:
+        assert list(drawings) == list(scenes.THINGS)
+        ink = drawings[name]
+        assert ink.dtype == np.uint8 and ink.shape[2] == 4 and 100 <= max(ink.shape) <= 128
+        assert all(edge.any() for edge in (ink[0], ink[-1], ink[:, 0], ink[:, -1]))
+        assert [other for other in drawings if np.array_equal(drawings[other], ink)] == [name]
 
 
 def test_captions_are_english():

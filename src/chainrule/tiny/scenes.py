@@ -1,7 +1,7 @@
 """The world tiny-emoji was trained on: captioned scenes of Noto Color Emoji glyphs on named backgrounds.
 
 Everything here is numpy and Pillow. A `Scene` is drawn from a random generator, says its own caption and
-renders itself; the font (Debian `fonts-noto-color-emoji`, OFL-1.1) is only needed to render.
+renders itself, from the font's drawings in glyphs.npz (OFL-1.1, see `glyphs`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from chainrule.errors import UserError
+from PIL import Image
 
 SIZE = 128  # pixels of one side of an image
-STRIKE = 109  # the only bitmap size the font holds
+GLYPHS = Path(__file__).with_name("glyphs.npz")
 
 # The 45 common animals of DDPO (Black et al., arXiv:2305.13301), in the font's drawings.
 ANIMALS = {
@@ -160,28 +158,20 @@ def draw(rng: random.Random) -> Scene:
     return Scene(tuple(things), background, named)
 
 
-def font_path() -> Path:
-    """Where Debian puts the font. Raises UserError with the remedy when it is missing."""
-    for place in ("/usr/share/fonts", Path.home() / ".fonts", Path.home() / ".local/share/fonts"):
-        for path in Path(place).rglob("NotoColorEmoji.ttf"):
-            return path
-    raise UserError("the font NotoColorEmoji.ttf was not found; install it with: apt-get install fonts-noto-color-emoji")
-
-
-@functools.lru_cache(1)
-def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(font_path()), STRIKE)
+@functools.cache
+def _inks() -> dict[str, np.ndarray]:
+    """The font's own drawing of every thing: (h, w, 4) uint8, premultiplied, cropped to its ink."""
+    with np.load(GLYPHS) as found:
+        return dict(found)
 
 
 @functools.cache
 def glyph(name: str, size: int) -> np.ndarray:
-    """Premultiplied (h, w, 4) float32 in [0, 1], cropped to its ink, longer side `size` pixels."""
-    sheet = Image.new("RGBA", (160, 160))
-    ImageDraw.Draw(sheet).text((10, 10), THINGS[name], font=_font(), embedded_color=True)
-    ink = sheet.crop(sheet.getbbox())
+    """Premultiplied (h, w, 4) float32 in [0, 1], longer side `size` pixels."""
+    ink = Image.fromarray(_inks()[name])
     scale = size / max(ink.size)
     shape = (max(1, round(ink.width * scale)), max(1, round(ink.height * scale)))
-    # Pillow draws glyphs already premultiplied; resizing the bands one by one keeps it from doing so again.
+    # The drawings are premultiplied already; resizing the bands one by one keeps it from doing so again.
     bands = [np.asarray(band.resize(shape, Image.Resampling.LANCZOS), np.float32) for band in ink.split()]
     array = np.stack(bands, -1) / 255
     return np.concatenate([np.minimum(array[..., :3], array[..., 3:]), array[..., 3:]], -1)

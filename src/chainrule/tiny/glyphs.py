@@ -1,0 +1,31 @@
+"""Make glyphs.npz, the drawings that `scenes` shows, from the font: `python -m chainrule.tiny.glyphs NotoColorEmoji.ttf`.
+
+Nothing but this needs the font. The file here is of Debian's fonts-noto-color-emoji 2.042; the font is under the SIL Open Font
+License 1.1, whose text is in glyphs-OFL.txt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from chainrule.tiny.scenes import GLYPHS, THINGS
+
+STRIKE = 109  # the only bitmap size the font holds
+
+
+def drawn(font: Path) -> dict[str, np.ndarray]:
+    """Every thing as the font draws it: (h, w, 4) uint8, premultiplied, cropped to its ink."""
+    loaded, found = ImageFont.truetype(str(font), STRIKE), {}
+    for name, character in THINGS.items():
+        sheet = Image.new("RGBA", (160, 160))
+        ImageDraw.Draw(sheet).text((10, 10), character, font=loaded, embedded_color=True)
+        found[name] = np.asarray(sheet.crop(sheet.getbbox()))
+    return found
+
+
+if __name__ == "__main__":
+    np.savez_compressed(GLYPHS, **drawn(Path(sys.argv[1])))  # type: ignore[arg-type]
