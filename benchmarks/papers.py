@@ -111,7 +111,7 @@ def peak(method: str, stage: methods.Method, memory: str) -> int:
     """The most bytes that one gradient of a batch holds, above the weights; the largest of the stage's first three plans."""
     (net, options), most = model_for(method), 0
     plans = [stage.plan(net.grid(options["sample_steps"]), Random(seed)) for seed in range(3)]
-    bands = plans[0].adapters or {"default": None}
+    bands = methods.needs(stage, net.grid(options["sample_steps"])).adapters
     weights = [w for name, levels in bands.items() for w in net.adapt(name, rank=RANK, levels=levels).parameters()]
     for plan in plans:
         for weight in weights:
@@ -185,11 +185,11 @@ def inference(rounds: int = 7) -> dict[str, float]:
         folder = Path("runs/papers/inference")
         one = net.adapt("one", rank=RANK)
         one.save(folder / "one")
-        plan = methods.ShortFT().plan(net.grid(N), Random(0))
-        for name in plan.adapters:
+        bands = methods.needs(methods.ShortFT(), net.grid(N)).adapters
+        for name in bands:
             one.save(folder / "several" / name)
         net.drop(one)
-        save_bands(folder / "several", plan.adapters)
+        save_bands(folder / "several", bands)
         pipe, said, seconds = net.pipe, cr.prompts("animals:test")[:4], {"none": [], "one": [], "attached": []}
 
         def clock(kind: str) -> None:

@@ -21,7 +21,7 @@ from chainrule.adapters.select import recompute
 from chainrule.chain import Memory, Score, backpropagate, read
 from chainrule.learner import Learner
 from chainrule.meters import LiveBytes
-from chainrule.methods import Method
+from chainrule.methods import Method, needs
 from chainrule.plan import Plan
 
 RANK, STUDENT_RANK = 8, 64  # the trainer's default; what the published few-step LoRAs have
@@ -57,7 +57,7 @@ class Bench:
     def update(self, batch: int, memory: str, meter: LiveBytes | None = None, number: int = 0) -> None:
         """The gradient, the clipping, AdamW's step and the average of the weights, as `Trainer.update` has them."""
         plan, prompts, seeds = self.plan(number), ["a fox"] * batch, range(batch)
-        weights = self.learner.train_only(plan.trained or self.learner.adapters)
+        weights = self.learner.train_only(needs(self.method, self.model.grid(self.steps)).trained)
         chain = self.model.chain(prompts, seeds, self.guidance, Memory(memory))
         if meter:
             cast: Any = {name: Rehearsed(member, meter) for name, member in chain.cast.items()}
@@ -89,13 +89,12 @@ def open_bench(shape: Architecture, device: torch.device, dtype: torch.dtype) ->
 @contextmanager
 def adapted(model: cr.Model, judge: nn.Module, score: Score, method: Method, steps: int) -> Iterator[Bench]:
     """Within the block the method's adapters are in the model, a student's too, and their optimizer has its state."""
-    plan = method.plan(model.grid(steps), Random(0))
-    levels, student = plan.adapters, None
+    own, student = needs(method, model.grid(steps)), None
     with model.device:
         trained = {
-            name: model.adapt(name, rank=RANK, seed=i, levels=levels.get(name)) for i, name in enumerate(levels or ("default",))
+            name: model.adapt(name, rank=RANK, seed=i, levels=levels) for i, (name, levels) in enumerate(own.adapters.items())
         }
-        if any(jump.via == "student" for jump in plan.jumps):
+        if "student" in own.members:
             student = adapters.inject(model.network, "student", rank=STUDENT_RANK, part=model.part)
             for weight in student.parameters():
                 weight.requires_grad_(False)

@@ -15,7 +15,7 @@ import chainrule as cr
 from chainrule.adapters import Band
 from chainrule.chain import Chain, Memory, backpropagate
 from chainrule.denoise import Condition, Member, Words
-from chainrule.methods import ShortFT, make, stages
+from chainrule.methods import Needs, ShortFT, make, needs, stages
 from chainrule.noise import Noise
 from chainrule.plan import Grad, Plan, walk
 from chainrule.solve import DDIM, Prediction, Process
@@ -69,18 +69,19 @@ def paper(stage: int) -> list[tuple[int, int, str, str, Grad]]:
 TABLES |= {(FIFTY, 4, stage): paper(stage) for stage in (1, 2, 3, 4)}
 
 
-def table(plan: Plan) -> list[tuple[int, int, str, str, Grad]]:
+def table(plan: Plan, own: Needs) -> list[tuple[int, int, str, str, Grad]]:
     def active(level: int) -> str:
-        return "".join(name[-1] for name, spans in plan.adapters.items() if Band(1.0, spans).at(level))
+        return "".join(name[-1] for name, spans in own.adapters.items() if Band(1.0, spans).at(level))
 
     return [(j.start, j.stop, j.via, active(j.start) if j.via == "base" else "", j.grad) for j in plan.jumps]
 
 
 @pytest.mark.parametrize(("grid", "k", "stage"), TABLES, ids=lambda v: str(v)[:12])
 def test_a_stage_is_its_table(grid, k, stage):
-    plan = ShortFT(k=k, stage=stage).plan(grid, Random(0))
-    assert table(plan) == TABLES[grid, k, stage]
-    assert plan.trained == tuple(f"lora{i}" for i in range(stage, k + 1))
+    method = ShortFT(k=k, stage=stage)
+    plan, own = method.plan(grid, Random(0)), needs(method, grid)
+    assert table(plan, own) == TABLES[grid, k, stage]
+    assert own.trained == tuple(f"lora{i}" for i in range(stage, k + 1))
     assert [jump.finish for jump in plan.jumps] == [False] * (len(plan.jumps) - 1) + [True]
 
 
@@ -88,12 +89,13 @@ def test_the_papers_chain_is_18_calls_in_its_first_stage_and_50_in_its_last():
     plans = [stage.plan(FIFTY, Random(0)) for stage in stages(ShortFT())]
     assert [plan.calls() for plan in plans] == [18, 29, 39, 50]
     assert [str(plan) for plan in plans][::3] == ["[############>#>#>#]", "-" * 49 + "[#]"]
-    assert ShortFT(levels=(762, 502, 262, 2)).plan(FIFTY, Random(0)) == ShortFT().plan(FIFTY, Random(0))
+    given = ShortFT(levels=(762, 502, 262, 2))
+    assert given.plan(FIFTY, Random(0)) == ShortFT().plan(FIFTY, Random(0)) and needs(given, FIFTY) == needs(ShortFT(), FIFTY)
 
 
 def test_options_shape_the_chain():
     assert str(ShortFT(k=3, depth=3).plan(NINE, Random(0))) == "--->[#>#]"
-    shared = ShortFT(k=3, shared=True, stage=2).plan(NINE, Random(0))
+    shared = needs(ShortFT(k=3, shared=True, stage=2), NINE)
     assert shared.trained == ("shared",) and list(shared.adapters) == ["shared"]
     part = ShortFT(levels=(700, 100), shortcuts=((500, 200),)).plan(NINE, Random(0))
     assert [(j.start, j.stop) for j in part.jumps if j.via == "student"] == [(500, 200)] and part.calls() == 7
@@ -105,8 +107,8 @@ def test_options_shape_the_chain():
     [
         ({"k": 51}, "k is 51"), ({"levels": [761, 2]}, "761"), ({"levels": [762, 502]}, "end with the last call's, 2"),
         ({"shortcuts": [[742, 500]]}, "500"), ({"shortcuts": [[762, 602]]}, "742 to 502"), ({"stage": 5}, "stage is 5"),
-        ({"depth": 0}, "depth is 0"), ({"levels": "high"}, "a list of levels"), ({"shortcuts": [[3]]}, "pairs of levels"),
-        ({"levels": []}, "k is 0"), ({"shortcuts": [[742, 602], [682, 502]]}, "must not overlap"),
+        ({"depth": 0}, "depth is 0"), ({"levels": "high"}, "a list of numbers"), ({"levels": []}, "k is 0"),
+        ({"shortcuts": [[3]]}, "a list of pairs of numbers"), ({"shortcuts": [[742, 602], [682, 502]]}, "must not overlap"),
     ],
 )  # fmt: skip
 def test_bad_options_get_one_line_before_anything_is_loaded(options, said):
@@ -119,16 +121,16 @@ def score(images: Tensor, prompts: object) -> Tensor:
     return -(images - 0.4 - 0.2 * ramp).square().mean((1, 2, 3))
 
 
-def prepared(folder: Path, plan: Plan, network: bool = False) -> tuple[cr.Model, dict[str, cr.Adapter]]:
-    """A model with a student, a LoRA or a network of its own, and the plan's adapters away from the identity."""
+def prepared(folder: Path, own: Needs, network: bool = False) -> tuple[cr.Model, dict[str, cr.Adapter]]:
+    """A model with a student, a LoRA or a network of its own, and the method's adapters away from the identity."""
     net = cr.load(make_pipeline("v_prediction"))
     if network:
         make_pipeline("v_prediction", seed=8).unet.save_pretrained(folder)
     net = net.with_student(folder if network else student_file(folder))
-    adapters = {name: shake(net.adapt(name, rank=2, levels=spans), i) for i, (name, spans) in enumerate(plan.adapters.items())}
+    adapters = {name: shake(net.adapt(name, rank=2, levels=spans), i) for i, (name, spans) in enumerate(own.adapters.items())}
     for name, adapter in adapters.items():
         for weight in adapter.parameters():
-            weight.requires_grad_(name in plan.trained)
+            weight.requires_grad_(name in own.trained)
     return net, adapters
 
 
@@ -162,16 +164,17 @@ def by_hand(net: cr.Model, rows: list[tuple[int, int, str, str, Grad]], names: l
 @pytest.mark.parametrize("network", [False, True], ids=["lora-student", "network-student"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_gradient_of_every_stage_is_a_plain_loop_that_swaps_adapters_by_hand(tmp_path, stage, network):
-    plan = ShortFT(k=3, stage=stage).plan(NINE, Random(0))
-    net, adapters = prepared(tmp_path / "student", plan, network)
+    method = ShortFT(k=3, stage=stage)
+    plan, own = method.plan(NINE, Random(0)), needs(method, NINE)
+    net, adapters = prepared(tmp_path / "student", own, network)
     other = net.student.denoiser.network if network else None
     latent = by_hand(net, TABLES[NINE, 3, stage], list(adapters), other)
     images = (net.pipe.vae.decode(latent / net.pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    live = [weight for name in plan.trained for weight in adapters[name].parameters()]
+    live = [weight for name in own.trained for weight in adapters[name].parameters()]
     expected = torch.autograd.grad(-score(images, PROMPTS).mean(), live)
     scale = max(float(g.abs().max()) for g in expected)
     assert scale > 0
-    frozen = [w for name in adapters if name not in plan.trained for w in adapters[name].parameters()]
+    frozen = [w for name in adapters if name not in own.trained for w in adapters[name].parameters()]
     student = list(net.student.denoiser.network.parameters()) if network else [
         w for n, w in net.network.named_parameters() if ".student0." in n
     ]  # fmt: skip
@@ -185,8 +188,9 @@ def test_the_gradient_of_every_stage_is_a_plain_loop_that_swaps_adapters_by_hand
 
 def test_an_adapter_that_is_on_nowhere_behind_the_first_live_call_gets_nothing(tmp_path):
     """With depth 1 only the last call is live: lora1 to lora3 are all on there, and only the student's jumps are not seen."""
-    plan = ShortFT(k=3, depth=1).plan(NINE, Random(0))
-    net, adapters = prepared(tmp_path / "student", plan)
+    method = ShortFT(k=3, depth=1)
+    plan = method.plan(NINE, Random(0))
+    net, adapters = prepared(tmp_path / "student", needs(method, NINE))
     extra = shake(net.adapt("early", rank=2, levels=((500, None),)), 7)
     cr.gradient(net, plan, score, PROMPTS, SEEDS, guidance=GUIDANCE)
     assert all(w.grad is None for w in extra.parameters())
@@ -194,8 +198,7 @@ def test_an_adapter_that_is_on_nowhere_behind_the_first_live_call_gets_nothing(t
 
 
 def test_inference_is_the_original_chain_with_the_adapters_of_each_level(tmp_path):
-    plan = ShortFT(k=3, stage=3).plan(NINE, Random(0))
-    net, adapters = prepared(tmp_path / "student", plan)
+    net, adapters = prepared(tmp_path / "student", needs(ShortFT(k=3, stage=3), NINE))
     rows = [(*row[:4], Grad.NONE) for row in TABLES[NINE, 3, 3]]
     expected = by_hand(net, rows, list(adapters), None)
     *_, found = net.chain(PROMPTS, SEEDS, GUIDANCE).states(net.noise(SEEDS), walk(NINE))
@@ -205,7 +208,7 @@ def test_inference_is_the_original_chain_with_the_adapters_of_each_level(tmp_pat
 def test_fresh_adapters_are_the_base_model_bit_for_bit():
     net = cr.load(make_pipeline(dtype=torch.float32))
     before = list(net.states(PROMPTS, SEEDS, 10, 2.0))
-    for name, spans in ShortFT(k=3).plan(net.grid(10), Random(0)).adapters.items():
+    for name, spans in needs(ShortFT(k=3), net.grid(10)).adapters.items():
         net.adapt(name, rank=2, levels=spans)
     assert all(torch.equal(a, b) for a, b in zip(net.states(PROMPTS, SEEDS, 10, 2.0), before, strict=True))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import chainrule as cr
 from chainrule.adapters.files import read
-from chainrule.methods import DRaFT, ShortFT
+from chainrule.methods import DRaFT, ShortFT, needs
 from chainrule.models.loras import read as read_lora
 from chainrule.models.students import resolve
 
@@ -72,7 +71,7 @@ def test_a_run_is_one_folder_with_its_levels_and_loads_back(tmp_path):
     bands = json.loads((run.adapter / "bands.json").read_text())
     grid = cr.load(make_pipeline(dtype=torch.float32)).grid(5)
     assert {n: [tuple(s) for s in b["levels"]] for n, b in bands.items()} == {
-        n: list(s) for n, s in ShortFT(k=3).plan(grid, Random(0)).adapters.items()
+        n: list(s) for n, s in needs(ShortFT(k=3), grid).adapters.items()
     }
     fresh = cr.load(make_pipeline(dtype=torch.float32))
     base = fresh.render(PROMPTS, SEEDS, 5, 2.0)

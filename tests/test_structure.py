@@ -20,19 +20,20 @@ SOURCE = Path(cr.__file__).parent
 MAY_IMPORT = {
     "errors": "",
     "estimate": "",
+    "named": "errors",
     "plan": "",
     "runs": "errors",
     "processes": "errors",
     "loop": "errors runs processes",
     "size": "errors",
     "settings": "errors size",
-    "methods": "errors plan",
+    "methods": "errors named plan",
     "noise": "",
     "half": "",
     "meters": "",
     "solve": "plan noise",
     "adapters": "errors",
-    "rewards": "errors",
+    "rewards": "errors named",
     "denoise": "adapters",
     "objective": "plan denoise",
     "chain": "plan noise half solve adapters denoise",
@@ -49,11 +50,24 @@ MAY_IMPORT = {
     "steer": "errors size plan runs settings noise half solve adapters rewards denoise chain models report session",
     "doctor": "errors meters methods rewards chain models",
     "distill": "errors plan runs settings noise half adapters denoise models prompts learner session analyze",
-    "arguments": "errors settings methods prompts",
+    "arguments": "errors named settings methods prompts",
     "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer doctor distill evaluate "
     "analyze arguments",
 }
-WITHOUT_TORCH = ("errors", "size", "estimate", "plan", "runs", "settings", "methods", "prompts", "report", "arguments", "cli")
+WITHOUT_TORCH = (
+    "errors",
+    "named",
+    "size",
+    "estimate",
+    "plan",
+    "runs",
+    "settings",
+    "methods",
+    "prompts",
+    "report",
+    "arguments",
+    "cli",
+)
 KNOW_DIFFUSERS = ("models", "tiny")
 FILES = sorted(SOURCE.rglob("*.py"))
 

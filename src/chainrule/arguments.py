@@ -7,14 +7,13 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any, get_args
 
 import typer
 import yaml
 from pydantic import BaseModel
 
-from chainrule import methods
+from chainrule import methods, named
 from chainrule.errors import UserError, unknown
 from chainrule.prompts import is_source, prompts
 from chainrule.settings import Opening, Settings
@@ -72,28 +71,11 @@ def _yaml(path: Path) -> dict[str, Any]:
     return values or {}
 
 
-def method_of(chosen: Any, pairs: Sequence[str] | None, steps: int | None) -> methods.Method:
-    """The method by name, or by {"name": ..., option: ...}, with options written as "k=5", tried on a chain of `steps`."""
-    if not isinstance(chosen, str | dict):
-        raise UserError(f"method is {chosen!r}, but must be a name, or a name with options")
-    spec = dict(chosen) if isinstance(chosen, dict) else {"name": chosen}
-    made = methods.make(str(spec.pop("name", "draft-lv")), spec | _options(pairs))
-    if steps is not None and not getattr(made, "levels", None) and not getattr(made, "shortcuts", None):
-        made.plan(range(steps, -1, -1), Random(0))
-    return made
-
-
-def _options(pairs: Sequence[str] | None) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs or ():
-        key, sign, value = pair.partition("=")
-        try:
-            options[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            sign = ""
-        if not sign or not key.strip():
-            raise UserError(f"method option {pair!r} must look like k=5")
-    return options
+def method_of(chosen: Any, pairs: Sequence[str] | None) -> methods.Method:
+    """The method by name, by file, or by {"name": ..., option: ...}, with options written as "k=5"."""
+    given = {"name": "draft-lv"} | chosen if isinstance(chosen, dict) else chosen
+    name, options = named.parts(given, "method")
+    return methods.make(name, options | named.pairs(pairs or (), "method option"))
 
 
 def said(sources: Iterable[str]) -> list[str]:

@@ -189,7 +189,7 @@ class Chain:
     def walk(self, plan: Plan, x: Tensor) -> Iterator[Walk]:
         """Yield each branch finished; pull it before asking for the next and only one is held.
 
-        `x` is the state at `plan.start`, (b, c, h, w).
+        `x` is the state at the plan's first level, (b, c, h, w).
         """
         missing = {jump.via for jump in plan.jumps} - set(self.cast)
         if missing:

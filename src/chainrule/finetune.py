@@ -9,7 +9,7 @@ from typing import Any
 
 from chainrule.chain import Score
 from chainrule.errors import UserError
-from chainrule.methods import Method, spelled, stages
+from chainrule.methods import Method, needs, spelled, stages
 from chainrule.models import Model
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import probe, reward_of
@@ -44,9 +44,10 @@ def finetune(
     scorer, judge = reward_of(reward), reward_of(held_out) if held_out else None
     if settings.patience and not judge:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
-    turns = stages(method)
+    turns, grid = stages(method), model.grid(settings.sample_steps)
     for stage in turns:
-        check_cast(model, stage.plan(model.grid(settings.sample_steps), Random(0)))
+        check_cast(model, needs(stage, grid).members)
+        stage.plan(grid, Random(0))  # a method that does not fit this grid says so before anything is written
     lengths = stage_lengths(settings, len(turns))
     Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
     for each in filter(None, (scorer, judge)):

@@ -9,12 +9,13 @@ There is no torch here: a plan can be drawn, counted and compared before a singl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 Grid = Sequence[float]  # strictly falling levels, ending at 0
 Levels = tuple[tuple[float, float | None], ...]  # spans of levels, (low, high]: low < level <= high; None: no upper end
+OWN = ("base", "unguided")  # the names under which the model itself answers; every other name is another member of the cast
 
 
 class Grad(Enum):
@@ -29,6 +30,7 @@ class Grad(Enum):
 class Jump:
     """One move between two levels. Down is one network call; up adds fresh noise and calls nothing.
 
+    `via` names who answers: "base", "unguided" (the base model without guidance), or another member of the cast.
     A jump to 0 is the one-step clean prediction, unless it is the sampler's own last step (`finish`): that one lands
     where the pipeline's sampler lands, which for Stable Diffusion is `alphas_cumprod[0]` and not quite 1.
     """
@@ -41,6 +43,7 @@ class Jump:
 
     @property
     def up(self) -> bool:
+        """Whether it adds noise instead of calling a network."""
         return self.stop > self.start
 
 
@@ -55,15 +58,14 @@ class Plan:
     taken as a constant. With `reuse_reward_gradient`, the reward is differentiated for the first branch only and the
     others are pulled back with that same gradient of the image latent.
 
-    `adapters` says at which levels each of a method's own adapters is on in the base model's calls, while training and
-    afterwards, and `trained` which of them this plan trains; a plan that says nothing has one, on everywhere.
+    `print(plan)` draws it: `-`, `=` and `#` are the model's own calls by what the reward may reach through them, `>` is a call
+    of another member of the cast, `^` is noised again, and `|` stands between branches. Raises ValueError for a plan that
+    cannot be walked.
     """
 
     trunk: Path
     branches: tuple[Path, ...]
     reuse_reward_gradient: bool = False
-    adapters: Mapping[str, Levels] = field(default_factory=dict)
-    trained: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.branches:
@@ -80,17 +82,11 @@ class Plan:
                     raise ValueError(f"gap between {a} and {b}")
         if any(jump.start == jump.stop for jump in self.jumps):
             raise ValueError("a jump must change the level")
-        if not set(self.trained) <= set(self.adapters):
-            raise ValueError("a plan trains adapters it does not have")
 
     @property
     def jumps(self) -> Path:
+        """All jumps: the trunk's, then every branch's."""
         return self.trunk + sum(self.branches, ())
-
-    @property
-    def start(self) -> float:
-        """The level the chain starts from."""
-        return (self.trunk + self.branches[0])[0].start
 
     def calls(self, *grads: Grad) -> int:
         """Network calls, or only those whose gradient is one of `grads`."""
@@ -98,14 +94,19 @@ class Plan:
 
     def __str__(self) -> str:
         def draw(path: Path) -> str:
-            return "".join("^" if jump.up else ">" if jump.via == "student" else jump.grad.value for jump in path)
+            return "".join("^" if jump.up else jump.grad.value if jump.via in OWN else ">" for jump in path)
 
         return f"{draw(self.trunk)}[{'|'.join(map(draw, self.branches))}]"
 
 
 def walk(levels: Grid, grad: Grad = Grad.NONE, via: str = "base") -> Path:
-    """The sampler's steps over neighbouring levels; a step to 0 is its last."""
+    """The sampler's steps over neighboring levels; a step to 0 is its last."""
     return tuple(Jump(a, b, via, grad, finish=b == 0) for a, b in itertools.pairwise(levels))
+
+
+def leading(steps: int) -> Grid:
+    """Stable Diffusion's leading steps, as levels: 982, 962, ..., 2, 0 for 50. They stand in where no model is loaded yet."""
+    return (*(1000 // steps * i + 2 for i in reversed(range(steps))), 0) if steps < 1000 else tuple(range(steps, -1, -1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from chainrule.adapters.lora import gradients
 from chainrule.chain import Memory, Result, Score, backpropagate
 from chainrule.errors import UserError
 from chainrule.learner import Learner
-from chainrule.methods import Method, stages
+from chainrule.methods import Method, needs, stages
 from chainrule.models import Model
 from chainrule.noise import derive
 from chainrule.objective import divergence
@@ -38,7 +38,7 @@ def gradient(
     `micro_batch` images are decoded and scored at a time (default: 8, fewer where they are large).
     `kl` weighs the distance to the base model at the last call; `scale` multiplies the whole loss.
     """
-    check_cast(model, plan)
+    check_cast(model, {jump.via for jump in plan.jumps})
     guidance = model.defaults.guidance if guidance is None else guidance
     chain = model.chain(prompts, seeds, guidance, Memory(memory))
     penalty = divergence(model.bare(guidance), chain.condition, kl * scale) if kl else None
@@ -84,7 +84,7 @@ class Trainer:
     def update(self) -> dict[str, Any]:
         s, step, began = self.settings, self.step, time.perf_counter()
         plan, progress = self.plan(), self.learner.progress
-        weights = self.learner.train_only(plan.trained or self.learner.adapters)
+        weights = self.learner.train_only(needs(self.stages[progress.stage], self.model.grid(s.sample_steps)).trained)
         prompts, seeds = self.batch(step)
         rewards = []
         for part in range(s.accumulate):
@@ -124,12 +124,13 @@ class Trainer:
 
     def save_adapter(self, folder: Path) -> None:
         """The averaged adapter, in the format plain diffusers loads; several by level in a folder each, with their levels."""
-        levels = self.stages[0].plan(self.model.grid(self.settings.sample_steps), Random(0)).adapters
+        bands = needs(self.stages[0], self.model.grid(self.settings.sample_steps)).adapters
+        alone = list(bands.values()) == [None]
         with self.learner.averaged():
             for name, adapter in self.learner.adapters.items():
-                adapter.save(folder / name if levels else folder)
-        if levels:
-            save_bands(folder, levels)
+                adapter.save(folder if alone else folder / name)
+        if not alone:
+            save_bands(folder, bands)
 
     def remove(self) -> None:
         """Give the model back without the adapters."""
@@ -147,9 +148,9 @@ def stage_lengths(settings: Settings, count: int) -> list[int]:
     return lengths
 
 
-def check_cast(model: Model, plan: Plan) -> None:
-    """UserError for a plan that jumps by a student when the model has none."""
-    if not model.student and any(jump.via == "student" for jump in plan.jumps):
+def check_cast(model: Model, members: Iterable[str]) -> None:
+    """UserError for members that jump by a student when the model has none."""
+    if not model.student and "student" in members:
         raise UserError("this plan jumps by a student, and the model has none; use model.with_student(...)")
 
 
@@ -170,10 +171,10 @@ def build(
     """A trainer at step 0."""
     turns = stages(method)
     lengths = stage_lengths(settings, len(turns))
-    levels = turns[0].plan(model.grid(settings.sample_steps), Random(0)).adapters
+    bands = needs(method, model.grid(settings.sample_steps)).adapters
     adapters = {
-        name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels.get(name))
-        for i, name in enumerate(levels or ("default",))
+        name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels)
+        for i, (name, levels) in enumerate(bands.items())
     }
     learner = Learner.of(adapters, settings.lr, settings.weight_decay)
     return Trainer(model, learner, turns, lengths, reward, prompts, settings, accelerator)

@@ -56,8 +56,8 @@ class Weights:
         return path
 
 
-def save_bands(folder: str | Path, bands: Mapping[str, Spans]) -> None:
-    """Write down at which levels each of the adapters in `folder/NAME` is on."""
+def save_bands(folder: str | Path, bands: Mapping[str, Spans | None]) -> None:
+    """Write down at which levels each of the adapters in `folder/NAME` is on (None: at all)."""
     (Path(folder) / BANDS).write_text(json.dumps({name: {"levels": spans} for name, spans in bands.items()}, indent=2) + "\n")
 
 
@@ -67,11 +67,15 @@ def parts(source: str | Path) -> dict[Path, Spans | None]:
         if (folder / BANDS).is_file():
             try:
                 bands = json.loads((folder / BANDS).read_text())
-                levels = {folder / name: tuple((low, high) for low, high in band["levels"]) for name, band in bands.items()}
+                levels = {folder / name: _spans(band["levels"]) for name, band in bands.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{folder / BANDS} is damaged ({error})") from error
             return {find(place): spans for place, spans in levels.items()}
     return {find(source): None}
+
+
+def _spans(levels: Any) -> Spans | None:
+    return None if levels is None else tuple((low, high) for low, high in levels)
 
 
 def find(source: str | Path) -> Path:

@@ -17,34 +17,29 @@ from chainrule.settings import Opening
 
 
 def plan(
-    method: Annotated[str, typer.Argument(help="See `chainrule methods`.")],
+    method: Annotated[str, typer.Argument(help="One of `chainrule methods`, or path/to/file.py:Class.")],
     steps: Annotated[int, typer.Option(help="Network calls of the sampling chain.")] = 50,
     stage: Annotated[int | None, typer.Option(help="Of a method with stages; default: all of them.")] = None,
     method_option: Options = None,
     seed: Annotated[int, typer.Option(help="Of the method's random choices.")] = 0,
 ) -> None:
     """Draw what a method backpropagates through, and forecast its cost."""
-    from chainrule.methods import stages
-    from chainrule.plan import Forecast
+    from chainrule.methods import needs, stages
+    from chainrule.plan import Forecast, leading
 
     at_least_one(steps=steps)
-    # Stable Diffusion's leading steps, as levels: 982, 962, ..., 2, 0 for 50 of them.
-    levels = (*(1000 // steps * i + 2 for i in reversed(range(steps))), 0) if steps < 1000 else tuple(range(steps, -1, -1))
-    made = method_of(method, method_option, None)
+    levels, made = leading(steps), method_of(method, method_option)
     turns = stages(made)
-    plans = [turn.plan(levels, Random(seed)) for turn in turns]
+    plans = [(turn.plan(levels, Random(seed)), needs(turn, levels)) for turn in turns]
     if stage is not None and not 1 <= stage <= len(turns):
         raise UserError(f"stage is {stage}, but {method} has {counted(len(turns), 'stage')}")
     typer.echo(made)
-    for drawn in plans if stage is None else plans[stage - 1 : stage]:
+    for drawn, own in plans if stage is None else plans[stage - 1 : stage]:
         typer.echo(drawn)
-        if drawn.adapters:
-            on = {name: ", ".join(_calls(levels, spans)) for name, spans in drawn.adapters.items()}
-            typer.echo(
-                "\n".join(
-                    f"  {'trained' if name in drawn.trained else 'frozen '}  {name} on at {where}" for name, where in on.items()
-                )
-            )
+        for name, spans in own.adapters.items():
+            if spans is not None or len(own.adapters) > 1:
+                role, where = "trained" if name in own.trained else "frozen ", ", ".join(_calls(levels, spans or ((0, None),)))
+                typer.echo(f"  {role}  {name} on at {where}")
         for policy in ("recompute", "keep"):
             cost = Forecast.of(drawn, recompute=policy == "recompute")
             times = cost.calls * cost.relative_time / steps
@@ -52,7 +47,7 @@ def plan(
                 f"{policy:9}  {counted(cost.calls, 'network call')}, {counted(cost.backward, 'backward call')}, about "
                 f"{times:.2f}x the time of sampling, memory of {counted(cost.graphs, 'call graph')}"
             )
-    typer.echo("- constant call   = its weights   # weights and input   > a student's jump   ^ noised again   [ branches | ]")
+    typer.echo("- constant call   = its weights   # weights and input   > another member's call   ^ noised again   [ branches | ]")
 
 
 def _calls(levels: Grid, spans: Levels) -> list[str]:

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from chainrule import methods
 from chainrule.arguments import TRAIN_KEYS, configured, method_of, with_settings
 from chainrule.cli.app import Options
 from chainrule.cli.opened import base_of, check_adapter, given, run_of, scorers_of
 from chainrule.errors import UserError
+from chainrule.plan import leading
 from chainrule.settings import Distillation, Opening, Settings
 
 
@@ -23,7 +25,9 @@ def train(
         str | None, typer.Option(help="Few-step student that shortft jumps with. [default: the model's own]")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A run or adapter that stays on, frozen, under the new one.")] = None,
-    method: Annotated[str | None, typer.Option(help="See `chainrule methods`. [default: draft-lv]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="One of `chainrule methods`, or path/to/file.py:Class. [default: draft-lv]")
+    ] = None,
     method_option: Options = None,
     reward: Annotated[str | None, typer.Option(help='For example "10*pickscore + 2*hpsv2"; see `chainrule rewards`.')] = None,
     held_out: Annotated[str | None, typer.Option(help="A reward that is watched, not trained.")] = None,
@@ -52,7 +56,7 @@ def train(
     settings = Settings.make(values)
     if settings.patience and not named["held_out"]:
         raise UserError("patience needs a held-out reward to watch; pass --held-out")
-    made = method_of(named["method"] or "draft-lv", method_option, settings.sample_steps)
+    made = method_of(named["method"] or "draft-lv", method_option)
     source, shown = named["model"] or "tiny-emoji", named["prompts"] or "animals:train"
     read_prompts(shown)
     if run_of(source):
@@ -63,8 +67,7 @@ def train(
     base = base_of(source, opening)
     from chainrule.models.bundled import best_steps
 
-    method_of(named["method"] or "draft-lv", method_option, settings.sample_steps or best_steps(source))
-    jumps = _jumps(made)
+    jumps = "student" in methods.needs(made, leading(settings.sample_steps or best_steps(source))).members
     if jumps:
         from chainrule.models.students import resolve
 
@@ -82,13 +85,6 @@ def train(
         resume=resume, overwrite=overwrite, **values,
     )  # fmt: skip
     typer.echo(f"adapter: {run.adapter}")
-
-
-def _jumps(method: Any) -> bool:
-    """Whether a method jumps by a student."""
-    from chainrule.methods import ShortFT
-
-    return isinstance(method, ShortFT)
 
 
 @with_settings(Opening)

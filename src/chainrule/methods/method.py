@@ -1,22 +1,67 @@
-"""What a method is."""
+"""What a method is, and what it may say about itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
 from chainrule.errors import UserError
-from chainrule.plan import Grid, Plan
+from chainrule.plan import Grid, Levels, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a method needs beside the model and the reward.
+
+    `members` are the names it jumps by besides "base". `adapters` are its own adapters by name, each with the levels it is on at
+    in the base model's calls, while training and afterwards (None: at all levels). `trained` names those that are trained, by
+    default all of them. `learned` names other learned parts. A method that says nothing trains one adapter, on everywhere.
+    Raises ValueError when an adapter is trained that is not among the adapters.
+    """
+
+    members: tuple[str, ...] = ()
+    adapters: Mapping[str, Levels | None] = field(default_factory=lambda: {"default": None})
+    trained: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trained", self.trained or tuple(self.adapters))
+        if not set(self.trained) <= set(self.adapters):
+            raise ValueError(f"trained are {self.trained}, but the adapters are {tuple(self.adapters)}")
 
 
 class Method(Protocol):
-    """Anything with a plan is a method."""
+    """A small frozen dataclass whose fields are its options, with a plan.
 
-    def plan(self, grid: Grid, rng: Random) -> Plan: ...
+    It may also define:
+
+    * `needs(grid) -> Needs`: what it needs on this grid, if more than one adapter that is on everywhere. Raises UserError for a
+      chain with too few calls. It never depends on chance, and it covers all stages. Options that name levels are `plan`'s to
+      refuse: a command asks for the needs before it knows the model's own levels.
+    * `stages() -> tuple[Method, ...]`: the methods that are trained one after the other, with the same adapters.
+    """
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        """The plan of one update on a grid, with the random choices drawn from `rng`. Raises UserError where it does not fit."""
+        ...
 
 
-def within(name: str, value: int | None, low: int, high: int | None = None) -> None:
-    """UserError for a number outside [low, high]; None is anywhere."""
-    if value is not None and (value < low or (high is not None and value > high)):
+def needs(method: Method, grid: Grid) -> Needs:
+    """What a method needs on this grid: members, adapters, learned parts. Raises UserError for a chain with too few calls."""
+    own: Callable[[Grid], Needs] | None = getattr(method, "needs", None)
+    return own(grid) if own else Needs()
+
+
+def stages(method: Method) -> tuple[Method, ...]:
+    """What is trained in turn: the stages of a method that has them, or the method itself."""
+    own: Callable[[], tuple[Method, ...]] | None = getattr(method, "stages", None)
+    return own() if own else (method,)
+
+
+def within(name: str, value: float | None, low: int, high: int | None = None) -> None:
+    """Raises UserError for a number outside [low, high]; None is anywhere."""
+    if value is not None and not (value >= low and (high is None or value <= high)):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"{name} is {value}, but must be {wanted}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from chainrule.methods.method import within
+from chainrule.methods.method import Needs, within
 from chainrule.plan import Grad, Grid, Jump, Plan, walk
 
 
@@ -21,9 +21,13 @@ class DRaFT:
     def __post_init__(self) -> None:
         within("k", self.k, 1)
 
+    def needs(self, grid: Grid) -> Needs:
+        within("k", self.k, 1, len(grid) - 1)
+        return Needs()
+
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        self.needs(grid)
         steps = len(grid) - 1
-        within("k", self.k, 1, steps)
         cut = steps - (self.k or steps)
         return Plan(walk(grid[: cut + 1]), (walk(grid[cut:], Grad.FULL),))
 
@@ -64,10 +68,13 @@ class ReFL:
     def __post_init__(self) -> None:
         within("m", self.m, 1)
 
-    def plan(self, grid: Grid, rng: Random) -> Plan:
+    def needs(self, grid: Grid) -> Needs:
         within("m", self.m, 1, len(grid) - 1)
+        return Needs(members=() if self.guided else ("unguided",))
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        via = next(iter(self.needs(grid).members), "base")
         start = len(grid) - 1 - rng.randint(1, self.m)
-        via = "base" if self.guided else "unguided"
         return Plan(walk(grid[: start + 1]), ((Jump(grid[start], 0, via, Grad.FULL),),))
 
 
@@ -101,10 +108,14 @@ class DRTune:
         within("k", self.k, 1)
         within("m", self.m, 1)
 
+    def needs(self, grid: Grid) -> Needs:
+        within("k", self.k, 1, len(grid) - 1)
+        within("m", self.m, 1, len(grid) - 1)
+        return Needs()
+
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        self.needs(grid)
         steps = len(grid) - 1
-        within("k", self.k, 1, steps)
-        within("m", self.m, 1, steps)
         stride = steps // self.k
         offset = rng.randrange(stride)
         live = {offset + i * stride for i in range(self.k)}
@@ -132,10 +143,13 @@ class SDO:
     def __post_init__(self) -> None:
         within("samples", self.samples, 1)
 
+    def needs(self, grid: Grid) -> Needs:
+        within("samples", self.samples, 1, len(grid) - 1)
+        return Needs()
+
     def plan(self, grid: Grid, rng: Random) -> Plan:
-        steps = len(grid) - 1
-        within("samples", self.samples, 1, steps)
-        first, *rest = sorted(rng.sample(range(steps), self.samples))
+        self.needs(grid)
+        first, *rest = sorted(rng.sample(range(len(grid) - 1), self.samples))
         grads = {first: Grad.FULL} | dict.fromkeys(rest, Grad.WEIGHTS)
         path = [Jump(j.start, j.stop, j.via, grads.get(i, Grad.NONE), j.finish) for i, j in enumerate(walk(grid))]
         return Plan((), (tuple(path),))

@@ -1,16 +1,16 @@
-"""The published methods by name."""
+"""The published methods by name, and one's own by `path/to/file.py:Class`."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from chainrule.errors import UserError, unknown
 from chainrule.methods.method import Method
 from chainrule.methods.plain import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.methods.shortft import ShortFT
+from chainrule.named import Catalog, is_place, parts
 
 REGISTRY: dict[str, type[Any]] = {
     "draft": DRaFT,
@@ -21,24 +21,7 @@ REGISTRY: dict[str, type[Any]] = {
     "sdo": SDO,
     "shortft": ShortFT,
 }
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value)
-
-
-def _pairs(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_numbers(item) and len(item) == 2 for item in value)
-
-
-# What a field's type says -> what its values are called, and whether something is one.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "bool": ("true or false", lambda value: type(value) is bool),
-    "int": ("a whole number", lambda value: type(value) is int),
-    "tuple[float, ...]": ("a list of levels", _numbers),
-    "tuple[tuple[float, float], ...]": ("a list of pairs of levels", _pairs),
-    "None": ("null", lambda value: value is None),
-}
+METHODS: Catalog[Method] = Catalog("method", REGISTRY)
 
 
 def describe(name: str) -> str:
@@ -47,22 +30,20 @@ def describe(name: str) -> str:
 
 
 def spelled(method: Method) -> dict[str, Any]:
-    """The name and options that `make` turns back into this method; for one's own method, its repr as the name."""
-    for name, kind in REGISTRY.items():
-        if type(method) is kind and is_dataclass(method):
-            found: dict[str, Any] = {"name": name}
-            for option in fields(method):
-                value = getattr(method, option.name)
-                if value != option.default:
-                    found[option.name] = value
-            return found
-    return {"name": repr(method)}
+    """The name and options that `read` turns back into this method; see `Catalog.spelled`."""
+    return METHODS.spelled(method)
+
+
+def read(given: object) -> Method:
+    """A method from its name, or from its name with options, `{"name": "draft", "k": 5}`. Raises UserError for anything else."""
+    return make(*parts(given, "method"))
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """A method by name: `draft`, `draft-5` (k = 5), `draft-lv`, `alignprop-1`, ... with its fields as options.
+    """A method by name: `draft`, `draft-5` (k = 5), `draft-lv`, `alignprop-1`, ... or `path/to/file.py:Class`.
 
-    Raises UserError for an unknown name or option, with the nearest known one.
+    Its fields are the options. Raises UserError for an unknown name or option, with the nearest known one, and for a value that
+    is not of the field's type.
     """
     options, key = dict(options or {}), name.lower().replace("_", "-")
     head, _, tail = key.rpartition("-")
@@ -70,23 +51,11 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
         key, options = "alignprop", {"last_only": True} | options
     elif head == "draft" and tail.isdecimal():
         key, options = "draft", {"k": int(tail)} | options
-    if key not in REGISTRY:
+    elif is_place(name):
+        key = name
+    elif key not in REGISTRY:
         raise unknown("method", name, [*REGISTRY, "draft-K", "alignprop-1"])
-    kinds = {f.name: f.type for f in fields(REGISTRY[key])}
-    for option, value in options.items():
-        if option not in kinds:
-            raise unknown(f"option of {key}", str(option), kinds)
-        options[option] = _checked(f"option {option} of {key}", value, str(kinds[option]))
-    return REGISTRY[key](**options)  # type: ignore[no-any-return]
-
-
-def _checked(what: str, value: Any, kind: str) -> Any:
-    """A field's value as YAML has it, with tuples for lists. UserError when it is of another kind than the field's type."""
-    wanted = [_KINDS[part.strip()] for part in kind.split("|")]
-    if not any(fits(value) for _, fits in wanted):
-        raise UserError(f"{what} is {value!r}, but must be {' or '.join(words for words, _ in wanted)}")
-    return _frozen(value)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+    made = METHODS.make(key, options)
+    if not callable(getattr(made, "plan", None)):
+        raise UserError(f"{name} has no plan, but a method must have one: plan(grid, rng) -> Plan")
+    return made

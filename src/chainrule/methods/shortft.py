@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from chainrule.errors import UserError
-from chainrule.methods.method import within
+from chainrule.methods.method import Needs, within
 from chainrule.plan import Grad, Grid, Jump, Levels, Path, Plan, walk
 
 
@@ -44,11 +44,24 @@ class ShortFT:
         within("depth", self.depth, 1)
         within("stage", self.stage, 1, self.k)
 
+    def needs(self, grid: Grid) -> Needs:
+        """A student where a later segment is jumped over, and every segment's adapter; see `Method`."""
+        within("k", self.k, 1, len(grid) - 1)
+        stage, last = self.stage or 1, [grid[end] for end in _equal(grid, self.k)] if self.levels is None else list(self.levels)
+        without = {level for high, low in itertools.pairwise(last[stage - 1 :]) for level in grid if high > level > low}
+        jumped = without if self.shortcuts is None else {start for start, _ in self.shortcuts if start < last[stage - 1]}
+        below = [max(level for level in grid if level < end or level == 0) for end in last]
+        on: Levels = ((below[0], None), *zip(below[1:], last[1:], strict=True))
+        adapters = {"shared": on} if self.shared else {f"lora{i + 1}": on[i:] for i in range(self.k)}
+        trained = tuple(adapters)[0 if self.shared else stage - 1 :]
+        return Needs(("student",) if jumped else (), adapters, trained)
+
     def stages(self) -> tuple[ShortFT, ...]:
         """The stages this method trains in turn."""
         return (self,) if self.stage else tuple(replace(self, stage=i + 1) for i in range(self.k))
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        within("k", self.k, 1, len(grid) - 1)
         ends, spans, stage = self._ends(grid), self._spans(grid), self.stage or 1
         begins = [0, *(end + 1 for end in ends)]
         jumps: list[Jump] = []
@@ -58,18 +71,16 @@ class ShortFT:
         first = 0 if stage == 1 else next(n for n, jump in enumerate(jumps) if jump.start == grid[ends[stage - 1]])
         first = max(first, len(jumps) - (self.depth or len(jumps)))
         live = tuple(replace(jump, grad=Grad.FULL) for jump in jumps[first:])
-        adapters = self._adapters(grid, ends)
-        return Plan(tuple(jumps[:first]), (live,), adapters=adapters, trained=tuple(adapters)[0 if self.shared else stage - 1 :])
+        return Plan(tuple(jumps[:first]), (live,))
 
     def _ends(self, grid: Grid) -> list[int]:
         """The last call of every segment, counted from 0."""
-        steps = len(grid) - 1
         if self.levels is None:
-            within("k", self.k, 1, steps)
-            return [i * steps // self.k - 1 for i in range(1, self.k + 1)]
+            return _equal(grid, self.k)
         ends = [_call(grid, level, "levels") for level in self.levels]
-        if ends != sorted(set(ends)) or ends[-1] != steps - 1:
-            raise UserError(f"levels are {list(self.levels)}, but must fall and end with the last call's, {grid[-2]}")
+        if ends != sorted(set(ends)) or ends[-1] != len(grid) - 2:
+            levels = ", ".join(f"{level:g}" for level in self.levels)
+            raise UserError(f"levels are {levels}, but must fall and end with the last call's, {grid[-2]:g}")
         return ends
 
     def _spans(self, grid: Grid) -> dict[float, float]:
@@ -78,29 +89,31 @@ class ShortFT:
         runs = [(grid[a + 1], grid[b]) for a, b in itertools.pairwise(ends) if b > a + 1]
         if self.shortcuts is None:
             return dict(runs)
-        for start, stop in self.shortcuts:
-            _call(grid, start, "shortcuts"), _call(grid, stop, "shortcuts")
+        spans = [(grid[_call(grid, a, "shortcuts")], grid[_call(grid, b, "shortcuts")]) for a, b in self.shortcuts]
+        for start, stop in spans:
             if not any(high >= start > stop >= low for high, low in runs):
-                free = ", ".join(f"{high} to {low}" for high, low in runs)
-                raise UserError(f"the shortcut {start} to {stop} must fall, and stay within the calls without adapters ({free})")
-        for (_, stop), (start, _) in itertools.pairwise(sorted(self.shortcuts, reverse=True)):
-            if start > stop:
-                raise UserError(f"the shortcuts {[list(pair) for pair in self.shortcuts]} must not overlap")
-        return dict(self.shortcuts)
+                free = ", ".join(f"{high:g} to {low:g}" for high, low in runs)
+                raise UserError(
+                    f"the shortcut {start:g} to {stop:g} must fall, and stay within the calls without adapters ({free})"
+                )
+        for (above, end), (start, stop) in itertools.pairwise(sorted(spans, reverse=True)):
+            if start > end:
+                raise UserError(f"the shortcuts {above:g} to {end:g} and {start:g} to {stop:g} must not overlap")
+        return dict(spans)
 
-    def _adapters(self, grid: Grid, ends: list[int]) -> dict[str, Levels]:
-        """Every adapter by name, with the spans of its calls."""
-        calls: list[tuple[float, float | None]] = [(grid[ends[0] + 1], None), *((grid[e + 1], grid[e]) for e in ends[1:])]
-        if self.shared:
-            return {"shared": tuple(calls)}
-        return {f"lora{i + 1}": tuple(calls[i:]) for i in range(self.k)}
+
+def _equal(grid: Grid, k: int) -> list[int]:
+    """The last calls of `k` segments of equal length, counted from 0."""
+    steps = len(grid) - 1
+    return [i * steps // k - 1 for i in range(1, k + 1)]
 
 
 def _call(grid: Grid, level: float, name: str) -> int:
     """The call that starts at this level. Raises UserError with the nearest one when there is none."""
     if level not in grid[:-1]:
         nearest = min(grid[:-1], key=lambda known: abs(known - level))
-        raise UserError(f"{name} has {level}, but no call of this {len(grid) - 1}-step grid starts there; the nearest is {nearest}")
+        known = f"no call of this {len(grid) - 1}-step grid starts there; the nearest is {nearest:g}"
+        raise UserError(f"{name} has {level:g}, but {known}")
     return list(grid).index(level)
 
 

@@ -6,15 +6,14 @@ Nothing here imports torch, so that listing the names is instant; a class is imp
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainrule.errors import UserError, unknown
+from chainrule.named import from_file, is_place
 
 if TYPE_CHECKING:
     from chainrule.rewards.base import Reward
@@ -109,7 +108,7 @@ def parse(text: str, source: str | None = None) -> Reward:
 
 def _named(body: str, otherwise: dict[str, str]) -> Reward:
     head, colon, tail = body.partition(":")
-    if body.partition(".py:")[1] or body.endswith(".py"):
+    if is_place(body):
         return _from_file(body)
     if head not in REGISTRY:
         raise unknown("reward", head, REGISTRY)
@@ -169,23 +168,5 @@ def _from_file(body: str) -> Reward:
     """The reward `name` of `path/to/file.py:name`: a function of (images, prompts), or a Reward."""
     from chainrule.rewards.base import reward_of
 
-    path, _, name = body.rpartition(":") if not body.endswith(".py") else (body, "", "")
-    if not name:
-        raise UserError(f"say which function of {path!r} is the reward: {path}:function")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"no reward file {path!r}")
-    spec = importlib.util.spec_from_file_location(f"chainrule_user_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"reward file {path!r} failed to run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise unknown(f"function of {path}", name, public)
-    found = getattr(module, name)
+    found = from_file(body, "reward", "function")
     return reward_of(found() if isinstance(found, type) else found, name=body)
