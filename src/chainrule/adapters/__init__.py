@@ -2,7 +2,7 @@
 
 from chainrule.adapters.bands import Active, Band
 from chainrule.adapters.files import Weights, mix, parts, save_bands
-from chainrule.adapters.lora import Adapter, inject, load
+from chainrule.adapters.lora import Adapter, inject, lease, load
 from chainrule.adapters.select import recompute, selected
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Band",
     "Weights",
     "inject",
+    "lease",
     "load",
     "mix",
     "parts",

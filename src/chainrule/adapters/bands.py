@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chainrule.adapters.lora import Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +20,10 @@ class Band:
 
     scale: float = 1.0
     spans: tuple[tuple[float, float | None], ...] | None = None
+    lease: Lease | None = field(default=None, compare=False, repr=False)  # keeps a loaded adapter in its network
 
     def at(self, level: float) -> float:
+        """The scale at a level; 0 where the adapter is off."""
         on = self.spans is None or any(low < level and (high is None or level <= high) for low, high in self.spans)
         return self.scale if on else 0.0
 
@@ -29,4 +35,5 @@ class Active:
     bands: Mapping[str, Band] = field(default_factory=dict)
 
     def at(self, level: float) -> dict[str, float]:
+        """The adapters that are on at a level, and their scales."""
         return {name: scale for name, band in self.bands.items() if (scale := band.at(level))}

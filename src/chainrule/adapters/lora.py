@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -12,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from chainrule.adapters.files import Weights, read
-from chainrule.adapters.select import forget, layers_of
+from chainrule.adapters.select import forget, layers_of, remember, unchanged, when_unused
 from chainrule.errors import UserError
 
 # Cross- and self-attention and the feed-forward layers, as DRaFT (arXiv:2309.17400, A.1) trains them, by the names they have in
@@ -32,20 +34,26 @@ class Adapter:
     part: str = "unet"
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its matrices, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank), in the network's order."""
         return {
-            key.replace(f".{self.name}.", "."): value
-            for key, value in self.network.named_parameters()
-            if f".{self.name}." in key and "lora_" in key
+            f"{layer}.{matrix}.weight": getattr(module, matrix)[self.name].weight
+            for layer, module in self.network.named_modules()
+            if isinstance(module, BaseTunerLayer)
+            for matrix in ("lora_A", "lora_B")
+            if self.name in getattr(module, matrix)
         }
 
     def parameters(self) -> list[nn.Parameter]:
+        """Its matrices, in the order of `named_parameters`."""
         return list(self.named_parameters().values())
 
     @property
     def config(self) -> LoraConfig:
+        """peft's own: rank, alpha, target layers."""
         return self.network.peft_config[self.name]  # type: ignore[no-any-return, index, union-attr]
 
     def weights(self) -> Weights:
+        """A copy of its matrices."""
         tensors = {key: value.detach().clone() for key, value in self.named_parameters().items()}
         return Weights(tensors, float(self.config.lora_alpha), self.part)
 
@@ -54,7 +62,8 @@ class Adapter:
         return self.weights().save(folder)
 
     def remove(self) -> None:
-        remove(self)
+        """Take it out of the network. After the last one the network holds its original modules, bit for bit."""
+        remove(self.network, self.name)
 
 
 def every_layer(network: nn.Module) -> tuple[str, ...]:
@@ -81,8 +90,14 @@ def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None 
         raise UserError(f"rank is {rank}, but must be at least 1")
     if name in getattr(network, "peft_config", {}):
         raise UserError(f"an adapter named {name!r} is already there; remove it first or choose another name")
+    with unchanged(network):
+        return _inject(network, name, rank, alpha or rank, seed, targets, part)
+
+
+def _inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, targets: tuple[str, ...], part: str) -> Adapter:
     kept = {id(weight): weight.requires_grad for weight in network.parameters()}
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights="gaussian")
+    on = {id(layer): layer._active_adapter for layer in layers_of(network)}
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are wanted
         torch.manual_seed(seed)
@@ -93,7 +108,7 @@ def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None 
     forget(network)
     adapter = Adapter(name, network, part)
     for layer in layers_of(network):
-        layer._active_adapter = []
+        layer._active_adapter = on.get(id(layer), [])
     for weight in network.parameters():  # peft freezes whatever else is there
         weight.requires_grad_(kept.get(id(weight), False))
     for weight in adapter.parameters():
@@ -102,22 +117,37 @@ def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None 
     return adapter
 
 
-def remove(adapter: Adapter) -> None:
-    """Take the adapter out. After the last one the network holds its original modules, bit for bit."""
-    network = adapter.network
+def remove(network: nn.Module, name: str) -> None:
+    """Take an adapter out. After the last one the network holds its original modules, bit for bit."""
     config: dict[str, LoraConfig] = network.peft_config  # type: ignore[assignment]  # peft adds the attribute
-    for layer in layers_of(network):
-        layer.delete_adapter(adapter.name)
-        layer._active_adapter = []
-    del config[adapter.name]
-    if config:
-        return
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                setattr(parent, name, child.get_base_layer())
-    del network.peft_config
-    forget(network)
+    with unchanged(network):
+        for layer in layers_of(network):
+            layer._active_adapter = [other for other in layer._active_adapter if other != name]  # else peft turns another one on
+            layer.delete_adapter(name)
+        del config[name]
+        if config:
+            return
+        for parent in list(network.modules()):
+            for child_name, child in list(parent.named_children()):
+                if isinstance(child, BaseTunerLayer):
+                    setattr(parent, child_name, child.get_base_layer())
+        del network.peft_config
+        forget(network)
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Lease:
+    """A loaded adapter that goes out of its network when nothing holds this object any more."""
+
+    adapter: Adapter
+
+
+def lease(network: nn.Module, name: str, source: str | Path | Weights) -> Lease:
+    """`load`, for as long as something holds what this returns: the `Band` that switches the adapter on, say."""
+    held = Lease(load(network, name, source))
+    remember(network, name, held)
+    finalize(held, when_unused, network, partial(remove, network, name)).atexit = False
+    return held
 
 
 def load(network: nn.Module, name: str, source: str | Path | Weights) -> Adapter:

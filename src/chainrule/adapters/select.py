@@ -10,43 +10,96 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-_LAYERS: WeakKeyDictionary[nn.Module, list[BaseTunerLayer]] = WeakKeyDictionary()
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of a network: its adapted layers, who holds which adapter, and who relies on them being there."""
+
+    layers: list[BaseTunerLayer] | None = None
+    leases: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary)
+    blocks: int = 0
+    waiting: list[Callable[[], None]] = field(default_factory=list)
+
+
+_NETWORKS: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 _ACTIVE: ContextVar[tuple[nn.Module, Mapping[str, float]] | None] = ContextVar("_ACTIVE", default=None)
+_LOCK = RLock()  # garbage is collected in whatever thread is running
+
+
+def _known(network: nn.Module) -> _Known:
+    with _LOCK:
+        return _NETWORKS.setdefault(network, _Known())
 
 
 def layers_of(network: nn.Module) -> list[BaseTunerLayer]:
-    if network not in _LAYERS:
-        _LAYERS[network] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
-    return _LAYERS[network]
+    """The layers of a network that have adapters."""
+    known = _known(network)
+    if known.layers is None:
+        known.layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    return known.layers
+
+
+@contextlib.contextmanager
+def unchanged(network: nn.Module) -> Iterator[None]:
+    """Within the block `when_unused` waits, so that no adapter goes while the network or its layers are walked through."""
+    known = _known(network)
+    with _LOCK:
+        known.blocks += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            known.blocks -= 1
+            while known.waiting and not known.blocks:
+                known.waiting.pop(0)()
+
+
+def when_unused(network: nn.Module, action: Callable[[], None]) -> None:
+    """Do this now, or when the last block that uses the network has ended: safe in a finalizer, which may run anywhere."""
+    known = _known(network)
+    with _LOCK:
+        if known.blocks:
+            known.waiting.append(action)
+        else:
+            action()
+
+
+def remember(network: nn.Module, name: str, lease: object) -> None:
+    """What holds an adapter in the network, so that a graph that will be made again can hold it too."""
+    _known(network).leases[name] = lease
 
 
 @contextlib.contextmanager
 def selected(network: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
     """Within the block the network answers with exactly these adapters on, at these scales.
 
-    Nests; safe inside a sampling chain and inside recomputation; never touches `requires_grad`.
+    Nests; safe inside a sampling chain and inside recomputation; never touches `requires_grad`. An adapter that is taken
+    out within the block stays out.
     """
-    names, layers = [name for name, weight in weights.items() if weight], layers_of(network)
-    before = [(layer._active_adapter, dict(layer.scaling)) for layer in layers]
-    token = _ACTIVE.set((network, weights))
-    try:
-        for layer in layers:
-            layer._active_adapter = [name for name in names if name in layer.scaling]
-            for name in layer._active_adapter:
-                layer.scaling[name] = layer.lora_alpha[name] / layer.r[name] * weights[name]
-        yield
-    finally:
-        _ACTIVE.reset(token)
-        for layer, (active, scaling) in zip(layers, before, strict=True):
-            layer._active_adapter = active
-            layer.scaling.update(scaling)
+    with unchanged(network):
+        names, layers = [name for name, weight in weights.items() if weight], layers_of(network)
+        before = [(layer._active_adapter, dict(layer.scaling)) for layer in layers]
+        token = _ACTIVE.set((network, weights))
+        try:
+            for layer in layers:
+                layer._active_adapter = [name for name in names if name in layer.scaling]
+                for name in layer._active_adapter:
+                    layer.scaling[name] = layer.lora_alpha[name] / layer.r[name] * weights[name]
+            yield
+        finally:
+            _ACTIVE.reset(token)
+            for layer, (active, scaling) in zip(layers, before, strict=True):
+                layer._active_adapter = [name for name in active if name in layer.scaling]
+                layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
 
 
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -56,11 +109,23 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with whatever adapters are on by then, and raise nothing.
     """
     seen = _ACTIVE.get()
-    again = selected(*seen) if seen else contextlib.nullcontext()
+    again = _again(*seen, _leases(*seen)) if seen else contextlib.nullcontext()
     twice = lambda: (contextlib.nullcontext(), again)
     return checkpoint(function, *args, use_reentrant=False, context_fn=twice, **kwargs)
 
 
+def _leases(network: nn.Module, weights: Mapping[str, float]) -> list[object]:
+    leases = _known(network).leases
+    return [leases[name] for name in weights if name in leases]
+
+
+@contextlib.contextmanager
+def _again(network: nn.Module, weights: Mapping[str, float], leases: list[object]) -> Iterator[None]:
+    """`selected`, holding the adapters in the network until then."""
+    with selected(network, weights):
+        yield
+
+
 def forget(network: nn.Module) -> None:
     """Look its layers up again next time: adapters were put in or taken out."""
-    _LAYERS.pop(network, None)
+    _known(network).layers = None

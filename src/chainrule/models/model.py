@@ -194,7 +194,8 @@ class Model:
 
         A name of `chainrule.models.PUBLISHED` (hyper-sd15-4, lcm-sdxl, ...) is downloaded, and sampled as its authors say.
         `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
-        excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model, which stays as it is.
+        excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model, which stays as it is. The adapter
+        is taken out again when nothing is left that can switch it on: no model, member or chain.
         """
         known = published.find(source, self.family)
         pairs = [(source, None)] if isinstance(source, adapters.Weights) else list(adapters.parts(published.local(source)).items())
@@ -209,8 +210,8 @@ class Model:
         active = dict(self.active)
         for each, own in pairs:
             name = self.free("loaded")
-            adapters.load(self.network, name, loras.read(each, self.family) if isinstance(each, Path) else each)
-            active[name] = Band(scale * (known.scale if known else 1.0), own or spans)
+            lease = adapters.lease(self.network, name, loras.read(each, self.family) if isinstance(each, Path) else each)
+            active[name] = Band(scale * (known.scale if known else 1.0), own or spans, lease)
         model = replace(self, active=active, under=(*self.under, str(source)))
         if not known:
             return model

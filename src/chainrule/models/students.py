@@ -140,8 +140,8 @@ def load(model: Model, source: str | Path | None) -> Member:
     member, file = model.bare(guidance), _lora_in(path)
     if file:
         name = model.free("student")
-        adapters.load(model.network, name, loras.read(file, model.family))
-        return replace(member, active=adapters.Active({name: adapters.Band(known.scale if known else 1.0)}))
+        lease = adapters.lease(model.network, name, loras.read(file, model.family))
+        return replace(member, active=adapters.Active({name: adapters.Band(known.scale if known else 1.0, lease=lease)}))
     network = _loaded(model, _network(path))
     network.requires_grad_(False).eval().to(model.device)
     denoiser: Any = replace(member.denoiser, network=network)  # type: ignore[type-var]
