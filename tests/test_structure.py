@@ -50,9 +50,11 @@ MAY_IMPORT = {
     "steer": "errors size plan runs settings noise half solve adapters rewards denoise chain models report session",
     "doctor": "errors meters methods rewards chain models",
     "distill": "errors plan runs settings noise half adapters denoise models prompts learner session analyze",
+    "experiments": "errors estimate plan runs loop settings methods meters rewards chain models prompts report evaluate finetune "
+    "steer",
     "arguments": "errors named settings methods prompts",
     "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer doctor distill evaluate "
-    "analyze arguments",
+    "analyze experiments arguments",
 }
 WITHOUT_TORCH = (
     "errors",

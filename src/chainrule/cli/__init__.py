@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from chainrule.cli import looking, steering, training, using
+from chainrule.cli import experimenting, looking, steering, training, using
 from chainrule.cli.app import app
 from chainrule.errors import UserError
 
@@ -19,7 +19,7 @@ for name, command in {
     "train": training.train, "steer": steering.steer, "sample": using.sample, "eval": using.evaluate,
     "distill": training.distill, "mix": using.mix,
     "report": using.report, "plan": looking.plan, "methods": looking.methods, "rewards": looking.rewards,
-    "models": looking.models, "doctor": looking.doctor,
+    "models": looking.models, "doctor": looking.doctor, "experiment": experimenting.experiment,
 }.items():  # fmt: skip
     app.command(name)(command)  # type: ignore[type-var]
 app.add_typer(looking.analyses, name="analyze")

@@ -1,0 +1,77 @@
+"""The command `experiment`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chainrule.arguments import at_least_one, counted
+from chainrule.errors import UserError
+
+
+def results_folder() -> Path:
+    """Where results lie unless said otherwise: the same folder from everywhere."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "chainrule" / "experiments"
+
+
+def experiment(
+    table: Annotated[
+        list[str] | None, typer.Argument(help="Tables of the package by name, or files of your own (.yaml). Without: list them.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of one thread.")] = 1,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the results. [default: ~/.local/share/chainrule/experiments]", show_default=False)
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="Write a markdown page of what is there to this file; run nothing.")] = None,
+    list_runs: Annotated[
+        bool, typer.Option("--list", help="List the tables' runs and where their results are; run nothing.")
+    ] = False,
+) -> None:
+    """Run the rows of a table that have no result yet, and show the table.
+
+    A result is a run folder named after a hash of all that decides its numbers and of the packages' versions: another rate is
+    another folder, and what is done is not run again. Ctrl-C keeps what is there; the same command goes on.
+    """
+    from chainrule.experiments import page
+    from chainrule.experiments import table as tables
+
+    at_least_one(jobs=jobs)
+    place = (root or results_folder()).expanduser().absolute()
+    if not table:
+        typer.echo(page.overview({name: tables.read(name) for name in tables.names()}, place))
+        typer.echo(f"results: {place}")
+        return
+    chosen = [tables.read(name) for name in table]
+    shown = [page.Results(each, place) for each in chosen]
+    if list_runs:
+        for unit in (unit for results in shown for row in results.runs.values() for unit in row):
+            typer.echo(f"{'done   ' if unit.done(place) else 'not run'}  {unit.table}: {unit.title}  {unit.folder(place)}")
+        return
+    if write:
+        _write(write, page.page(chosen, place, write))
+        return
+    from chainrule.experiments.runner import run
+
+    outcome = run(chosen, place, jobs)
+    for each in chosen:
+        typer.echo(page.section(page.Results(each, place)))
+    if outcome.interrupted:
+        typer.echo(f"stopped; {counted(len(outcome.made), 'run')} done, the same command goes on. Results: {place}", err=True)
+        raise typer.Exit(130)
+    if outcome.failed:
+        for title, reason in outcome.failed.items():
+            typer.echo(f"{title}: {' '.join(reason.split())}", err=True)
+        raise UserError(f"{counted(len(outcome.failed), 'run')} failed")
+    typer.echo(f"results: {place}")
+
+
+def _write(place: Path, text: str) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
+    typer.echo(f"page: {place}")

@@ -1,0 +1,1 @@
+"""Experiments as data: tables of rows to run with published values beside them, one runner, one page."""
