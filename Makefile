@@ -38,17 +38,20 @@ sizes: $(VENV)/stamp ## memory at the published sizes, counted where there is no
 	$(BIN)/python -m benchmarks.sizes
 	$(BIN)/python -m benchmarks.sizes --write
 
-experiments: $(VENV)/stamp ## the comparisons in docs/log.md; resumable, about an hour on two cores
-	$(BIN)/python benchmarks/experiments.py
+experiments: $(VENV)/stamp ## the methods compared; resumable, about an hour on two cores; writes docs/experiments.md
+	$(BIN)/chainrule experiment methods --jobs 2
+	$(BIN)/chainrule experiment methods --write docs/experiments.md
 
 weights: $(VENV)/stamp ## train the bundled models again
 	$(BIN)/python -m chainrule.tiny all --out build
 	$(BIN)/chainrule distill tiny-emoji --updates 1000 --lr 4e-3 --teacher-steps 12 --starts 16 --out build/student --resume
 	mkdir -p src/chainrule/tiny/weights/student && cp build/student/adapter/* src/chainrule/tiny/weights/student/
 
-papers: $(VENV)/stamp ## the papers' tables in miniature; resumable, about three hours on two cores
-	$(BIN)/python benchmarks/papers.py
-	$(BIN)/python benchmarks/steering.py
+PAPERS := shortft-pickscore shortft-hpsv2 shortft-symmetry shortft-student shortft-rates sdo-1 sdo-2 sdo-3-pixel sdo-3-latent sdo-4 sdo-5
+
+papers: $(VENV)/stamp ## the papers' tables in miniature; resumable, about three hours on two cores; writes docs/papers.md
+	$(BIN)/chainrule experiment $(PAPERS) --jobs 2
+	$(BIN)/chainrule experiment $(PAPERS) --write docs/papers.md
 
 clean:
 	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache

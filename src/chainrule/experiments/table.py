@@ -1,6 +1,6 @@
 """What a table file says: rows to run, the numbers that are shown of them, and published values beside them.
 
-The package's own tables are YAML files in `tables/`; one's own is a file of the same form, see docs/experiments-format.md.
+The package's own tables are YAML files in `tables/`; one's own is a file of the same form, see docs/tables.md.
 """
 
 from __future__ import annotations
