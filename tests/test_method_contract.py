@@ -52,6 +52,11 @@ def test_a_plan_starts_where_the_chain_starts_calls_at_its_levels_and_teaches_so
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_same_random_state_draws_the_same_plan(method: Method, grid: Grid) -> None:
+    assert [method.plan(grid, Random(7)) for _ in range(2)] == [method.plan(list(grid), Random(7))] * 2
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_members_a_method_names_are_those_its_plans_jump_by(method: Method, grid: Grid) -> None:
     seen = []
     for stage in stages(method):

@@ -133,14 +133,6 @@ def test_sdo_with_samples_opens_the_input_of_the_first_call_only():
     assert len(seen) == 120  # 10 choose 3: every set of three calls
 
 
-ALL = [DRaFT(), DRaFT(3), DRaFTLV(), ReFL(m=4), ReFL(m=4, guided=False), AlignProp(), DRTune(k=3, m=2), SDO(), SDO(2)]
-
-
-@pytest.mark.parametrize("method", ALL, ids=str)
-def test_the_same_random_state_draws_the_same_plan(method):
-    assert [method.plan(TEN, Random(7)) for _ in range(2)] == [method.plan(list(TEN), Random(7))] * 2
-
-
 @pytest.mark.parametrize(
     ("made", "value"),
     [
@@ -234,11 +226,3 @@ def test_a_forecast_is_what_one_counts_by_hand(method, recompute, cost):
 def test_a_plan_that_cannot_be_walked_is_refused(trunk, branches, message):
     with pytest.raises(ValueError, match=message):
         Plan(trunk, branches)
-
-
-@pytest.mark.parametrize(
-    "method", [DRaFT(), DRaFT(3), DRaFTLV(1, True), ReFL(5, guided=False), AlignProp(True), DRTune(2, 3), SDO(4)], ids=str
-)
-def test_a_method_is_spelled_so_that_make_gives_it_back(method):
-    said = methods.spelled(method)
-    assert methods.make(said.pop("name"), said) == method

@@ -74,8 +74,8 @@ def _yaml(path: Path) -> dict[str, Any]:
 def method_of(chosen: Any, pairs: Sequence[str] | None) -> methods.Method:
     """The method by name, by file, or by {"name": ..., option: ...}, with options written as "k=5"."""
     given = {"name": "draft-lv"} | chosen if isinstance(chosen, dict) else chosen
-    name, options = named.parts(given, "method")
-    return methods.make(name, options | named.pairs(pairs or (), "method option"))
+    name, options = named.name_and_options(given, "method")
+    return methods.make(name, options | named.options_of(pairs or (), "method option"))
 
 
 def said(sources: Iterable[str]) -> list[str]:

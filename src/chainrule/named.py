@@ -83,7 +83,7 @@ class Catalog(Generic[T]):
 
     def read(self, given: object) -> T:
         """A value from its name, or from its name with options, `{name: ..., option: ...}`. Raises UserError for anything else."""
-        return self.make(*parts(given, self.what))
+        return self.make(*name_and_options(given, self.what))
 
     def make(self, name: str, options: Mapping[str, Any] | None = None) -> T:
         """A value by the name of its class, or by `path/to/file.py:Class`, with its fields as options.
@@ -153,7 +153,7 @@ class Catalog(Generic[T]):
             raise UserError(f"{where} is a {type(value).__name__}, which cannot be written down; give a name or numbers") from error
 
 
-def parts(given: object, what: str) -> tuple[str, dict[str, Any]]:
+def name_and_options(given: object, what: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of a name, or of `{name: ..., option: ...}`. Raises UserError for anything else."""
     if isinstance(given, str):
         return given, {}
@@ -162,10 +162,10 @@ def parts(given: object, what: str) -> tuple[str, dict[str, Any]]:
     raise UserError(f"{what} is {given!r}, but must be a name, or a name with options")
 
 
-def pairs(given: Sequence[str], what: str) -> dict[str, Any]:
+def options_of(pairs: Sequence[str], what: str) -> dict[str, Any]:
     """Options as the command line has them, "k=5", with their values read as YAML. Raises UserError for one without a = in it."""
     found: dict[str, Any] = {}
-    for pair in given:
+    for pair in pairs:
         key, sign, value = pair.partition("=")
         try:
             found[key.strip()] = yaml.safe_load(value)

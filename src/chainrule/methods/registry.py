@@ -10,7 +10,7 @@ from chainrule.errors import UserError, unknown
 from chainrule.methods.method import Method
 from chainrule.methods.plain import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.methods.shortft import ShortFT
-from chainrule.named import Catalog, is_place, parts
+from chainrule.named import Catalog, is_place, name_and_options
 
 REGISTRY: dict[str, type[Any]] = {
     "draft": DRaFT,
@@ -36,7 +36,7 @@ def spelled(method: Method) -> dict[str, Any]:
 
 def read(given: object) -> Method:
     """A method from its name, or from its name with options, `{"name": "draft", "k": 5}`. Raises UserError for anything else."""
-    return make(*parts(given, "method"))
+    return make(*name_and_options(given, "method"))
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
