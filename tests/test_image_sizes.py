@@ -93,9 +93,7 @@ def test_a_picture_is_cropped_around_its_middle_and_resized() -> None:
 
 def test_training_and_steering_and_the_doctor_on_images_higher_than_wide(tmp_path: Path) -> None:
     model = cr.load(make_pipeline(dtype=torch.float32), size=SIZE)
-    run = cr.finetune(
-        model, DRaFTLV(), dark, ["a fox", "two bees"], out=tmp_path / "run", steps=1, batch=2, sample_steps=2, rank=2
-    )
+    run = cr.finetune(model, DRaFTLV(), dark, ["a fox", "two bees"], out=tmp_path / "run", steps=1, batch=2, sample_steps=2, rank=2)
     assert run.config["size"] == "24x16"
     assert cr.report(run.folder).is_file()
     found = cr.steer(model, ["a fox"], reward=dark, images=[Image.new("RGB", (30, 30), "teal")], updates=2, steps=2, guidance=1.0)

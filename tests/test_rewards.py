@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,6 +123,16 @@ def test_weights_are_frozen_shared_and_left_alone(models: Path, name: str) -> No
         assert network is again
         assert not network.training
         assert all(p.dtype == torch.float32 and not p.requires_grad and p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", [*LEARNED, "style", "perceptual"])
+def test_networks_go_when_they_are_released_and_come_back_when_they_are_needed(models: Path, name: str) -> None:
+    reward, images = ALL[name](models), random_images(SIZE, SIZE, 2)
+    expected = reward(images, PROMPTS[:2])
+    gone = [weakref.ref(network) for network in _networks(models, name)] if name in LEARNED else []
+    rewards.release()
+    assert not [network for network in gone if network() is not None]
+    assert torch.equal(reward(images, PROMPTS[:2]), expected)
 
 
 def test_rewards_that_look_with_one_clip_load_it_once(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

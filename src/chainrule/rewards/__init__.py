@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from chainrule.rewards.diversity import Diversity, Dropout
     from chainrule.rewards.imagereward import ImageReward
     from chainrule.rewards.likeness import LPIPS, Identity
+    from chainrule.rewards.loaded import release
     from chainrule.rewards.place import On
     from chainrule.rewards.reference import Directional, Perceptual, Style, perceptual
     from chainrule.rewards.safety import Concepts, Safe
@@ -70,6 +71,7 @@ __all__ = [
     "parse",
     "perceptual",
     "probe",
+    "release",
     "reward_of",
 ]
 
@@ -83,6 +85,7 @@ _ROOMS = {
     "diversity": ("Diversity", "Dropout"),
     "imagereward": ("ImageReward",),
     "likeness": ("LPIPS", "Identity"),
+    "loaded": ("release",),
     "place": ("On",),
     "safety": ("Concepts", "Safe"),
     "siglip": ("SigLIP",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, full_name, normalize, resize_shortest
+from chainrule.rewards.loaded import kept
 from chainrule.rewards.scorers import aesthetic_head
 from chainrule.rewards.weights import beside, depth, fetch, fill, heads, read_state, tokenizer_of
 
@@ -95,7 +95,7 @@ def load_imagereward(source: str, device: torch.device | str = "cpu") -> Blip:
     return _load(check_source(source, "imagereward", needs=()), full_name(device))
 
 
-@lru_cache(maxsize=4)
+@kept
 def _load(source: str, device: str) -> Blip:
     path = fetch(source)
     state = read_state(path)

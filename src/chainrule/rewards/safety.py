@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.classifier import load_classifier
 from chainrule.rewards.clip import check_source, full_name, normalize, resize_and_crop
+from chainrule.rewards.loaded import kept
 from chainrule.rewards.weights import fetch, fill, first_line, read_state
 
 NSFW = "Falconsai/nsfw_image_detection"
@@ -100,7 +100,7 @@ def load_checker(source: str, device: torch.device | str = "cpu") -> Checker:
     return _load(check_source(source, "safety-checker"), full_name(device))
 
 
-@lru_cache(maxsize=2)
+@kept
 def _load(source: str, device: str) -> Checker:
     from transformers import CLIPConfig, CLIPVisionModel
 
