@@ -54,11 +54,11 @@ def table(tmp_path):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A root where the table was run once."""
+    """A root where two tables were run once, by two processes."""
     root = tmp_path_factory.mktemp("experiments")
-    place = root / "mine.yaml"
-    place.write_text(TRAINED)
-    outcome = runner.run([read(place)], root)
+    for name, text in (("mine", TRAINED), ("steered", STEERED)):
+        (root / f"{name}.yaml").write_text(text)
+    outcome = runner.run([read(root / "mine.yaml"), read(root / "steered.yaml")], root, jobs=2)
     return root, outcome
 
 
@@ -69,7 +69,7 @@ def only(units_of, label):
 
 def test_a_run_leaves_a_run_folder_named_after_its_key(done):
     root, outcome = done
-    assert outcome.made == ["base", "DRaFT-1, seed 0"] and not outcome.failed and not outcome.interrupted
+    assert sorted(outcome.made) == ["DRaFT-1, seed 0", "SDO, seed 0", "base"] and not outcome.failed and not outcome.interrupted
     unit = only(units(read(root / "mine.yaml")), "DRaFT-1")
     folder = root / f"draft-1-0-{unit.key}"
     there = {path.name for path in folder.iterdir()}
@@ -142,7 +142,7 @@ def test_a_file_is_in_the_key_by_what_it_holds_and_not_by_where_it_lies(table, t
 
 
 def test_a_run_cut_in_the_middle_is_taken_up_and_ends_where_an_uncut_one_does(table, tmp_path, monkeypatch):
-    mine = table(**{"updates: 1": "updates: 2"})
+    mine = table(**{"updates: 1": "updates: 2", "  base: {task: evaluate}\n": "", ", over: base": ""})
     tuned = only(units(mine), "DRaFT-1")
     monkeypatch.setattr(tasks, "SAVE_EVERY", 1)
     assert tasks.work(tuned, tmp_path / "whole")
@@ -157,7 +157,7 @@ def test_a_run_cut_in_the_middle_is_taken_up_and_ends_where_an_uncut_one_does(ta
 
     monkeypatch.setattr(tasks, "finetune", interrupted)
     outcome = runner.run([mine], tmp_path / "cut")
-    assert outcome.interrupted and outcome.made == ["base"] and cut == [1]
+    assert outcome.interrupted and outcome.made == [] and cut == [1]
     monkeypatch.setattr(tasks, "finetune", real)
     assert runner.run([mine], tmp_path / "cut").made == ["DRaFT-1, seed 0"]
     whole, resumed = (tuned.folder(tmp_path / name) for name in ("whole", "cut"))
@@ -165,15 +165,15 @@ def test_a_run_cut_in_the_middle_is_taken_up_and_ends_where_an_uncut_one_does(ta
     assert len((resumed / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_steered_row_is_measured_before_and_after(table, tmp_path):
-    mine = table(STEERED)
-    assert runner.run([mine], tmp_path).made == ["SDO, seed 0"]
-    folder = units(mine)[0].folder(tmp_path)
+def test_a_steered_row_is_measured_before_and_after(done):
+    root, _ = done
+    steered_table = read(root / "steered.yaml")
+    folder = units(steered_table)[0].folder(root)
     before, after = json.loads((folder / "evaluation.json").read_text())["rows"]
     steered = json.loads((folder / "steered.json").read_text())
     assert after["metrics"]["symmetry"]["mean"] == pytest.approx(steered["rewards"][0], abs=2e-3)  # the picture has 8 bits
     assert before["metrics"]["symmetry"]["mean"] == pytest.approx(steered["rewards_before"][0], abs=2e-3)
-    assert f"{after['metrics']['moved']['mean']:.3f}" in page.page([mine], tmp_path, "mine.md")
+    assert f"{after['metrics']['moved']['mean']:.3f}" in page.page([steered_table], root, "mine.md")
 
 
 def test_a_row_that_fails_is_reported_and_the_others_go_on(table, tmp_path, monkeypatch):

@@ -93,9 +93,12 @@ def _train(unit: Unit, folder: Path) -> Table | None:
     settings = {"sample_every": 0, "save_every": SAVE_EVERY, **own["settings"]}
     watch = read_prompts(unit.measure["prompts"])[:1]
     run = finetune(model, method, parse(own["reward"], source), own["prompts"], out=folder, resume=resume, watch=watch, **settings)
-    if (folder / "stopped.txt").read_text().startswith("interrupted"):
-        return None
-    return _evaluated(unit, model.using(run.folder), source)
+    return None if _interrupted(folder) else _evaluated(unit, model.using(run.folder), source)
+
+
+def _interrupted(folder: Path) -> bool:
+    said = folder / "stopped.txt"
+    return said.is_file() and said.read_text().startswith("interrupted")
 
 
 def _evaluate(unit: Unit, folder: Path) -> Table:
@@ -110,17 +113,18 @@ def _evaluated(unit: Unit, model: Model, source: str | None) -> Table:
     )  # fmt: skip
 
 
-def _steer(unit: Unit, folder: Path) -> Table:
+def _steer(unit: Unit, folder: Path) -> Table | None:
     """Every part of a row steered, and measured together."""
     began, own = time.process_time(), unit.settings
     model, source = _model(own)
     pairs = []
     for number, part in enumerate(own["parts"], 1):
-        reward = _in_units(model, parse(part["reward"], source), own, part)
-        found = steer(
-            model, part["prompts"], reward, seeds=part["seeds"], images=part.get("images"),
-            out=folder / f"part-{number}" if len(own["parts"]) > 1 else folder, **own["settings"],
-        )  # fmt: skip
+        reward, place = _in_units(model, parse(part["reward"], source), own, part), folder
+        if len(own["parts"]) > 1:
+            place = folder / f"part-{number}"
+        found = steer(model, part["prompts"], reward, seeds=part["seeds"], images=part.get("images"), out=place, **own["settings"])
+        if _interrupted(place):
+            return None
         pair = measures.Pair(measures.tensors(found.before), measures.tensors(found.images), found.prompts)
         with torch.no_grad():
             counts = (
