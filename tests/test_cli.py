@@ -37,7 +37,7 @@ def rows() -> list[dict[str, object]]:
 
 def test_train_leaves_a_whole_run_and_resume_goes_on(trained, sd_folder, chainrule):
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    given = {"model": str(sd_folder), "method": {"name": "sdo"}, "reward": "symmetry", "prompts": "prompts.txt", "steps": 2,
+    given = {"model": str(sd_folder), "method": {"name": "sdo"}, "reward": "symmetry", "prompts": "prompts.txt", "updates": 2,
              "batch": 2, "sample_steps": 3, "guidance": 2.0, "lr": 0.05, "rank": 2}  # fmt: skip
     assert config == config | given
     assert [row["step"] for row in rows()] == [1, 2]
@@ -156,7 +156,7 @@ def test_a_config_file_is_overridden_by_the_command_line(sd_folder, chainrule, t
     found = chainrule("train", "config.yaml", "--steps", 1, "--method-option", "n=3")
     assert found.code == 0, found.err
     written = yaml.safe_load(Path("run/config.yaml").read_text())
-    expected = {"steps": 1, "batch": 1, "lr": 1e-3, "method": {"name": "draft-lv", "n": 3}, "held_out": "rotation",
+    expected = {"updates": 1, "batch": 1, "lr": 1e-3, "method": {"name": "draft-lv", "n": 3}, "held_out": "rotation",
                 "reward": "2*symmetry", "prompts": ["a fox", "a cat"], "guidance": 1.5}  # fmt: skip
     assert written == written | expected
     assert Path("run/plan.txt").read_text() == "-[#|^#|^#|^#]\n"
@@ -191,7 +191,7 @@ def test_a_run_on_top_of_an_adapter_is_used_on_top_of_it(trained, sd_folder, cha
     expected = cr.load(str(sd_folder)).using("run").using("above").sample(["a fox", "two bees"], [0, 0], 3, 2.0)
     assert list(Image.open("made/0000.png").getdata()) == list(expected[0].getdata())
     refused = chainrule("train", *(line.replace("--adapter run ", "") + SHORT + " --resume").split())
-    assert refused.code == 2 and "under was" in refused.err
+    assert refused.code == 2 and "adapter was" in refused.err
 
 
 def test_steer_leaves_pictures_a_curve_and_a_report(sd_folder, chainrule, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def test_segments_and_routes():
 
 def distiller(prediction: str, dtype: torch.dtype = torch.float64) -> Distiller:
     net = fresh(prediction, dtype)
-    settings = Distillation.make(SMALL)
+    settings = Distillation(**SMALL)
     adapter = inject(net.network, "student", rank=2, targets=every_layer(net.network))
     torch.manual_seed(0)
     for weight in adapter.parameters():

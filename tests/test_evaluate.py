@@ -11,6 +11,7 @@ import torch
 from conftest import make_pipeline
 
 import chainrule as cr
+from chainrule.config import FinetuneConfig
 from chainrule.estimate import Estimate
 from chainrule.evaluate import Table, diversity, evaluate
 from chainrule.prompts import SETS
@@ -129,7 +130,7 @@ def test_a_prompt_set_may_be_named(models, monkeypatch):
 
 
 def test_the_saved_table_has_the_reports_form_and_the_page_shows_it(table, tmp_path):
-    run = Run.create(tmp_path / "run", {"model": "tiny", "reward": "brightness"})
+    run = Run.create(tmp_path / "run", FinetuneConfig(model="tiny", reward="brightness"))
     saved = json.loads(table.save(run.folder / "evaluation.json").read_text())
     assert saved["prompts"] == PROMPTS
     assert [row["name"] for row in saved["rows"]] == ["base", "tuned"]

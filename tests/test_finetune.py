@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import chainrule as cr
 from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.rewards import reward_of
-from chainrule.settings import Settings
+from chainrule.settings import Finetuning
 from chainrule.trainer import build, processes
 
 PROMPTS = ["a fox", "two bees", "a cat"]
@@ -145,7 +145,7 @@ def test_an_update_does_not_depend_on_accumulation_or_micro_batches(tmp_path):
     found = []
     for options in ({}, {"accumulate": 4}, {"micro_batch": 1}, {"memory": "keep"}):
         net = cr.load(make_pipeline())
-        settings = Settings(**{**SMALL, "batch": 4, **options})
+        settings = Finetuning(**{**SMALL, "batch": 4, **options})
         trainer = build(net, DRaFTLV(), reward_of(gray), PROMPTS, settings, processes(settings, net.device, tmp_path))
         trainer.update()
         found.append(torch.cat([p.detach().flatten() for p in trainer.learner.named_parameters().values()]))

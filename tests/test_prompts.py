@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from chainrule.arguments import said as said_by
+from chainrule.cli.arguments import prompts_of
 from chainrule.errors import UserError
 from chainrule.prompts import DESCRIPTIONS, SETS, is_source, prompts, split
 from chainrule.prompts.source import fill
@@ -346,7 +346,7 @@ def test_a_file_fills_a_template_with_its_lines(tmp_path):
     ],
 )
 def test_a_dataset(source, expected, fake_datasets):
-    assert prompts(source) == said_by([source]) == expected
+    assert prompts(source) == prompts_of([source]) == expected
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_what_is_a_source_and_what_is_a_prompt(benchmark, monkeypatch):
         "so e.g. this",
     )
     assert [text for text in sources + literal if is_source(text)] == list(sources)
-    assert said_by(["fox", "benchmark/photo.json", "animals:test as {}"]) == [
+    assert prompts_of(["fox", "benchmark/photo.json", "animals:test as {}"]) == [
         "fox",
         "a fox, photo",
         "a fox",

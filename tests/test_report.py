@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
 from chainrule.report import before_after, grid, report
 from chainrule.report.charts import intervals, line, smooth, ticks
@@ -85,7 +86,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def full(tmp_path: Path) -> Run:
-    run = Run.create(tmp_path / "pick", CONFIG)
+    run = Run.create(tmp_path / "pick", FinetuneConfig.of(CONFIG))
     for row in rows(40):
         run.log({**row, "terms": {"pickscore": row["reward"], "<b>odd</b>": 1.0}})
     run.write_text("evaluation.json", json.dumps(EVALUATION))

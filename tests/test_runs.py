@@ -12,10 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
 from chainrule.runs import Run
 
-CONFIG: dict[str, Any] = {"method": {"name": "DRaFTLV", "n": 2}, "lr": 4e-5, "steps": 200, "prompts": ["a fox", "été"]}
+VALUES: dict[str, Any] = {"method": {"name": "DRaFTLV", "n": 2}, "lr": 4e-5, "updates": 200, "prompts": ("a fox", "été")}
+
+
+def config(**changes: Any) -> FinetuneConfig:
+    return FinetuneConfig.of(VALUES | changes)
+
+
+CONFIG = config()
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -25,22 +33,24 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 
 def test_config_and_environment_round_trip(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "deep" / "run", {**CONFIG, "seeds": range(2), "size": np.int64(8), "data": Path("a/b")})
+    method = {"name": "mine", "levels": (1.5, 2), "k": np.int64(8), "data": Path("a/b")}
+    run = Run.create(tmp_path / "deep" / "run", config(method=method))
     assert run == Run(tmp_path / "deep" / "run")
-    assert run.config == {**CONFIG, "seeds": [0, 1], "size": 8, "data": "a/b"}
-    assert next(iter(run.config)) == "method"
+    assert run.config == config(method={"name": "mine", "levels": [1.5, 2], "k": 8, "data": "a/b"})
+    assert list(run.config.values())[:2] == ["kind", "model"] and run.config.settings.lr == 4e-5
     assert run.environment["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"platform", "date", "torch", "diffusers", "transformers", "peft", "accelerate"} <= set(run.environment)
 
 
 def test_opening_and_creating_import_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from chainrule.runs import Run; Run.create(sys.argv[1], {}); assert 'torch' not in sys.modules"
+    code = "import sys; from chainrule.config import FinetuneConfig; from chainrule.runs import Run\n"
+    code += "assert Run.create(sys.argv[1], FinetuneConfig()).config == FinetuneConfig(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=True)
 
 
 def test_a_value_that_is_no_text_is_refused_by_key(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        Run.create(tmp_path / "run", {"reward": {"inner": object()}})
+        Run.create(tmp_path / "run", config(method={"name": "mine", "inner": object()}))
     assert "inner: a object cannot be written" in one_line(error)
     assert not (tmp_path / "run").exists()
 
@@ -147,9 +157,9 @@ def test_a_place_the_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pyt
 def test_resume_keeps_the_run_and_takes_the_new_length(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", CONFIG)
     run.log({"step": 1})
-    again = Run.create(tmp_path / "run", {**CONFIG, "steps": 400, "save_every": 5}, resume=True)
+    again = Run.create(tmp_path / "run", config(updates=400, save_every=5), resume=True)
     assert again.metrics() == [{"step": 1}]
-    assert again.config["steps"] == 400
+    assert again.config.settings.updates == 400
     assert len(again.environment["resumed"]) == 1 and "torch" in again.environment["resumed"][0]
     third = Run.create(tmp_path / "run", CONFIG, resume=True)
     assert len(third.environment["resumed"]) == 2
@@ -162,15 +172,15 @@ def test_resume_of_nothing_starts_afresh(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lr": 1e-3, "prompts": []}, ("lr was 4e-05 and is now 0.001",)),
+        ({"lr": 1e-3, "sample_every": 7}, ("lr was 4e-05 and is now 0.001",)),
         ({"method": {"name": "DRaFTLV", "n": 4}}, ("method.n was 2 and is now 4",)),
-        ({"rank": 8}, ("rank was '(not set)' and is now 8",)),
+        ({"method": {"name": "DRaFTLV", "n": 2, "k": 8}}, ("method.k was '(not set)' and is now 8",)),
     ],
 )
 def test_resume_names_the_first_difference(tmp_path: Path, change: dict[str, Any], words: tuple[str, ...]) -> None:
     Run.create(tmp_path / "run", CONFIG)
     with pytest.raises(UserError) as error:
-        Run.create(tmp_path / "run", {**CONFIG, **change}, resume=True)
+        Run.create(tmp_path / "run", config(**change), resume=True)
     assert all(word in one_line(error) for word in words)
     assert Run(tmp_path / "run").config == CONFIG
 
@@ -186,9 +196,9 @@ def test_overwrite_deletes_a_run(tmp_path: Path) -> None:
     run.checkpoint(1).mkdir(parents=True)
     (tmp_path / "precious").mkdir()
     (run.folder / "link").symlink_to(tmp_path / "precious")
-    new = Run.create(tmp_path / "run", {"lr": 1}, overwrite=True)
+    new = Run.create(tmp_path / "run", config(lr=1), overwrite=True)
     assert sorted(path.name for path in new.folder.iterdir()) == ["config.yaml", "environment.json"]
-    assert new.config == {"lr": 1} and (tmp_path / "precious").is_dir()
+    assert new.config == config(lr=1) and (tmp_path / "precious").is_dir()
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "config.yaml"])

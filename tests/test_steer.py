@@ -109,9 +109,7 @@ def test_a_folder_gets_pictures_curve_and_report(tmp_path: Path) -> None:
 def test_a_bound_holds_for_the_coupled_chain_too() -> None:
     model = cr.load(make_pipeline())
     _, x = problem(model)
-    settings = Steering.make(
-        {"gradient": "invertible", "bound": 0.05, "lr": 0.2, "steps": STEPS, "guidance": GUIDANCE, "updates": 3}
-    )
+    settings = Steering(gradient="invertible", bound=0.05, lr=0.2, sample_steps=STEPS, guidance=GUIDANCE, updates=3)
     search = Search(model, settings, Over("latent"), reward_of(score), PROMPTS, SEEDS, None, None)
     bar = Bar(settings, 1, None)
     with bar.shown(), torch.no_grad():

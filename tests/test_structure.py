@@ -19,14 +19,15 @@ SOURCE = Path(cr.__file__).parent
 # Room -> the rooms it may import. A room is a file or a folder of the package; a room imports only rooms above it.
 MAY_IMPORT = {
     "errors": "",
-    "estimate": "",
     "named": "errors",
-    "plan": "",
-    "runs": "errors",
-    "processes": "errors",
-    "loop": "errors runs processes",
     "size": "errors",
     "settings": "errors size",
+    "config": "errors named settings",
+    "runs": "errors config",
+    "estimate": "",
+    "plan": "",
+    "processes": "errors",
+    "loop": "errors runs processes",
     "methods": "errors named plan",
     "noise": "",
     "half": "",
@@ -40,36 +41,24 @@ MAY_IMPORT = {
     "models": "errors size plan noise solve adapters denoise chain",
     "tiny": "errors rewards",
     "prompts": "errors tiny",  # the names of what tiny-emoji can draw
-    "report": "errors estimate plan runs",
+    "report": "errors config estimate plan runs",
     "learner": "adapters",
     "trainer": "errors plan settings methods noise adapters rewards objective chain models learner",
     "session": "errors noise models report runs rewards learner trainer",
-    "finetune": "errors runs settings methods rewards chain models prompts session trainer",
+    "finetune": "errors config runs settings methods rewards chain models prompts session trainer",
     "evaluate": "errors estimate rewards chain models prompts",
     "analyze": "errors estimate plan methods rewards chain models prompts report",
-    "steer": "errors size plan runs settings noise half solve adapters rewards denoise chain models report session",
+    "steer": "errors size config plan runs settings noise half solve adapters rewards denoise chain models report session",
     "doctor": "errors meters methods rewards chain models",
-    "distill": "errors plan runs settings noise half adapters denoise models prompts learner session analyze",
+    "distill": "errors config plan runs settings noise half adapters denoise models prompts learner session analyze",
     "experiments": "errors estimate plan runs loop settings methods meters rewards chain models prompts report evaluate finetune "
     "steer",
-    "arguments": "errors named settings methods prompts",
-    "cli": "errors plan runs settings methods adapters rewards models prompts report finetune steer doctor distill evaluate "
-    "analyze experiments arguments",
+    "cli": "errors named config plan runs settings methods adapters rewards models prompts report finetune steer doctor distill "
+    "evaluate analyze experiments",
 }
 WITHOUT_TORCH = (
-    "errors",
-    "named",
-    "size",
-    "estimate",
-    "plan",
-    "runs",
-    "settings",
-    "methods",
-    "prompts",
-    "report",
-    "arguments",
-    "cli",
-)
+    "errors", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods", "prompts", "report", "cli",
+)  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -23,6 +23,7 @@ from chainrule import half
 from chainrule.adapters import Active, Band, inject
 from chainrule.adapters.lora import every_layer, gradients
 from chainrule.analyze import save, shortcut
+from chainrule.config import DistillConfig
 from chainrule.denoise import Member
 from chainrule.errors import UserError
 from chainrule.learner import Learner
@@ -33,7 +34,7 @@ from chainrule.plan import Grid, walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
 from chainrule.session import BAD_IN_A_ROW, interrupts, load_checkpoint, progress_bar, save_checkpoint
-from chainrule.settings import Distillation
+from chainrule.settings import Distillation, Opening, chosen
 
 
 @dataclass(slots=True)
@@ -52,11 +53,11 @@ class Distiller:
         stride = top / self.settings.teacher_steps
         offset = rng.random() * stride
         even = {top - round(offset + stride * i) for i in range(self.settings.teacher_steps)}
-        return sorted({*boundaries(top, self.settings.steps), *(level for level in even if level > 0)}, reverse=True)
+        return sorted({*boundaries(top, self.settings.student_steps), *(level for level in even if level > 0)}, reverse=True)
 
     def starts(self, grid: Grid, rng: Random) -> list[tuple[int, int]]:
         """Which states are learned from: their place in the grid, and that of the end of their segment. All segments."""
-        ends = boundaries(self.model.solver.process.schedule.top, self.settings.steps)
+        ends = boundaries(self.model.solver.process.schedule.top, self.settings.student_steps)
         pairs = [(i, grid.index(next(end for end in ends if end < level))) for i, level in enumerate(grid[:-1])]
         rng.shuffle(pairs)
         by_segment = sorted(range(len(pairs)), key=lambda n: sum(p[1] == pairs[n][1] for p in pairs[:n]))
@@ -97,12 +98,17 @@ class Distiller:
     def save(self, folder: Path) -> None:
         """The student in half precision, and what it is written beside it."""
         next(iter(self.learner.adapters.values())).weights().half().save(folder)
-        said = {"base": self.model.name, "steps": self.settings.steps, "prediction": self.model.solver.process.prediction.value}
+        said = {
+            "base": self.model.name,
+            "steps": self.settings.student_steps,
+            "prediction": self.model.solver.process.prediction.value,
+        }
         (folder / "student.json").write_text(json.dumps(said) + "\n")
 
 
 def distill(
     model: Model,
+    settings: Distillation | None = None,
     *,
     out: str | Path,
     prompts: str | Sequence[str] = "emoji",
@@ -113,20 +119,19 @@ def distill(
 ) -> Run:
     """Distill a few-step student of `model` and return the run it left behind: `model.with_student(run.folder)`.
 
-    `options` are the fields of `chainrule.settings.Distillation`: steps (4), updates, batch, rank, lr, guidance, seed, ... The
-    folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`. Ctrl-C saves what is there
-    and returns. The run says how faithful the student is: `shortcut.md`, `shortcut.png` (see `chainrule.analyze`).
-    Raises UserError for bad input before anything is written.
+    `settings`, or `options` instead of it, are a `chainrule.settings.Distillation`: student_steps (or steps; 4), updates, batch,
+    rank, lr, guidance, seed, ... The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
+    Ctrl-C saves what is there and returns. The run says how faithful the student is: `shortcut.md`, `shortcut.png`
+    (see `chainrule.analyze`). Raises UserError for bad input before anything is written.
     """
-    settings, said = Distillation.make(options), read_prompts(prompts)
-    Run(Path(out)).check_place(resume=resume, overwrite=overwrite)
+    settings, said = chosen(Distillation, settings, options), read_prompts(prompts)
     if getattr(model.network, "peft_config", None):
         raise UserError("distill needs the model without adapters; load it again")
     if model.solver.stochastic:
         name = model.sampler.name
         raise UserError(f"a student follows its model's trajectories, and {name} draws noise on the way; take the solver ddim")
-    config = {"model": model.name, **model.opening, "kind": "student", "prompts": prompts if isinstance(prompts, str) else said}
-    config |= {"student_steps" if key == "steps" else key: value for key, value in settings.model_dump().items()}
+    source = prompts if isinstance(prompts, str) else tuple(said)
+    config = DistillConfig(model=model.name, opening=Opening(**model.opening), prompts=source, settings=settings)
     run, name = Run.create(out, config, resume=resume, overwrite=overwrite), "student"
     adapter = inject(
         model.network, name, rank=settings.rank, seed=settings.seed, targets=every_layer(model.network), part=model.part
@@ -144,7 +149,7 @@ def distill(
                 return run
             shown = said[:: max(1, len(said) // 6)][:6]
             taught = replace(model, student=made.student)
-            save(shortcut(taught, shown, student_steps=settings.steps, guidance=settings.guidance), run.folder)
+            save(shortcut(taught, shown, student_steps=settings.student_steps, guidance=settings.guidance), run.folder)
     finally:
         adapter.remove()
     return run

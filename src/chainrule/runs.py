@@ -8,7 +8,6 @@ The folder is the truth and `Run` only a name for it, so a run is opened by `Run
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -23,16 +22,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
+from chainrule.config import RunConfig, difference, plain, read_config
 from chainrule.errors import UserError
-
-CHANGEABLE = frozenset({"steps", "out", "save_every", "sample_every"})
-"""The config keys that may differ when a run is resumed: they do not touch the numbers of a step."""
 
 PACKAGES = ("chainrule", "torch", "diffusers", "transformers", "peft", "accelerate")
 DIGITS = 6  # significant digits of a float in metrics.jsonl
-UNSET = "(not set)"
 
 
 @dataclass(frozen=True)
@@ -45,18 +39,18 @@ class Run:
         object.__setattr__(self, "folder", Path(self.folder))
 
     @classmethod
-    def create(cls, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> Run:
+    def create(cls, folder: str | Path, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> Run:
         """Make the folder and write `config.yaml` and `environment.json`.
 
-        `resume` continues the run in the folder if it has the same config apart from `CHANGEABLE` (an empty or missing
-        folder starts afresh); `overwrite` deletes the run that is there. Raises UserError, before anything is written,
+        `resume` continues the run in the folder if it has the same config apart from its `CHANGEABLE` keys (an empty or
+        missing folder starts afresh); `overwrite` deletes the run that is there. Raises UserError, before anything is written,
         for a used folder without either, a file, a place that cannot be written, or a config that differs.
         """
         run = cls(Path(folder))
-        given = _plain(config, "config")
+        text = config.text()
         used = run.check_place(resume=resume, overwrite=overwrite)
         if used and resume:
-            run._check_same(given)
+            run._check_same(config)
         elif used:
             run._empty()
         run._prepare()
@@ -66,7 +60,7 @@ class Run:
             now = {**first, "resumed": [*first.get("resumed", []), now]}
         # config.yaml last: with it there, the folder is whole and counts as a run
         run.write_text("environment.json", json.dumps(now, indent=2) + "\n")
-        run.write_text("config.yaml", yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+        run.write_text("config.yaml", text)
         return run
 
     def check_place(self, *, resume: bool = False, overwrite: bool = False) -> bool:
@@ -95,18 +89,12 @@ class Run:
         return self.folder / "samples"
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The resolved config, read from `config.yaml`."""
+    def config(self) -> RunConfig:
+        """The resolved config, read from `config.yaml`: a `FinetuneConfig`, `DistillConfig` or `SteerConfig`."""
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise UserError(f"{self.folder} is not a run folder: it has no config.yaml")
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{path} should hold keys and values, not {type(config).__name__}")
-        return config
+        return read_config(path)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -123,7 +111,7 @@ class Run:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`. Floats keep 6 significant digits; NaN and infinities become null."""
         path = self.folder / "metrics.jsonl"
-        line = json.dumps(_rounded(_plain(row, "metrics")), allow_nan=False) + "\n"
+        line = json.dumps(_rounded(plain(row, "metrics")), allow_nan=False) + "\n"
         if _ends_in_a_torn_line(path):
             self._write_metrics(self.metrics())
         with path.open("a", encoding="utf-8") as file:
@@ -196,10 +184,9 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot overwrite {self.folder}: {error.strerror or error}; choose another out") from error
 
-    def _check_same(self, given: Mapping[str, Any]) -> None:
-        difference = _difference(self.config, given)
-        if difference:
-            key, before, now = difference
+    def _check_same(self, config: RunConfig) -> None:
+        if found := difference(self.config.values(), config.values(), config.CHANGEABLE):
+            key, before, now = found
             raise UserError(
                 f"cannot resume {self.folder}: {key} was {before!r} and is now {now!r}; "
                 "put it back, or start another run with another out"
@@ -225,37 +212,6 @@ def check_folder(folder: Path) -> None:
             return
         if os.path.lexists(place):
             raise UserError(f"{place} is a file, so {folder} cannot be a folder; choose another out")
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first key whose values differ, dotted if nested, with both values."""
-    for key in [*before, *(key for key in now if key not in before)]:
-        old, new = before.get(key, UNSET), now.get(key, UNSET)
-        if old == new or (not prefix and key in CHANGEABLE):
-            continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            return _difference(old, new, f"{prefix}{key}.")
-        return f"{prefix}{key}", old, new
-    return None
-
-
-def _plain(value: Any, key: str) -> Any:
-    """The same value in what YAML and JSON can hold: tuples and ranges become lists, numpy scalars numbers."""
-    if value is None or type(value) in (str, bool, int, float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item, str(name)) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item, key) for item in value]
-    if isinstance(value, os.PathLike):
-        return Path(value).as_posix()
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if callable(getattr(value, "item", None)):
-        with contextlib.suppress(ValueError, RuntimeError):  # an array or tensor of more than one number
-            return _plain(value.item(), key)
-    raise UserError(f"{key}: a {type(value).__name__} cannot be written to the run folder; pass a name or a number")
 
 
 def _rounded(value: Any) -> Any:

@@ -127,7 +127,7 @@ class Session:
             load_checkpoint(run, trainer.learner)
             run.truncate(trainer.step)
         if s.tracker != "none":
-            trainer.accelerator.init_trackers("chainrule", {k: str(v) for k, v in run.config.items()})
+            trainer.accelerator.init_trackers("chainrule", {k: str(v) for k, v in run.config.values().items()})
         if main and not (run.samples / "before.png").exists():
             self._sample(trainer, watch, "before")
             chain = trainer.model.grid(s.sample_steps)
@@ -135,8 +135,8 @@ class Session:
             run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
         smooth: float | None = None
         with interrupts() as asked, progress_bar("reward", quiet=not main) as bar:
-            task = bar.add_task("update", total=s.steps, completed=trainer.step, value="-", speed="-")
-            while trainer.step < s.steps:
+            task = bar.add_task("update", total=s.updates, completed=trainer.step, value="-", speed="-")
+            while trainer.step < s.updates:
                 row = trainer.update()
                 smooth = row["reward"] if smooth is None else 0.9 * smooth + 0.1 * row["reward"]
                 if main:
@@ -169,7 +169,7 @@ class Session:
 
     def _periodic(self, trainer: Trainer, watch: Watch) -> float | None:
         s, held = trainer.settings, None
-        if s.sample_every and trainer.step % s.sample_every == 0 and trainer.step < s.steps:
+        if s.sample_every and trainer.step % s.sample_every == 0 and trainer.step < s.updates:
             held = self._sample(trainer, watch, f"step-{trainer.step:06d}")
             if held is not None:
                 watch.seen.append(held)

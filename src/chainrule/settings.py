@@ -1,47 +1,102 @@
-"""The settings of a run, of whichever kind: checked before anything heavy is imported."""
+"""The settings of training, distilling, steering and sampling: every option written down once, checked before anything heavy loads.
+
+Number of steps, one word each: `updates` are optimizer updates, `sample_steps` network calls of a sampling chain,
+`student_steps` network calls of a student, `teacher_steps` those of the trajectory it learns from. `steps` is an accepted
+second spelling of the one that a class is mostly asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from chainrule.errors import UserError, unknown
 from chainrule.size import size_of, written
 
+Number = Annotated[float, Field(ge=0, le=100)]
+GuidanceSpec = Number
+"""How guidance is written in settings: a number."""
+Memory = Literal["recompute", "blocks", "keep"]
 
-def _made(kind: type[BaseModel], values: Mapping[str, Any]) -> Any:
-    """Checked settings. Raises UserError naming the first wrong key and value."""
-    for key in values:
-        if key not in kind.model_fields:
-            raise unknown("option", key, kind.model_fields)
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(said := first.get("ctx", {}).get("error"), UserError):
-            raise said from error
-        reason = first["msg"].replace("Input should be", "must be")
-        raise UserError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}, but {reason}") from error
+# What pydantic says of a wrong type, in plain words.
+KINDS = {
+    "string_type": "text", "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
+    "float_type": "a number", "float_parsing": "a number", "bool_type": "true or false", "bool_parsing": "true or false",
+    "list_type": "a list", "tuple_type": "a list",
+}  # fmt: skip
 
 
-class Opening(BaseModel):
+def spellings(name: str, field: FieldInfo) -> list[str]:
+    """The names a field may be given by, its own first."""
+    choices = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []
+    return list(dict.fromkeys([name, *(choice for choice in choices if isinstance(choice, str))]))
+
+
+def check_keys(fields: Mapping[str, FieldInfo], keys: Iterable[str], what: str = "option") -> None:
+    """Raises UserError for a key that no field is given by, with the nearest known one, and for one field given twice."""
+    names = {spelling: name for name, field in fields.items() for spelling in spellings(name, field)}
+    seen: dict[str, str] = {}
+    for key in map(str, keys):
+        if key not in names:
+            raise unknown(what, key, names)
+        if names[key] in seen:
+            raise UserError(f"{seen[names[key]]} and {key} are the same {what}; leave one out")
+        seen[names[key]] = key
+
+
+def _refused(error: ValidationError) -> UserError:
+    """The first wrong key and its value in one line, by the name it was given by."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "value_error":
+        return UserError(str(first["ctx"]["error"]))
+    name = first["loc"][0]
+    # A field of several kinds has an error for each of them; the shortest path holds the whole value.
+    same = [each for each in errors if each["loc"][0] == name]
+    value = min(same, key=lambda each: len(each["loc"]))["input"]
+    wanted = [KINDS.get(each["type"]) or _plainly(each["msg"]) for each in same]
+    return UserError(f"{name} is {value!r}, but must be {' or '.join(dict.fromkeys(wanted))}")
+
+
+def _plainly(message: str) -> str:
+    for theirs, ours in (("Input should be ", ""), ("greater than or equal to", "at least"), ("less than or equal to", "at most")):
+        message = message.replace(theirs, ours)
+    return message
+
+
+class Checked(BaseModel):
+    """Frozen values. Whatever is wrong with them is a UserError in one line that names the key as it was given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        check_keys(type(self).model_fields, values)
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _refused(error) from error
+
+
+class Opening(Checked):
     """How a model is opened."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="type of the base weights")
-    device: str | None = Field(None, description="cuda, cuda:1, mps or cpu; default: the GPU if there is one")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(default="float32", description="type of the base weights")
+    device: str | None = Field(
+        default=None, exclude=True, description="device: cuda, cuda:1, mps or cpu; default: the GPU if there is one"
+    )
     quantize: Literal["int8", "8bit", "4bit"] | None = Field(
-        None, description="hold the denoiser's base weights in fewer bits; int8: by torchao, 8bit and 4bit: by bitsandbytes"
+        default=None, description="hold the denoiser's base weights in fewer bits; int8: by torchao, 8bit and 4bit: by bitsandbytes"
     )
     solver: str | None = Field(
-        None, description="how to sample: ddim, ddpm, euler, euler-a, dpm++, lcm or tcd; default: the pipeline's own scheduler"
+        default=None,
+        description="how to sample: ddim, ddpm, euler, euler-a, dpm++, lcm or tcd; default: the pipeline's own scheduler",
     )
     size: str | None = Field(
-        None, description="pixels of the images: 512, a square, or 768x1024, HEIGHTxWIDTH; default: the model's own"
+        default=None, description="pixels of the images: 512, a square, or 768x1024, HEIGHTxWIDTH; default: the model's own"
     )
 
     @field_validator("size", mode="before")
@@ -49,115 +104,144 @@ class Opening(BaseModel):
     def _size(cls, value: Any) -> str | None:
         return None if value is None else str(written(size_of(value)))
 
-    @classmethod
-    def make(cls, values: Mapping[str, Any]) -> Opening:
-        """Checked settings. Raises UserError naming the first wrong key and value."""
-        made: Opening = _made(cls, values)
-        return made
+
+class Sampling(Checked):
+    """How images are sampled."""
+
+    sample_steps: int | None = Field(
+        default=None, ge=1, validation_alias=AliasChoices("sample_steps", "steps"),
+        description="network calls per image; default: the model's best",
+    )  # fmt: skip
+    guidance: GuidanceSpec | None = Field(default=None, description="classifier-free guidance; default: the model's best")
 
 
-class Distillation(BaseModel):
+class Distillation(Checked):
     """How to distill a few-step student."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    student_steps: int = Field(
+        default=4, ge=2, le=16, validation_alias=AliasChoices("student_steps", "steps"),
+        description="network calls the student makes an image with",
+    )  # fmt: skip
+    updates: int = Field(default=1000, ge=1, description="optimizer updates")
+    batch: int = Field(default=8, ge=1, description="trajectories of the base model per update")
+    starts: int = Field(default=12, ge=1, description="states of each trajectory that the student learns from")
+    teacher_steps: int = Field(default=20, ge=2, description="network calls of a trajectory; at least two per step of the student")
+    guidance: GuidanceSpec | None = Field(default=None, description="guidance that the student learns; default: the model's")
+    lr: float = Field(default=1e-3, gt=0, description="AdamW learning rate, falling linearly to 0")
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm; a larger gradient is scaled down to it")
+    rank: int = Field(default=32, ge=1, description="LoRA rank, on every linear layer and convolution")
+    ema: float = Field(default=0.98, ge=0, lt=1, description="decay of the average of the student that is saved; 0: no average")
+    seed: int = Field(default=0, ge=0, description="seed of the student, the prompts, the noise and the levels")
+    save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: only at the end")
 
-    steps: int = Field(4, ge=2, le=16, description="network calls the student makes an image with")
-    updates: int = Field(1000, ge=1, description="updates")
-    batch: int = Field(8, ge=1, description="trajectories of the base model per update")
-    starts: int = Field(12, ge=1, description="states of each trajectory that are learned from")
-    teacher_steps: int = Field(20, ge=2, description="network calls of a trajectory; at least two per step of the student")
-    guidance: float | None = Field(None, ge=0, le=100, description="guidance that is baked in; default: the model's")
-    lr: float = Field(1e-3, gt=0, description="AdamW learning rate, falling linearly to 0")
-    clip: float = Field(1.0, gt=0, description="gradient norm is clipped here")
-    rank: int = Field(32, ge=1, description="LoRA rank, on every linear layer and convolution")
-    ema: float = Field(0.98, ge=0, lt=1, description="decay of the average of the student that is saved; 0: none")
-    seed: int = Field(0, ge=0, description="of the student, the prompts, the noise and the levels")
-    save_every: int = Field(100, ge=0, description="updates between checkpoints; 0: only at the end")
-
-    @classmethod
-    def make(cls, values: Mapping[str, Any]) -> Distillation:
-        """Checked settings. Raises UserError naming the first wrong key and value."""
-        made: Distillation = _made(cls, values)
-        if made.teacher_steps < 2 * made.steps:
-            raise UserError(f"teacher_steps is {made.teacher_steps}, but must be at least twice the student's {made.steps} steps")
-        return made
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.teacher_steps < 2 * self.student_steps:
+            least = f"must be at least twice the student's {self.student_steps} steps"
+            raise ValueError(f"teacher_steps is {self.teacher_steps}, but {least}")
+        return self
 
 
-class Steering(BaseModel):
+class Steering(Checked):
     """How to steer. Defaults are SDO's for text-guided manipulation (arXiv:2505.07477, section 5.1)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     over: str = Field(
-        "latent", description="what is optimized: latent, latent@600 (the one at t = 600), prompt, negative, controls, weights"
+        default="latent",
+        description="what is optimized: latent, latent@600 (the one at t = 600), prompt, negative, controls, weights",
     )
-    gradient: str = Field("sdo", description="sdo, full, adjoint, invertible or flowgrad; freedom and universal guide a single run")
-    updates: int = Field(50, ge=1, description="updates; every one samples the image again")
-    lr: float = Field(0.01, gt=0, description="learning rate")
-    optimizer: Literal["adam", "sgd", "momentum"] = Field("adam", description="of the variable")
-    keep: float = Field(0.0, ge=0, lt=1, description="share of the loss that is the distance to the image as it was")
-    bound: float | None = Field(None, gt=0, description="largest change of any number of the latent; default: none")
-    renormalize: bool | None = Field(None, description="hold the latent's norm; default: only for invertible, as DOODL does")
-    steps: int | None = Field(None, ge=1, description="network calls of a sampling chain; default: the model's")
-    guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance; default: the model's")
-    rank: int = Field(8, ge=1, description="of the LoRA that is optimized over weights")
-    strength: float = Field(0.2, gt=0, description="of freedom and universal, as a share of the sampler's own step or noise")
-    patience: int = Field(0, ge=0, description="stop after this many updates in which no image got better; 0: never")
-    batch: int = Field(4, ge=1, description="images steered at a time; changes no image")
-    memory: Literal["recompute", "blocks", "keep"] = Field(
-        "recompute", description="how activations are held; blocks: one block of the network at a time"
+    gradient: str = Field(
+        default="sdo",
+        description="gradient: sdo, full, adjoint, invertible or flowgrad; or freedom or universal, which guide a single run",
     )
+    updates: int = Field(default=50, ge=1, description="optimizer updates; each one samples the image again")
+    lr: float = Field(default=0.01, gt=0, description="learning rate")
+    optimizer: Literal["adam", "sgd", "momentum"] = Field(default="adam", description="optimizer of the variable")
+    keep: float = Field(default=0.0, ge=0, lt=1, description="share of the loss that is the distance to the image as it was")
+    bound: float | None = Field(default=None, gt=0, description="largest change of any number of the latent; default: no bound")
+    renormalize: bool | None = Field(
+        default=None, description="hold the latent's norm; default: only for invertible, as DOODL does"
+    )
+    sample_steps: int | None = Field(
+        default=None, ge=1, validation_alias=AliasChoices("sample_steps", "steps"),
+        description="network calls of a sampling chain; default: the model's",
+    )  # fmt: skip
+    guidance: GuidanceSpec | None = Field(default=None, description="classifier-free guidance; default: the model's")
+    rank: int = Field(default=8, ge=1, description="rank of the LoRA that is optimized over weights")
+    strength: float = Field(
+        default=0.2, gt=0, description="strength of freedom and universal, as a share of the sampler's step or noise"
+    )
+    patience: int = Field(default=0, ge=0, description="stop after this many updates in which no image got better; 0: never")
+    batch: int = Field(default=4, ge=1, description="images steered at a time; changes no image")
+    memory: Memory = Field(default="recompute", description="how activations are held; blocks: one block of the network at a time")
 
-    @classmethod
-    def make(cls, values: Mapping[str, Any]) -> Steering:
-        """Checked settings. Raises UserError naming the first wrong key and value."""
-        made: Steering = _made(cls, values)
-        return made
 
-
-class Settings(BaseModel):
+class Finetuning(Checked):
     """How to fine-tune. Defaults are DRaFT's small-scale ones (arXiv:2309.17400, Table 1) where the paper has one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    steps: int = Field(200, ge=1, description="updates")
-    batch: int = Field(8, ge=1, description="images per update, over all processes")
-    accumulate: int = Field(1, ge=1, description="backward passes an update is split into; must divide the batch")
-    lr: float = Field(4e-4, gt=0, description="AdamW learning rate")
+    updates: int = Field(default=200, ge=1, validation_alias=AliasChoices("updates", "steps"), description="optimizer updates")
+    batch: int = Field(default=8, ge=1, description="images per update, over all processes")
+    accumulate: int = Field(default=1, ge=1, description="backward passes an update is split into; must divide the batch")
+    lr: float = Field(default=4e-4, gt=0, description="AdamW learning rate")
     schedule: Literal["constant", "sqrt"] = Field(
-        "constant", description="learning rate over the steps; sqrt: lr * min(10 / sqrt(step), 1)"
+        default="constant", description="learning rate over the updates; sqrt: lr * min(10 / sqrt(update), 1)"
     )
-    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay, towards the pre-trained weights")
-    clip: float = Field(1.0, gt=0, description="gradient norm is clipped here")
-    rank: int = Field(8, ge=1, description="LoRA rank")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the average of the adapter that is saved; 0: none")
-    kl: float = Field(0.0, ge=0, description="weight of the squared distance to the base model at the last call")
-    sample_steps: int | None = Field(None, ge=1, description="network calls of a sampling chain; default: the model's")
-    guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance; default: the model's")
-    memory: Literal["recompute", "blocks", "keep"] = Field(
-        "recompute", description="how activations are held; recompute: one call's graph at a time; blocks: one block's"
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW weight decay, towards the pre-trained weights")
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm; a larger gradient is scaled down to it")
+    rank: int = Field(default=8, ge=1, description="LoRA rank")
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the average of the adapter that is saved; 0: no average")
+    kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last call")
+    sample_steps: int | None = Field(default=None, ge=1, description="network calls of a sampling chain; default: the model's")
+    guidance: GuidanceSpec | None = Field(default=None, description="classifier-free guidance; default: the model's")
+    memory: Memory = Field(
+        default="recompute", description="how activations are held; recompute: one call's graph at a time; blocks: one block's"
     )
-    micro_batch: int | None = Field(None, ge=1, description="images decoded and scored at a time; default: 8, fewer if large")
-    seed: int = Field(0, ge=0, description="of the adapter, the plans, the prompts and the noise")
-    sample_every: int = Field(50, ge=0, description="updates between sample grids; 0: only before and after")
-    save_every: int = Field(50, ge=0, description="updates between checkpoints; 0: only at the end")
-    patience: int = Field(0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never")
-    stage_steps: list[int] | None = Field(None, description="updates of each stage of a staged method; default: equal shares")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="images decoded and scored at a time; default: 8, fewer if large"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the adapter, the plans, the prompts and the noise")
+    sample_every: int = Field(default=50, ge=0, description="updates between sample grids; 0: only before and after")
+    save_every: int = Field(default=50, ge=0, description="updates between checkpoints; 0: only at the end")
+    patience: int = Field(
+        default=0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never"
+    )
+    stage_steps: list[int] | None = Field(
+        default=None, description="updates of each stage of a staged method; default: equal shares"
+    )
     plateau: int = Field(
-        0, ge=0, description="end a stage early after this many updates without a better (smoothed) reward; 0: never"
+        default=0, ge=0, description="end a stage early after this many updates without a better (smoothed) reward; 0: never"
     )
     tracker: Literal["none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"] = (
-        Field("none", description="where numbers go besides metrics.jsonl")
+        Field(default="none", description="where numbers go besides metrics.jsonl")
     )
 
-    @classmethod
-    def make(cls, values: Mapping[str, Any]) -> Settings:
-        """Checked settings. Raises UserError naming the first wrong key and value."""
-        made: Settings = _made(cls, values)
-        if made.stage_steps is not None and not (all(n >= 1 for n in made.stage_steps) and sum(made.stage_steps) == made.steps):
-            raise UserError(f"stage_steps is {made.stage_steps}, but must be numbers of at least 1 that sum to steps, {made.steps}")
-        if made.batch % made.accumulate:
-            raise UserError(f"accumulate is {made.accumulate}, but must divide the batch of {made.batch}")
-        if made.tracker != "none" and find_spec(made.tracker) is None:
-            raise UserError(f"the tracker {made.tracker!r} is not installed; pip install {made.tracker}")
-        return made
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        lengths = self.stage_steps
+        if lengths is not None and not (all(n >= 1 for n in lengths) and sum(lengths) == self.updates):
+            raise ValueError(f"stage_steps is {lengths}, but must be numbers of at least 1 that sum to updates, {self.updates}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate is {self.accumulate}, but must divide the batch of {self.batch}")
+        return self
+
+
+S = TypeVar("S", bound=Checked)
+
+
+def chosen(kind: type[S], settings: S | None, options: Mapping[str, Any]) -> S:
+    """The settings object a library function was given, or the one its keywords spell. Raises UserError if both are given."""
+    if settings is None:
+        return kind(**options)
+    if options:
+        raise UserError(f"settings and the option {next(iter(options))} are both given; put the option into the settings")
+    return settings
+
+
+def merged(base: S, over: S) -> S:
+    """These settings, with what was given in `over` in the place of their own."""
+    return base.model_copy(update={name: getattr(over, name) for name in over.model_fields_set})
+
+
+def check_tracker(tracker: str) -> None:
+    """Raises UserError for a tracker that is not installed."""
+    if tracker != "none" and find_spec(tracker) is None:
+        raise UserError(f"the tracker {tracker!r} is not installed; pip install {tracker}")

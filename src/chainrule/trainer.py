@@ -25,7 +25,7 @@ from chainrule.noise import derive
 from chainrule.objective import divergence
 from chainrule.plan import Plan
 from chainrule.rewards import Reward, checked, reward_of
-from chainrule.settings import Settings
+from chainrule.settings import Finetuning
 
 
 def gradient(
@@ -60,7 +60,7 @@ class Trainer:
     lengths: list[int]  # updates of each stage
     reward: Reward
     prompts: list[str]
-    settings: Settings
+    settings: Finetuning
     accelerator: Accelerator
     bad: int = 0  # updates skipped in a row
 
@@ -138,11 +138,11 @@ class Trainer:
             self.model.drop(adapter)
 
 
-def stage_lengths(settings: Settings, count: int) -> list[int]:
+def stage_lengths(settings: Finetuning, count: int) -> list[int]:
     """The updates of each stage: as given, or equal shares, earlier ones with what is left over. UserError if it does not fit."""
-    if settings.steps < count:
-        raise UserError(f"steps is {settings.steps}, but the method has {count} stages; give every stage an update at least")
-    lengths = settings.stage_steps or [settings.steps // count + (i < settings.steps % count) for i in range(count)]
+    if settings.updates < count:
+        raise UserError(f"updates is {settings.updates}, but the method has {count} stages; give every stage an update at least")
+    lengths = settings.stage_steps or [settings.updates // count + (i < settings.updates % count) for i in range(count)]
     if len(lengths) != count:
         raise UserError(f"stage_steps has {len(lengths)} lengths, but the method has {count} stage{'s' * (count > 1)}")
     return lengths
@@ -154,7 +154,7 @@ def check_cast(model: Model, members: Iterable[str]) -> None:
         raise UserError("this plan jumps by a student, and the model has none; use model.with_student(...)")
 
 
-def processes(settings: Settings, device: torch.device, out: str | Path) -> Accelerator:
+def processes(settings: Finetuning, device: torch.device, out: str | Path) -> Accelerator:
     """The processes of this run, and its tracker. UserError for a batch they cannot share or a missing tracker."""
     tracker = None if settings.tracker == "none" else settings.tracker
     accelerator = Accelerator(log_with=tracker, cpu=device.type == "cpu", project_dir=out)
@@ -166,7 +166,7 @@ def processes(settings: Settings, device: torch.device, out: str | Path) -> Acce
 
 
 def build(
-    model: Model, method: Method, reward: Reward, prompts: list[str], settings: Settings, accelerator: Accelerator
+    model: Model, method: Method, reward: Reward, prompts: list[str], settings: Finetuning, accelerator: Accelerator
 ) -> Trainer:
     """A trainer at step 0."""
     turns = stages(method)

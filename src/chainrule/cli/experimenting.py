@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from chainrule.arguments import at_least_one, counted
+from chainrule.cli.arguments import at_least_one, counted
 from chainrule.errors import UserError
 
 

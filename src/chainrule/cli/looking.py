@@ -8,17 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from chainrule.arguments import at_least_one, counted, method_of, with_settings
-from chainrule.cli.app import Guidance, Options, Steps, progress
-from chainrule.cli.opened import base_of, given, scorers_of
+from chainrule.cli.app import ChainSteps, Guidance, Options, progress
+from chainrule.cli.arguments import at_least_one, counted, method_of
+from chainrule.cli.opened import Source, source_of
+from chainrule.cli.options import with_options
 from chainrule.errors import UserError
 from chainrule.plan import Grid, Levels
-from chainrule.settings import Opening
+from chainrule.settings import Opening, Sampling
 
 
 def plan(
     method: Annotated[str, typer.Argument(help="One of `chainrule methods`, or path/to/file.py:Class.")],
-    steps: Annotated[int, typer.Option(help="Network calls of the sampling chain.")] = 50,
+    sample_steps: ChainSteps = 50,
     stage: Annotated[int | None, typer.Option(help="Of a method with stages; default: all of them.")] = None,
     method_option: Options = None,
     seed: Annotated[int, typer.Option(help="Of the method's random choices.")] = 0,
@@ -27,8 +28,8 @@ def plan(
     from chainrule.methods import needs, stages
     from chainrule.plan import Forecast, leading
 
-    at_least_one(steps=steps)
-    levels, made = leading(steps), method_of(method, method_option)
+    at_least_one(sample_steps=sample_steps)
+    levels, made = leading(sample_steps), method_of({"name": method}, method_option)
     turns = stages(made)
     plans = [(turn.plan(levels, Random(seed)), needs(turn, levels)) for turn in turns]
     if stage is not None and not 1 <= stage <= len(turns):
@@ -42,7 +43,7 @@ def plan(
                 typer.echo(f"  {role}  {name} on at {where}")
         for policy in ("recompute", "keep"):
             cost = Forecast.of(drawn, recompute=policy == "recompute")
-            times = cost.calls * cost.relative_time / steps
+            times = cost.calls * cost.relative_time / sample_steps
             typer.echo(
                 f"{policy:9}  {counted(cost.calls, 'network call')}, {counted(cost.backward, 'backward call')}, about "
                 f"{times:.2f}x the time of sampling, memory of {counted(cost.graphs, 'call graph')}"
@@ -64,7 +65,7 @@ analyses = typer.Typer(no_args_is_help=True, help="Measurements the papers rest 
 
 
 @analyses.command("shortcut")
-@with_settings(Opening)
+@with_options
 def analyze_shortcut(
     model: Annotated[str, typer.Argument(help="Bundled model, diffusers folder or hub id.")] = "tiny-emoji",
     student: Annotated[str | None, typer.Option(help="Its student; default: the model's own.")] = None,
@@ -77,11 +78,11 @@ def analyze_shortcut(
     ] = None,
     clip: Annotated[str | None, typer.Option(help="CLIP of the perceptual distance; default: a bundled model's own.")] = None,
     seeds: Annotated[int, typer.Option(help="Images per prompt.")] = 2,
-    steps: Annotated[int, typer.Option(help="Network calls of the base model's own chain.")] = 50,
+    sample_steps: ChainSteps = 50,
     points: Annotated[int, typer.Option(help="Levels to start from.")] = 5,
     guidance: Guidance = None,
     out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/shortcut"),
-    **options: Any,
+    opening: Opening = Opening(),
 ) -> None:
     """How far a student's shortcut leads from where the model itself ends (ShortFT, Fig. 3)."""
     from chainrule import rewards
@@ -89,94 +90,90 @@ def analyze_shortcut(
     from chainrule.rewards.clip import check_source
     from chainrule.runs import check_folder
 
-    at_least_one(seeds=seeds, steps=steps, points=points, student_steps=student_steps)
-    said, scorers = read_prompts(prompts), [rewards.parse(name, scorers_of(model)) for name in reward or ()]
+    at_least_one(seeds=seeds, sample_steps=sample_steps, points=points, student_steps=student_steps)
+    count, compared = len(read_prompts(prompts)), [rewards.parse(name, Source(model).reward_source) for name in reward or ()]
     if clip:
         check_source(clip, "clip")
     check_folder(out)
     from chainrule.models.students import facts, resolve
 
-    base = base_of(model, given(options)[0])
+    source = source_of(model, opening)
     student_steps = student_steps or facts(resolve(student, model)).get("steps", 4)
     from chainrule.analyze import save, shortcut
 
-    net = base.load().with_student(student)
-    batches = -(-len(said) * seeds // 16)
-    with progress("analyzing", batches * (steps + points * (3 * student_steps + 1))) as advance:
+    net = source.load().with_student(student)
+    batches = -(-count * seeds // 16)
+    with progress("analyzing", batches * (sample_steps + points * (3 * student_steps + 1))) as advance:
         found = shortcut(
-            net, prompts, scorers, seeds=seeds, steps=steps, student_steps=student_steps, guidance=guidance, points=points,
+            net, prompts, compared, seeds=seeds, steps=sample_steps, student_steps=student_steps, guidance=guidance, points=points,
             clip=clip, on_call=advance,
         )  # fmt: skip
-    typer.echo(
-        f"{len(said)} prompts x {seeds} seeds; distance from the {steps}-step image, mean ± 95% interval over prompts\n{found}"
-    )
+    what = f"distance from the {sample_steps}-step image, mean ± 95% interval over prompts"
+    typer.echo(f"{count} prompts x {seeds} seeds; {what}\n{found}")
     typer.echo(f"table and picture: {save(found, out)}")
 
 
 @analyses.command("picard")
-@with_settings(Opening)
+@with_options
 def analyze_picard(
     model: Model = "tiny-emoji",
     reward: Annotated[str | None, typer.Option(help="Whose gradient; default: a bundled model's aesthetic score.")] = None,
     prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:test",
     images: Annotated[int, typer.Option(help="How many of the prompts, one image each.")] = 4,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    sampling: Sampling = Sampling(),
     tolerance: Annotated[float, typer.Option(help="How near, relative to the latent's size, is converged.")] = 1e-2,
     out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/picard"),
-    **options: Any,
+    opening: Opening = Opening(),
 ) -> None:
     """Parallel sampling by Picard iteration: its contraction, and the error of SDO's gradient beside its bound."""
-    net, said, scorer = _measured(model, reward, prompts, images, out, given(options)[0])
+    net, shown, scorer = _measured(model, reward, prompts, images, out, opening)
     from chainrule.analyze import picard
     from chainrule.report.plots import plot
 
-    number = len(net.grid(steps)) - 1
+    number = len(net.grid(sampling.sample_steps)) - 1
     with progress("analyzing", 0) as advance:
-        found = picard(net, said, scorer, steps=number, guidance=guidance, tolerance=tolerance, on_call=advance)
+        found = picard(net, shown, scorer, steps=number, guidance=sampling.guidance, tolerance=tolerance, on_call=advance)
     curves = {"moved by": found.change, "from the sequential image": found.error}
     points = {name: [(k + 1.0, e.mean) for k, e in enumerate(curve)] for name, curve in curves.items()}
     _kept(str(found), plot(points, f"Picard iteration over {number} steps", "iteration", log=True), out, "picard")
 
 
 @analyses.command("gradients")
-@with_settings(Opening)
+@with_options
 def analyze_gradients(
     model: Model = "tiny-emoji",
     reward: Annotated[str | None, typer.Option(help="Whose gradient; default: a bundled model's aesthetic score.")] = None,
     prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:train",
     batches: Annotated[int, typer.Option(help="Batches of four images.")] = 4,
-    steps: Annotated[int, typer.Option(help="Network calls of the chain.")] = 50,
+    sample_steps: ChainSteps = 50,
     guidance: Guidance = None,
     out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/gradients"),
-    **options: Any,
+    opening: Opening = Opening(),
 ) -> None:
     """The gradient's norm and angle against the depth of backpropagation (SDO, Fig. 11a; DRaFT, Fig. 8 and 25)."""
-    at_least_one(batches=batches, steps=steps)
-    net, said, scorer = _measured(model, reward, prompts, 1000, out, given(options)[0])
+    at_least_one(batches=batches, sample_steps=sample_steps)
+    net, shown, scorer = _measured(model, reward, prompts, 1000, out, opening)
     from chainrule.analyze import gradients
 
     with progress("analyzing", 0) as advance:
-        found = gradients(net, said, scorer, steps=steps, guidance=guidance, batches=batches, on_call=advance)
+        found = gradients(net, shown, scorer, steps=sample_steps, guidance=guidance, batches=batches, on_call=advance)
     _kept(str(found), found.picture(), out, "gradients")
 
 
-def _measured(
-    model: str, reward: str | None, prompts: str, images: int, out: Path, opening: dict[str, Any]
-) -> tuple[Any, list[str], Any]:
+def _measured(model: str, reward: str | None, prompts: str, images: int, out: Path, opening: Opening) -> tuple[Any, list[str], Any]:
     """The loaded model, prompts and reward of an analysis, all names checked first."""
     from chainrule import rewards
     from chainrule.prompts import prompts as read_prompts
     from chainrule.runs import check_folder
 
     at_least_one(images=images)
-    own = scorers_of(model)
+    own = Source(model).reward_source
     if not (reward or own):
         raise UserError("no reward given; pass --reward")
-    said, scorer = read_prompts(prompts)[:images], rewards.parse(reward or "aesthetic", own)
+    shown, scorer = read_prompts(prompts)[:images], rewards.parse(reward or "aesthetic", own)
     check_folder(out)
-    net = base_of(model, opening).load()
-    return net, list(net.defaults.labels[:images]) or said, scorer  # a model of classes knows no prompts
+    net = source_of(model, opening).load()
+    return net, list(net.defaults.labels[:images]) or shown, scorer  # a model of classes knows no prompts
 
 
 def _kept(table: str, picture: Any, out: Path, name: str) -> None:
@@ -186,24 +183,23 @@ def _kept(table: str, picture: Any, out: Path, name: str) -> None:
     typer.echo(f"{table}\ntable and picture: {out / name}.md, .png")
 
 
-@with_settings(Opening)
+@with_options
 def doctor(
     model: Annotated[str | None, typer.Option(help="Bundled model, diffusers folder, hub id or run.")] = None,
     reward: Annotated[str | None, typer.Option(help="A reward to load and to differentiate; default: brightness.")] = None,
-    steps: Annotated[int, typer.Option(help="Network calls of the chain that is tried.")] = 4,
-    **options: Any,
+    sample_steps: ChainSteps = 4,
+    opening: Opening = Opening(),
 ) -> None:
     """Check the installation; with a model, its samples, its gradient and its memory as well."""
     from chainrule import rewards
 
-    at_least_one(steps=steps)
-    opening, _ = given(options)
-    base = base_of(model, opening) if model else None
-    scorer = rewards.parse(reward, scorers_of(base.name) if base else None) if reward else None
+    at_least_one(sample_steps=sample_steps)
+    source = source_of(model, opening) if model else None
+    scorer = rewards.parse(reward, source.reward_source if source else None) if reward else None
     from chainrule.doctor import environment, examine
 
     fine = True
-    for each in (environment, lambda: examine(base.load(), scorer, steps=steps) if base else ()):
+    for each in (environment, lambda: examine(source.load(), scorer, steps=sample_steps) if source else ()):
         for check in each():
             typer.echo(str(check))
             fine = fine and check.fine is not False

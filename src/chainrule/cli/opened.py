@@ -1,87 +1,92 @@
-"""What a command is given as a model: a model, or a run with the adapters it was trained on top of."""
+"""What a command is given as a model: a model, or a run, with the adapters it was trained on top of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from chainrule.config import DistillConfig, FinetuneConfig, RunConfig, SteerConfig
 from chainrule.errors import UserError
-from chainrule.settings import Opening
+from chainrule.settings import Opening, Sampling, merged
 
 if TYPE_CHECKING:
     from chainrule.models import Model
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
-    """A model by name, how it is opened, and the adapters that are on it."""
+class Source:
+    """A model by name, how it is opened, which adapters are on it, and how its images are sampled."""
 
-    name: str
-    opening: Opening = field(default_factory=lambda: Opening.make({}))
-    under: tuple[str, ...] = ()
+    model: str
+    opening: Opening = Opening()
+    adapters: tuple[str, ...] = ()
+    sampling: Sampling = Sampling()
+    run: str | None = None  # the run that was named instead of the model; its own adapter is not among `adapters`
+
+    @property
+    def reward_source(self) -> str | None:
+        """Where rewards that name no source come from: the scorers bundled with a bundled model; else each one's own."""
+        from chainrule.models.bundled import BUNDLED
+
+        return "tiny" if self.model in BUNDLED else None
 
     def load(self) -> Model:
+        """The model, with its adapters on."""
         from chainrule.models.loading import load
 
-        model = load(self.name, **self.opening.model_dump())
-        for place in self.under:
+        model = load(self.model, **dict(self.opening))
+        for place in self.adapters:
             model = model.using(place)
         return model
 
 
-def given(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was said of a command's options about opening the model, and of the others."""
-    said = {key: value for key, value in options.items() if value is not None}
-    opening = {key: said.pop(key) for key in Opening.model_fields if key in said}
-    return opening, said
+def source_of(named: str | Path, opening: Opening = Opening(), sampling: Sampling = Sampling()) -> Source:
+    """A model, or the model of a run as it was opened and sampled there.
 
-
-def scorers_of(name: str) -> str | None:
-    """Where rewards that name no source come from: the scorers bundled with a bundled model; else each one's own."""
-    from chainrule.models.bundled import BUNDLED
-
-    return "tiny" if name in BUNDLED else None
-
-
-def run_of(source: str | Path) -> Path | None:
-    """The run folder this is, or None when it names a model."""
-    return Path(source) if (Path(source) / "config.yaml").is_file() else None
-
-
-def check_adapter(source: str | Path, name: str = "", solver: str | None = None) -> None:
-    """UserError for an adapter that is not there, or published for another family than that of the model of this name.
-
-    One that is published is downloaded now; it brings its own solver, so that another one is refused.
-    """
-    from chainrule.adapters.files import parts
-    from chainrule.models.families import family_of
-    from chainrule.models.published import find, local
-
-    family = family_of(name)
-    known = find(source, family) if family else None
-    if known and known.solver and solver not in (None, known.solver):
-        raise UserError(f"solver is {solver!r}, but {source} is sampled by {known.solver}; leave the solver out")
-    parts(local(source))
-
-
-def base_of(source: str | Path, opening: Mapping[str, Any] | None = None) -> Base:
-    """A model, or the model of a run as it was opened there with the adapters it was trained on top of; all names checked.
-
-    `opening` is what was said on the command line: it goes before what the run says.
+    What `opening` and `sampling` were given on the command line goes before what the run says.
+    Raises UserError for a name that means nothing, before anything is loaded.
     """
     from chainrule.models.loading import check
     from chainrule.models.solvers import check as check_solver
     from chainrule.runs import Run
 
-    folder = run_of(source)
-    config = Run(folder).config if folder else {"model": str(source)}
-    name, under = str(config.get("model")), tuple(str(place) for place in config.get("under") or ())
-    kept = {key: config[key] for key in ("dtype", "solver", "size", "quantize") if config.get(key) is not None}
-    made = Opening.make(kept | dict(opening or {}))
-    check_solver(made.solver)
-    check(name, made.solver)
-    for place in under:
+    source = replace(source_of_run(Run(Path(named)).config), run=str(named)) if is_run(named) else Source(str(named))
+    source = replace(source, opening=merged(source.opening, opening), sampling=merged(source.sampling, sampling))
+    check_solver(source.opening.solver)
+    check(source.model, source.opening.solver)
+    for place in source.adapters:
         check_adapter(place)
-    return Base(name, made, under)
+    return source
+
+
+def source_of_run(config: RunConfig) -> Source:
+    """The model of a run, as it was opened and sampled there, with the adapters that the run's own was put on top of."""
+    match config:
+        case FinetuneConfig(settings=settings) | SteerConfig(settings=settings):
+            sampling = Sampling(sample_steps=settings.sample_steps, guidance=settings.guidance)
+            return Source(config.model, config.opening, config.adapter, sampling)
+        case DistillConfig(settings=distilled):
+            return Source(config.model, config.opening, sampling=Sampling(guidance=distilled.guidance))
+    raise TypeError(f"{type(config).__name__} is not a kind of config")
+
+
+def is_run(named: str | Path) -> bool:
+    """Whether this names a run folder rather than a model."""
+    return (Path(named) / "config.yaml").is_file()
+
+
+def check_adapter(place: str | Path, model: str = "", solver: str | None = None) -> None:
+    """Raises UserError for an adapter that is not there, or was published for another family than that of this model.
+
+    A published one is downloaded now. It is sampled by its own solver, so another `solver` is refused.
+    """
+    from chainrule.adapters.files import parts
+    from chainrule.models.families import family_of
+    from chainrule.models.published import find, local
+
+    family = family_of(model)
+    known = find(place, family) if family else None
+    if known and known.solver and solver not in (None, known.solver):
+        raise UserError(f"solver is {solver!r}, but {place} is sampled by {known.solver}; leave the solver out")
+    parts(local(place))

@@ -4,83 +4,102 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chainrule.arguments import at_least_one, said, with_settings
-from chainrule.cli.opened import base_of, given, run_of, scorers_of
+from chainrule.cli.arguments import at_least_one, is_config, place_of, prompts_of
+from chainrule.cli.opened import check_adapter, source_of
+from chainrule.cli.options import NOTHING, Given, with_options
+from chainrule.config import SteerConfig
 from chainrule.errors import UserError
-from chainrule.settings import Opening, Steering
+from chainrule.settings import Sampling, Steering
+
+if TYPE_CHECKING:
+    from chainrule.rewards import Reward
+    from chainrule.steer import Steered
 
 
-@with_settings(Opening)
-@with_settings(Steering)
+@with_options
 def steer(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, prompt sets or prompt files.")] = None,
-    reward: Annotated[str | None, typer.Option(help='For example "clip:an angry face"; see `chainrule rewards`.')] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts, prompt sets or prompt files; or a YAML file with any of the options below.")
+    ] = None,
+    given: Annotated[Given, SteerConfig] = NOTHING,
     style: Annotated[Path | None, typer.Option(help="A picture whose style to come close to.")] = None,
     adversarial: Annotated[str | None, typer.Option(help="A class to be taken for by an image classifier.")] = None,
-    model: Annotated[str, typer.Option(help="Bundled model, diffusers folder, hub id or run.")] = "tiny-emoji",
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to start from instead of noise. May be repeated.")] = None,
-    seeds: Annotated[int, typer.Option(help="Images per prompt, with seeds 0, 1, ...")] = 1,
-    first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the images, the curve and a report.")] = Path("runs/steer"),
+    seeds: Annotated[int | None, typer.Option(help="Images per prompt, with seeds 0, 1, ... [default: 1]")] = None,
+    first_seed: Annotated[int | None, typer.Option(help="The first seed. [default: 0]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
-    **options: Any,
 ) -> None:
     """Move single images towards a reward, without training.
 
     Rewards that name no source are a bundled model's own where the model is bundled.
     """
-    from chainrule import rewards
-    from chainrule.runs import Run
-
     at_least_one(seeds=seeds)
-    opening, values = given(options)
-    settings = Steering.make(values)
-    sources = list(image or ())
-    wanted = said(prompts) if prompts else [""] * bool(sources)
-    if not wanted:
-        raise UserError("nothing to steer: give a prompt, or a picture by --image")
-    if sources and len(wanted) not in (1, len(sources)):
-        raise UserError(f"{len(wanted)} prompts but {len(sources)} images; give one for all, or one each")
-    if sources and seeds > 1:
-        raise UserError(f"seeds is {seeds}, but a picture is steered once; leave seeds out")
-    if not (reward or style or adversarial):
+    file = prompts[0] if prompts and len(prompts) == 1 and is_config(prompts[0]) else None
+    config = SteerConfig.read(Path(file), given) if file else SteerConfig.of({"prompts": tuple(prompts or ()), **given})
+    wanted, numbers = _images(config, seeds, first_seed)
+    if not (config.reward or style or adversarial):
         raise UserError("no reward given; pass --reward, --style or --adversarial")
-    places = [place for place in (run_of(model),) if place]
-    base = base_of(model, opening)
-    own = scorers_of(base.name)
-    kind: dict[str, Any] = {"source": own} if own else {}
-    terms = [*([rewards.parse(reward, own)] if reward else []), *([rewards.Style(str(style), **kind)] if style else []),
-             *([rewards.Classifier(adversarial, **kind)] if adversarial else [])]  # fmt: skip
-    Run(out).check_place(overwrite=overwrite)
-    from chainrule.adapters.files import parts
+    source = source_of(config.model, config.opening)
+    reward = _reward(config.reward, style, adversarial, source.reward_source)
+    out = place_of(config, overwrite=overwrite)
     from chainrule.steer.images import check_image
     from chainrule.steer.steering import check
 
-    check(settings)
-    for source in sources:
-        check_image(source)
-    for place in places:  # a run is sampled as it was trained, unless asked otherwise
-        parts(place)
-        config = Run(place).config
-        trained = {"steps": config.get("sample_steps"), "guidance": config.get("guidance")}
-        values = {key: value for key, value in trained.items() if value is not None} | values
-    net = replace(base, under=(*base.under, *map(str, places))).load()
-    if not sources:
-        pairs = [(prompt, first_seed + k) for prompt in wanted for k in range(seeds)]
-        wanted, numbers = [prompt for prompt, _ in pairs], [number for _, number in pairs]
-    else:
-        wanted = wanted * (len(sources) if len(wanted) == 1 else 1)
-        numbers = [first_seed + k for k in range(len(sources))]
+    check(config.settings)
+    for picture in config.image:
+        check_image(picture)
+    places = (*([source.run] if source.run else []), *config.adapter)
+    for place in places:
+        check_adapter(place, source.model, config.opening.solver)
+    model = replace(source, adapters=(*source.adapters, *places)).load()
     from chainrule.steer import steer as steered
 
     found = steered(
-        net, wanted, sum(terms[1:], terms[0]), seeds=numbers, images=sources or None, out=out, overwrite=overwrite, **values
-    )
-    if sources:
+        model, wanted, reward, _settings(config.settings, source.sampling), seeds=numbers, images=config.image or None, out=out,
+        overwrite=overwrite,
+    )  # fmt: skip
+    _tell(found, Path(out), bool(config.image))
+
+
+def _images(config: SteerConfig, seeds: int | None, first_seed: int | None) -> tuple[list[str], list[int]]:
+    """The prompt and the seed of every image. Raises UserError where their numbers do not fit."""
+    if config.seeds is not None and seeds is None and first_seed is None:  # a run's own: one prompt and one seed per image
+        return list(config.prompts), list(config.seeds)
+    first, pictures = first_seed or 0, len(config.image)
+    wanted = prompts_of(config.prompts) if config.prompts else [""] * bool(pictures)
+    if not wanted:
+        raise UserError("nothing to steer: give a prompt, or a picture by --image")
+    if not pictures:
+        pairs = [(prompt, first + k) for prompt in wanted for k in range(seeds or 1)]
+        return [prompt for prompt, _ in pairs], [number for _, number in pairs]
+    if len(wanted) not in (1, pictures):
+        raise UserError(f"{len(wanted)} prompts but {pictures} images; give one for all, or one each")
+    if (seeds or 1) > 1:
+        raise UserError(f"seeds is {seeds}, but a picture is steered once; leave seeds out")
+    return wanted * (pictures if len(wanted) == 1 else 1), [first + k for k in range(pictures)]
+
+
+def _reward(text: str | None, style: Path | None, adversarial: str | None, source: str | None) -> Reward:
+    """The sum of what the three options ask for. Raises UserError for an unknown reward or a missing picture."""
+    from chainrule import rewards
+
+    own: dict[str, Any] = {"source": source} if source else {}
+    terms = [*([rewards.parse(text, source)] if text else []), *([rewards.Style(str(style), **own)] if style else []),
+             *([rewards.Classifier(adversarial, **own)] if adversarial else [])]  # fmt: skip
+    return sum(terms[1:], terms[0])
+
+
+def _settings(settings: Steering, trained: Sampling) -> Steering:
+    """The settings; what they leave open is as the run was trained."""
+    unset = {name: value for name, value in trained if getattr(settings, name) is None}
+    return settings.model_copy(update=unset)
+
+
+def _tell(found: Steered, out: Path, inverted: bool) -> None:
+    if inverted:
         apart = ", ".join(f"{value:.3f}" for value in found.inverted)
         typer.echo(f"inverted and sampled again, the pictures differ from themselves by {apart} of the range of a pixel")
     for prompt, before, after, far in zip(found.prompts, found.rewards_before, found.rewards, found.distances, strict=True):

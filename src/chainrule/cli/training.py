@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from chainrule import methods
-from chainrule.arguments import TRAIN_KEYS, configured, method_of, with_settings
 from chainrule.cli.app import Options
-from chainrule.cli.opened import base_of, check_adapter, given, run_of, scorers_of
+from chainrule.cli.arguments import is_config, method_of, place_of
+from chainrule.cli.opened import Source, check_adapter, is_run, source_of
+from chainrule.cli.options import NOTHING, Given, with_options
+from chainrule.config import DistillConfig, FinetuneConfig
 from chainrule.errors import UserError
 from chainrule.plan import leading
-from chainrule.settings import Distillation, Opening, Settings
+from chainrule.settings import check_tracker
 
 
-@with_settings(Opening)
-@with_settings(Settings)
+@with_options
 def train(
-    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the options below.")] = None,
-    model: Annotated[str | None, typer.Option(help="Bundled model, diffusers folder or hub id. [default: tiny-emoji]")] = None,
-    student: Annotated[
-        str | None, typer.Option(help="Few-step student that shortft jumps with. [default: the model's own]")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="A run or adapter that stays on, frozen, under the new one.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="One of `chainrule methods`, or path/to/file.py:Class. [default: draft-lv]")
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the options below, as config.yaml of a run.")] = None,
+    given: Annotated[Given, FinetuneConfig] = NOTHING,
     method_option: Options = None,
-    reward: Annotated[str | None, typer.Option(help='For example "10*pickscore + 2*hpsv2"; see `chainrule rewards`.')] = None,
-    held_out: Annotated[str | None, typer.Option(help="A reward that is watched, not trained.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Prompt set or file. [default: animals:train]")] = None,
-    out: Annotated[str | None, typer.Option(help="Run folder.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
-    **options: Any,
 ) -> None:
     """Fine-tune an adapter so that its images score higher.
 
@@ -43,70 +32,66 @@ def train(
     """
     from chainrule import rewards
     from chainrule.prompts import prompts as read_prompts
-    from chainrule.runs import Run
 
-    said = {"model": model, "student": student, "adapter": adapter, "method": method, "reward": reward,
-             "held_out": held_out, "prompts": prompts, "out": out} | options  # fmt: skip
-    values = configured(config, said)
-    named = {key: values.pop(key, None) for key in TRAIN_KEYS}
-    opening, values = given(values)
-    for key in ("reward", "out"):
-        if not named[key]:
-            raise UserError(f"no {key} given; pass --{key}")
-    settings = Settings.make(values)
-    if settings.patience and not named["held_out"]:
+    read = FinetuneConfig.read(config, given) if config else FinetuneConfig.of(given)
+    if not read.reward:
+        raise UserError("no reward given; pass --reward")
+    if read.settings.patience and not read.held_out:
         raise UserError("patience needs a held-out reward to watch; pass --held-out")
-    made = method_of(named["method"] or "draft-lv", method_option)
-    source, shown = named["model"] or "tiny-emoji", named["prompts"] or "animals:train"
-    read_prompts(shown)
-    if run_of(source):
-        raise UserError(f"{source} is a run; give its model, and the run as --adapter to train on top of it")
-    Run(named["out"]).check_place(resume=resume, overwrite=overwrite)
-    scorer = rewards.parse(named["reward"], scorers_of(source))
-    judge = rewards.parse(named["held_out"], scorers_of(source)) if named["held_out"] else None
-    base = base_of(source, opening)
-    from chainrule.models.bundled import best_steps
-
-    jumps = "student" in methods.needs(made, leading(settings.sample_steps or best_steps(source))).members
-    if jumps:
-        from chainrule.models.students import resolve
-
-        resolve(named["student"], source)
-    elif named["student"]:
-        raise UserError(f"{made} does not jump by a student; leave student out, or choose the method shortft")
-    if named["adapter"]:
-        check_adapter(named["adapter"], source, opening.get("solver"))
+    check_tracker(read.settings.tracker)
+    method = method_of(read.method, method_option)
+    read_prompts(read.prompts)
+    if is_run(read.model):
+        raise UserError(f"{read.model} is a run; give its model, and the run as --adapter to train on top of it")
+    out = place_of(read, resume=resume, overwrite=overwrite)
+    source = source_of(read.model, read.opening)
+    reward = rewards.parse(read.reward, source.reward_source)
+    held_out = rewards.parse(read.held_out, source.reward_source) if read.held_out else None
+    student = _student(read, method)
     from chainrule.finetune import finetune
 
-    loaded = base.load()
-    loaded = loaded.using(named["adapter"]) if named["adapter"] else loaded
+    model = Source(read.model, source.opening, read.adapter).load()
     run = finetune(
-        loaded.with_student(named["student"]) if jumps else loaded, made, scorer, shown, out=named["out"], held_out=judge,
-        resume=resume, overwrite=overwrite, **values,
+        model.with_student(read.student) if student else model, method, reward, read.prompts, read.settings, out=out,
+        held_out=held_out, resume=resume, overwrite=overwrite,
     )  # fmt: skip
     typer.echo(f"adapter: {run.adapter}")
 
 
-@with_settings(Opening)
-@with_settings(Distillation)
+def _student(config: FinetuneConfig, method: methods.Method) -> bool:
+    """Whether the method jumps by a student. Raises UserError for a chain it does not fit, or a missing student or adapter."""
+    from chainrule.models.bundled import best_steps
+
+    grid = leading(config.settings.sample_steps or best_steps(config.model))
+    student = "student" in methods.needs(method, grid).members
+    if student:
+        from chainrule.models.students import resolve
+
+        resolve(config.student, config.model)
+    elif config.student:
+        raise UserError(f"{method} does not jump by a student; leave student out, or choose the method shortft")
+    for place in config.adapter:
+        check_adapter(place, config.model, config.opening.solver)
+    return student
+
+
+@with_options
 def distill(
-    model: Annotated[str, typer.Argument(help="Bundled model, diffusers folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="Run folder.")],
-    prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "emoji",
+    model: Annotated[
+        str, typer.Argument(help="Bundled model, diffusers folder or hub id; or a YAML file with any of the options below.")
+    ],
+    given: Annotated[Given, DistillConfig] = NOTHING,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
-    **options: Any,
 ) -> None:
     """Distill a few-step student that keeps to the model's trajectories, for shortft."""
     from chainrule.prompts import prompts as read_prompts
-    from chainrule.runs import Run
 
-    opening, values = given(options)
-    Distillation.make(values)
-    read_prompts(prompts)
-    Run(out).check_place(resume=resume, overwrite=overwrite)
-    base = base_of(model, opening)
+    config = DistillConfig.read(Path(model), given) if is_config(model) else DistillConfig.of({"model": model, **given})
+    read_prompts(config.prompts)
+    out = place_of(config, resume=resume, overwrite=overwrite)
+    source = source_of(config.model, config.opening)
     from chainrule.distill import distill as distilled
 
-    run = distilled(base.load(), out=out, prompts=prompts, resume=resume, overwrite=overwrite, **values)
+    run = distilled(source.load(), config.settings, out=out, prompts=config.prompts, resume=resume, overwrite=overwrite)
     typer.echo(f"student: {run.adapter}\nhow faithful it is: {run.folder / 'shortcut.md'}, {run.folder / 'shortcut.png'}")

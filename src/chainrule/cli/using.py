@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from chainrule.arguments import at_least_one, said, weights, with_settings
-from chainrule.cli.app import Guidance, Prompts, Steps, or_else, progress
-from chainrule.cli.opened import base_of, check_adapter, given, run_of, scorers_of
+from chainrule.cli.app import Prompts, progress
+from chainrule.cli.arguments import at_least_one, prompts_of, weights
+from chainrule.cli.opened import check_adapter, source_of, source_of_run
+from chainrule.cli.options import with_options
+from chainrule.config import RunConfig
 from chainrule.errors import UserError
-from chainrule.settings import Opening
+from chainrule.runs import Run
+from chainrule.settings import Opening, Sampling
 
 
-@with_settings(Opening)
+@with_options
 def sample(
     source: Annotated[str, typer.Argument(help="A run folder, or a model.")],
     prompts: Prompts,
     seeds: Annotated[int, typer.Option(help="Images per prompt, with seeds 0, 1, ...")] = 1,
     first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    sampling: Sampling = Sampling(),
     scale: Annotated[float, typer.Option(help="Strength of the run's adapter.")] = 1.0,
     adapter: Annotated[str | None, typer.Option(help="An adapter file or folder to put on top of a model.")] = None,
     adapter_steps: Annotated[
         tuple[int, int] | None, typer.Option(help="The sampling steps adapters are on for: first, and the one after the last.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
-    **options: Any,
+    opening: Opening = Opening(),
 ) -> None:
     """Make images."""
-    at_least_one(seeds=seeds, steps=steps)
-    every = [(prompt, first_seed + k) for prompt in said(prompts) for k in range(seeds)]
+    at_least_one(seeds=seeds)
+    every = [(prompt, first_seed + k) for prompt in prompts_of(prompts) for k in range(seeds)]
     from chainrule.models.published import PUBLISHED
-    from chainrule.runs import Run, check_folder
+    from chainrule.runs import check_folder
 
     check_folder(out)
-    base = base_of(source, given(options)[0])
-    places = [place for place in (run_of(source), adapter) if place]
+    base = source_of(source, opening, sampling)
+    places = [place for place in (base.run, adapter) if place]
     for place in places:
-        check_adapter(place, base.name, base.opening.solver if options.get("solver") else None)
+        check_adapter(place, base.model, opening.solver)
     # A run is sampled as it was trained, unless asked otherwise or with a few-step adapter, which says itself how.
-    if (folder := run_of(source)) and str(adapter) not in PUBLISHED:
-        config = Run(folder).config
-        steps, guidance = or_else(steps, config.get("sample_steps")), or_else(guidance, config.get("guidance"))
+    chosen = sampling if str(adapter) in PUBLISHED else base.sampling
+    steps, guidance = chosen.sample_steps, chosen.guidance
     model = base.load()
     for place in places:
         model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
@@ -59,52 +60,56 @@ def sample(
     typer.echo(f"{len(images)} images in {out}, all together in {out / 'grid.png'}")
 
 
-@with_settings(Opening)
+@with_options
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run folders of one base model.")],
     prompts: Annotated[str, typer.Option(help="Prompt set or file; not the ones trained on.")] = "animals:test",
     reward: Annotated[list[str] | None, typer.Option(help="Rewards to measure; default: the run's own. May be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="Images per prompt.")] = 4,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    sampling: Sampling = Sampling(),
     scale: Annotated[float, typer.Option(help="Strength of the adapters.")] = 1.0,
-    **options: Any,
+    opening: Opening = Opening(),
 ) -> None:
     """Compare runs with their base model: rewards with 95% intervals, and diversity."""
     from chainrule import rewards
+    from chainrule.adapters.files import parts
     from chainrule.prompts import prompts as read_prompts
-    from chainrule.runs import Run
 
-    at_least_one(seeds=seeds, steps=steps)
-    shown, configs = read_prompts(prompts), [Run(folder).config for folder in runs]
-    first = configs[0]
-    for other, config in zip(runs, configs, strict=True):
-        if config.get("model") != first.get("model"):
-            raise UserError(f"{other} was trained from {config.get('model')}, not from {first.get('model')} as {runs[0]}")
-        if config.get("under") != first.get("under"):
-            raise UserError(f"{other} was trained on top of other adapters than {runs[0]}")
-        for key in ("size", "solver"):
-            if config.get(key) != first.get(key):
-                raise UserError(f"{other} was trained with {key} {config.get(key)}, {runs[0]} with {first.get(key)}")
-    own = scorers_of(str(first.get("model")))
-    scorers = [rewards.parse(name, own) for name in reward or filter(None, map(first.get, ("reward", "held_out")))]
+    at_least_one(seeds=seeds)
+    shown, first = read_prompts(prompts), _of_one_model(runs)
+    source = source_of(runs[0], opening, sampling)
+    scorers = [rewards.parse(name, source.reward_source) for name in reward or first.rewards]
     if not scorers:
         raise UserError(f"{runs[0]} does not say its reward; pass --reward")
-    from chainrule.adapters.files import parts
-
     for folder in runs:
         parts(folder)
-    labels, opened = _labels(runs), base_of(runs[0], given(options)[0])
+    labels = _labels(runs)
     from chainrule.evaluate import evaluate as measure
 
-    base = opened.load()
-    steps, guidance = or_else(steps, first.get("sample_steps")), or_else(guidance, first.get("guidance"))
+    base, steps = source.load(), source.sampling.sample_steps
     models = {"before": base} | {name: base.using(folder, scale=scale) for name, folder in zip(labels, runs, strict=True)}
     with progress("evaluating", len(models) * -(-len(shown) * seeds // 16) * (len(base.grid(steps)) - 1)) as advance:
-        table = measure(models, shown, scorers, seeds=range(seeds), steps=steps, guidance=guidance, on_call=advance)
+        table = measure(models, shown, scorers, seeds=range(seeds), steps=steps, guidance=source.sampling.guidance, on_call=advance)
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
     if len(runs) == 1:
         table.save(runs[0] / "evaluation.json")
+
+
+def _of_one_model(runs: list[Path]) -> RunConfig:
+    """The config of the first of these runs. Raises UserError unless all were made from one model, opened in one way."""
+    configs = [Run(folder).config for folder in runs]
+    first, one = configs[0], source_of_run(configs[0])
+    for other, config in zip(runs, configs, strict=True):
+        source = source_of_run(config)
+        if source.model != one.model:
+            raise UserError(f"{other} was trained from {source.model}, not from {one.model} as {runs[0]}")
+        if source.adapters != one.adapters:
+            raise UserError(f"{other} was trained on top of other adapters than {runs[0]}")
+        for key in ("size", "solver"):
+            if getattr(source.opening, key) != getattr(one.opening, key):
+                how = f"{key} {getattr(source.opening, key)}, {runs[0]} with {getattr(one.opening, key)}"
+                raise UserError(f"{other} was trained with {how}")
+    return first
 
 
 def _labels(runs: list[Path]) -> list[str]:

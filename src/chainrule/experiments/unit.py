@@ -1,7 +1,6 @@
 """One run of a table: what decides its numbers, the key that is a hash of it, and the folder its result lies in.
 
-The names are `chainrule train`'s and `chainrule steer`'s; `updates` are optimizer updates, `sample_steps` the network calls of
-a sampling chain. What the library calls otherwise is translated here and nowhere else.
+The names are `chainrule train`'s and `chainrule steer`'s.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from chainrule.methods import read as read_method
 from chainrule.methods import spelled
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report.tables import slug
-from chainrule.settings import Settings, Steering
+from chainrule.settings import Finetuning, Steering
 
 VERSIONS = ("chainrule", "torch", "diffusers", "transformers", "peft")
 RESULT = "evaluation.json"
-SPELLED = {"finetune": {"updates": "steps"}, "steer": {"sample_steps": "steps"}}  # here -> in the library
 OPENING = {"model": "tiny-emoji", "tunes": "model"}
 OWN: dict[str, Values] = {  # what a task takes besides the library's settings, and what stands for what is not given
     "finetune": {**OPENING, "student": None, "method": "draft-lv", "reward": None, "prompts": "animals:train"},
@@ -137,25 +135,17 @@ def _split(task: str, given: Values, library: Sequence[str]) -> tuple[Values, Va
     return own | {key: value for key, value in given.items() if key in own}, {k: v for k, v in given.items() if k not in own}
 
 
-def _library(task: str, kind: type[Settings] | type[Steering], rest: Values) -> tuple[Values, Values]:
-    """The library's settings as it spells them, and what of them decides numbers as it is spelled here, defaults included."""
-    there = SPELLED[task]
-    settings = {there.get(key, key): value for key, value in rest.items()}
-    here = {value: key for key, value in there.items()}
-    made = kind.make(settings)
-    named = {key: here.get(key, key) for key in kind.model_fields}
-    said = {named[key]: value for key, value in made if named[key] in DECIDE or value != kind.model_fields[key].default}
-    return settings, {key: value for key, value in said.items() if value is not None and key not in SILENT}
-
-
-def _known(task: str, kind: type[Settings] | type[Steering]) -> list[str]:
-    here = {value: key for key, value in SPELLED[task].items()}
-    return [here.get(name, name) for name in kind.model_fields]
+def _deciding(made: Finetuning | Steering) -> Values:
+    """What of the library's settings decides numbers, defaults included."""
+    fields = type(made).model_fields
+    said = {key: value for key, value in made if key in DECIDE or value != fields[key].default}
+    return {key: value for key, value in said.items() if value is not None and key not in SILENT}
 
 
 def _trained(task: str, given: Values, measure: Values, seed: int | None) -> tuple[Values, Values, Values]:
-    own, rest = _split(task, given, _known("finetune", Settings))
-    settings, decides = _library("finetune", Settings, rest if seed is None else rest | {"seed": seed})
+    own, rest = _split(task, given, list(Finetuning.model_fields))
+    settings = rest if seed is None else rest | {"seed": seed}
+    decides = _deciding(Finetuning(**settings))
     for key in measure:
         if key not in MEASURED:
             raise unknown("key of measure", key, MEASURED)
@@ -178,8 +168,8 @@ def _trained(task: str, given: Values, measure: Values, seed: int | None) -> tup
 
 
 def _steered(given: Values, measure: Values, seed: int) -> tuple[Values, Values]:
-    own, rest = _split("steer", given, _known("steer", Steering))
-    settings, decides = _library("steer", Steering, rest)
+    own, settings = _split("steer", given, list(Steering.model_fields))
+    decides = _deciding(Steering(**settings))
     parts = []
     for number, part in enumerate(own["parts"] or [{}]):
         for key in part:

@@ -99,7 +99,7 @@ class Model:
         return max(1, min(8, PIXELS // prod(self.size)))
 
     @property
-    def opening(self) -> dict[str, object]:
+    def opening(self) -> dict[str, Any]:
         """What `chainrule.load` has to be told to open it like this again."""
         dtype = str(weight_type(self.network)).removeprefix("torch.")
         return {"dtype": dtype, "solver": self.sampler.name, "size": written(self.size), "quantize": self.quantize}

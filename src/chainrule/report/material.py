@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chainrule.config import DistillConfig, FinetuneConfig, RunConfig, SteerConfig
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
 from chainrule.report.words import duration, measured, phrase
@@ -25,7 +26,7 @@ class Material:
     """All that the page shows. A part that the folder does not hold is empty."""
 
     folder: Path
-    config: Mapping[str, Any]
+    config: RunConfig | None
     environment: Mapping[str, Any]
     rows: Sequence[Row]
     plan: str
@@ -55,7 +56,7 @@ def gather(run: Run) -> Material:
     plan = run.folder / "plan.txt"
     return Material(
         folder=run.folder,
-        config=run.config if (run.folder / "config.yaml").is_file() else {},
+        config=run.config if (run.folder / "config.yaml").is_file() else None,
         environment=run.environment,
         rows=run.metrics(),
         plan=plan.read_text(encoding="utf-8", errors="replace").strip("\n") if plan.is_file() else "",
@@ -114,10 +115,17 @@ def trained_metrics(material: Material) -> list[str]:
 
 def title(material: Material) -> tuple[str, str]:
     """The page's title, the method, and the line under it: what was trained, for which reward."""
-    worded = {key: phrase(material.config[key]) for key in ("method", "reward", "model") if material.config.get(key)}
-    what = "steered" if material.config.get("kind") == "steered" else "trained"
-    parts = [worded.get("model", ""), f"{what} for {worded['reward']}" if "reward" in worded else ""]
-    return worded.get("method", material.folder.resolve().name), ", ".join(part for part in parts if part)
+    config = material.config
+    match config:
+        case FinetuneConfig():
+            name, goal = phrase(config.method), f"trained for {config.reward}" if config.reward else ""
+        case SteerConfig(settings=settings):
+            name, goal = f"{settings.gradient} over {settings.over}", f"steered for {config.reward}"
+        case DistillConfig(settings=settings):
+            name, goal = material.folder.resolve().name, f"distilled into {settings.student_steps} steps"
+        case _:
+            return material.folder.resolve().name, ""
+    return name, ", ".join(part for part in (config.model, goal) if part)
 
 
 def _evaluated(material: Material) -> list[Tile]:
@@ -181,7 +189,7 @@ def _metrics(material: Material) -> list[str]:
 
 
 def _named(material: Material, metrics: Sequence[str]) -> list[str]:
-    reward = _squash(phrase(material.config.get("reward")))
+    reward = _squash(material.config.rewards[0] if material.config and material.config.rewards else "")
     return [key for key in metrics if _squash(key.split(":")[0]) in reward]
 
 

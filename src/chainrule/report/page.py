@@ -33,7 +33,7 @@ def render(material: Material) -> str:
         _section("Training", _training(material)),
         _section("Plan", f"<pre>{escape(material.plan)}</pre>" if material.plan else ""),
         _section("Use it", _use(material)),
-        _section("Config", _table(flat(material.config))),
+        _section("Config", _table(flat(material.config.values()) if material.config else {})),
         _section("Environment", _environment(material.environment)),
     ]
     return f"""<!doctype html>
@@ -178,7 +178,7 @@ def _use(material: Material) -> str:
     """How to load the adapter: plain diffusers, then chainrule's own command."""
     if not (material.folder / "adapter").exists():
         return ""
-    model = phrase(material.config.get("model") or "the/base-model")
+    model = material.config.model if material.config else "the/base-model"
     where = _address(material.folder)
     hub = "/" in model or "\\" in model
     load = (

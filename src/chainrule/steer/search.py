@@ -46,7 +46,7 @@ class Search:
         self.settings, self.over = settings, over
         guidance = model.defaults.guidance if settings.guidance is None else settings.guidance
         chain = model.chain(prompts, seeds, guidance, Memory(settings.memory))
-        levels = model.grid(settings.steps)
+        levels = model.grid(settings.sample_steps)
         self.grid = over.grid(levels, model.solver.process.schedule.offset)
         if given is not None:
             latents = model.encode(given).to(model.device, model.dtype)

@@ -14,11 +14,12 @@ from PIL import Image
 from chainrule.adapters import Adapter, Band, inject
 from chainrule.adapters.lora import every_layer
 from chainrule.chain import Memory
+from chainrule.config import SteerConfig
 from chainrule.errors import UserError, unknown
 from chainrule.models import Model
 from chainrule.rewards import Reward, RewardFunction, probe, reward_of
 from chainrule.runs import Run
-from chainrule.settings import Steering
+from chainrule.settings import Opening, Steering, chosen
 from chainrule.solve import DDIM, Prediction
 from chainrule.steer.found import Steered, together
 from chainrule.steer.gradients import GRADIENTS
@@ -49,7 +50,7 @@ def check(settings: Steering) -> Over:
 
 
 def steer(
-    model: Model, prompts: Sequence[str], reward: Reward | RewardFunction, *, seed: int = 0,
+    model: Model, prompts: Sequence[str], reward: Reward | RewardFunction, settings: Steering | None = None, *, seed: int = 0,
     seeds: Sequence[int] | None = None, images: Source | Sequence[Source] | None = None, out: str | Path | None = None,
     overwrite: bool = False, on_update: Callable[[dict[str, float]], None] | None = None, **options: Any,
 ) -> Steered:  # fmt: skip
@@ -57,13 +58,13 @@ def steer(
 
     One image per prompt, with `seeds` (default: seed, seed + 1, ...). `images` are pictures to start from instead of noise:
     they enter by DDIM inversion, and stay what `keep` holds on to; then `prompts` say what they show, "" if nothing.
-    `options` are the fields of `chainrule.settings.Steering`: over ("latent"), gradient ("sdo"), updates (50), lr, keep,
-    bound, ... With `out`, a folder gets the images, the curve and a report. Ctrl-C keeps the best so far and returns.
-    An image does not depend on the others it is steered with, unless `patience` ends a batch or they share weights; then the
-    adapter that is saved is the last update's, the images the best of any. With DPM-Solver++ a chain from the middle starts
-    at first order. Raises UserError for bad input before anything runs.
+    `settings`, or `options` instead of it, are a `chainrule.settings.Steering`: over ("latent"), gradient ("sdo"),
+    updates (50), lr, keep, bound, ... With `out`, a folder gets the images, the curve and a report. Ctrl-C keeps the best so
+    far and returns. An image does not depend on the others it is steered with, unless `patience` ends a batch or they share
+    weights; then the adapter that is saved is the last update's, the images the best of any. With DPM-Solver++ a chain from
+    the middle starts at first order. Raises UserError for bad input before anything runs.
     """
-    settings = Steering.make(options)
+    settings = chosen(Steering, settings, options)
     over, scorer = check(settings), reward_of(reward)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     sources = [images] if isinstance(images, (str, Path, Image.Image)) else None if images is None else list(images)
@@ -106,7 +107,7 @@ def steer(
 
 def _check_together(model: Model, settings: Steering, over: Over, count: int, pictures: bool) -> None:
     """What can only be told with the model at hand. Raises UserError."""
-    levels, solver = model.grid(settings.steps), model.solver
+    levels, solver = model.grid(settings.sample_steps), model.solver
     over.grid(levels, solver.process.schedule.offset)
     model.check_bands(levels)
     exact = settings.gradient in ("sdo", "full", "flowgrad")
@@ -159,15 +160,9 @@ def _open(
     out: str | Path, model: Model, scorer: Reward, settings: Steering, over: Over, prompts: list[str], seeds: list[int],
     sources: list[Source] | None, overwrite: bool,
 ) -> Run:  # fmt: skip
-    config: dict[str, Any] = {
-        "model": model.name,
-        "kind": "steered",
-        "method": f"{settings.gradient} over {over}",
-        "reward": scorer.name,
-    }
-    config |= {"under": list(model.under)} if model.under else {}
-    config |= {"prompts": prompts, "seeds": seeds, **model.opening}
-    if sources:
-        config["images"] = [str(source) if isinstance(source, (str, Path)) else "a picture" for source in sources]
-    config |= {"sample_steps" if key == "steps" else key: value for key, value in settings.model_dump().items()}
+    pictures = [str(source) if isinstance(source, (str, Path)) else "a picture" for source in sources or ()]
+    config = SteerConfig(
+        model=model.name, opening=Opening(**model.opening), adapter=model.under, reward=scorer.name, prompts=tuple(prompts),
+        seeds=tuple(seeds), image=tuple(pictures), settings=settings.model_copy(update={"over": str(over)}),
+    )  # fmt: skip
     return Run.create(out, config, overwrite=overwrite)

@@ -1,0 +1,74 @@
+"""Arguments of commands that are more than one value: methods with options, prompts, mixing weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chainrule import methods, named
+from chainrule.config import RunConfig
+from chainrule.errors import UserError
+from chainrule.prompts import is_source, prompts
+
+
+def is_config(argument: str | Path) -> bool:
+    """Whether an argument is a config file rather than a prompt or a model."""
+    return str(argument).endswith((".yaml", ".yml"))
+
+
+def place_of(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> str:
+    """The folder of a run. Raises UserError if none is given, or a run cannot be put there."""
+    from chainrule.runs import Run
+
+    if not config.out:
+        raise UserError("no out given; pass --out")
+    Run(Path(config.out)).check_place(resume=resume, overwrite=overwrite)
+    return config.out
+
+
+def method_of(spec: Mapping[str, Any], pairs: Sequence[str] | None) -> methods.Method:
+    """The method of {"name": ..., option: ...}, with more options written as "k=5".
+
+    Raises UserError for an unknown name or option, and for a value that does not fit.
+    """
+    options = {key: value for key, value in spec.items() if key != "name"}
+    return methods.make(spec["name"], options | named.options_of(pairs or (), "method option"))
+
+
+def prompts_of(sources: Iterable[str]) -> list[str]:
+    """Prompts as they stand, or from prompt sets, files and datasets. Raises UserError for an empty one."""
+    found: list[str] = []
+    for source in sources:
+        found += prompts(source) if is_source(source) else [source]
+    if not all(prompt.strip() for prompt in found):
+        raise UserError("a prompt is empty")
+    return found
+
+
+def at_least_one(**values: int | None) -> None:
+    """Raises UserError naming the value that is below 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1")
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things, in the plural but for one."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def weights(terms: Iterable[str]) -> dict[Path, float]:
+    """Terms like runs/pick=0.6 as a path and a weight; the weights of one path add. Raises UserError for any other term."""
+    found: dict[Path, float] = {}
+    for term in terms:
+        name, _, value = term.rpartition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise UserError(f"{term!r} must look like runs/pick=0.6")
+        found[Path(name)] = found.get(Path(name), 0.0) + weight
+    return found
