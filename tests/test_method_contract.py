@@ -241,8 +241,7 @@ def test_a_run_by_a_method_from_a_file_says_so_in_its_config_which_trains_it_aga
     assert found.code == 0, found.err
     said = yaml.safe_load(Path("run/config.yaml").read_text())["method"]
     assert said == {"name": NAME, "rate": 0.5, "most": 2} and Path("run/plan.txt").read_text() == "-[##]\n"
-    Path("again.yaml").write_text(yaml.safe_dump({"method": said}))
-    found = chainrule(*shlex.split(f"train again.yaml {small} --out again"))
+    found = chainrule("train", "run/config.yaml", "--out", "again")
     assert found.code == 0, found.err
     assert torch.equal(*(torch.cat([w.flatten() for w in cr.adapters.files.read(f).tensors.values()]) for f in ("run", "again")))
 
