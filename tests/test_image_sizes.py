@@ -40,12 +40,12 @@ def dark(images: Tensor, prompts: list[str]) -> Tensor:
 )  # fmt: skip
 def test_a_size_is_read_as_it_is_written(given: Any, size: tuple[int, int], text: int | str) -> None:
     assert size_of(given) == size and written(size) == text and size_of(written(size)) == size
-    assert Opening.make({"size": given}).size == str(text)
+    assert Opening(size=given).size == text
 
 
 @pytest.mark.parametrize("given", ["big", "512x", "x512", "1x2x3", 4, "512x4", -512, True, (512,), (512, 512.5), (1, 2, 3), 0.5])
 def test_what_is_no_size_is_refused(given: Any) -> None:
-    for read in (size_of, lambda value: Opening.make({"size": value}), lambda value: cr.load("tiny-emoji", size=value)):
+    for read in (size_of, lambda value: Opening(size=value), lambda value: cr.load("tiny-emoji", size=value)):
         with pytest.raises(UserError, match=r"^size is .*, but must be pixels a side, at least 8, or HEIGHTxWIDTH as 768x1024$"):
             read(given)
 
@@ -94,7 +94,7 @@ def test_a_picture_is_cropped_around_its_middle_and_resized() -> None:
 def test_training_and_steering_and_the_doctor_on_images_higher_than_wide(tmp_path: Path) -> None:
     model = cr.load(make_pipeline(dtype=torch.float32), size=SIZE)
     run = cr.finetune(model, DRaFTLV(), dark, ["a fox", "two bees"], out=tmp_path / "run", steps=1, batch=2, sample_steps=2, rank=2)
-    assert run.config["size"] == "24x16"
+    assert run.config.opening.size == "24x16"
     assert cr.report(run.folder).is_file()
     found = cr.steer(model, ["a fox"], reward=dark, images=[Image.new("RGB", (30, 30), "teal")], updates=2, steps=2, guidance=1.0)
     assert [image.size for image in (*found.images, *found.before)] == [(16, 24)] * 2

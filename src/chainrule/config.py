@@ -83,12 +83,8 @@ class RunConfig(Checked, ABC):
     @classmethod
     def of(cls, values: Mapping[str, Any], what: str = "option") -> Self:
         """The config that flat values say. Raises UserError naming the first wrong key and value."""
-        check_keys(cls.flat_fields(), values, what)
-        own = dict(values)
-        kind = own.setdefault("kind", cls.model_fields["kind"].default)
-        if kind in COMMANDS and kind != cls.model_fields["kind"].default:
-            raise UserError(f"kind is {kind!r}; this config is for chainrule {COMMANDS[kind]}")
-        made: dict[str, Any] = {}
+        cls._check(values, what)
+        own, made = dict(values), dict[str, Any]()
         for name, section in cls.sections().items():
             keys = {key for field, info in section.model_fields.items() for key in spellings(field, info)}
             made[name] = section(**{key: own.pop(key) for key in list(own) if key in keys})
@@ -103,9 +99,17 @@ class RunConfig(Checked, ABC):
         changes = changes or {}
         names = {key: keys for name, field in cls.flat_fields().items() for keys in [spellings(name, field)] for key in keys}
         values = read_yaml(path)
-        check_keys(cls.flat_fields(), values, f"key in {path}")
+        cls._check(values, f"key in {path}")
         changed = {key for name in changes for key in names.get(name, ())}
         return cls.of({key: value for key, value in values.items() if key not in changed} | dict(changes))
+
+    @classmethod
+    def _check(cls, values: Mapping[str, Any], what: str) -> None:
+        """Raises UserError for values of another kind of run, and for unknown keys."""
+        kind = values.get("kind")
+        if kind in COMMANDS and kind != cls.model_fields["kind"].default:
+            raise UserError(f"kind is {kind!r}; this config is for chainrule {COMMANDS[kind]}")
+        check_keys(cls.flat_fields(), values, what)
 
     def values(self) -> dict[str, Any]:
         """The flat values as YAML holds them; `of` makes the same config of them. The device and the folder are not among them."""
@@ -200,15 +204,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
     if values is not None and not isinstance(values, dict):
         raise UserError(f"the config file {path} must hold keys and values")
-    return _renamed({str(key): value for key, value in (values or {}).items()})
+    return _renamed({str(key): value for key, value in (values or {}).items()}, path)
 
 
-def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a file of an earlier version, by today's keys."""
+def _renamed(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The values of a file of an earlier version, by today's keys. Raises UserError for a file that has both."""
+    for old, new in OLD_KEYS.items():
+        if old in values and new in values:
+            raise UserError(f"{old} and {new} are the same key in {path}; leave one out")
     if values.get("kind") in OLD_KINDS:
         values["kind"] = OLD_KINDS[values["kind"]]
         values.pop("method", None)  # steering wrote "sdo over latent" beside the gradient and the variable
-    return {OLD_KEYS[key] if key in OLD_KEYS and OLD_KEYS[key] not in values else key: value for key, value in values.items()}
+    return {OLD_KEYS.get(key, key): value for key, value in values.items()}
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any], but: frozenset[str]) -> tuple[str, Any, Any] | None:

@@ -95,14 +95,14 @@ class Opening(Checked):
         default=None,
         description="how to sample: ddim, ddpm, euler, euler-a, dpm++, lcm or tcd; default: the pipeline's own scheduler",
     )
-    size: str | None = Field(
+    size: int | str | None = Field(
         default=None, description="pixels of the images: 512, a square, or 768x1024, HEIGHTxWIDTH; default: the model's own"
     )
 
     @field_validator("size", mode="before")
     @classmethod
-    def _size(cls, value: Any) -> str | None:
-        return None if value is None else str(written(size_of(value)))
+    def _size(cls, value: Any) -> int | str | None:
+        return None if value is None else written(size_of(value))
 
 
 class Sampling(Checked):
