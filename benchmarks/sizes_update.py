@@ -16,10 +16,9 @@ from benchmarks.sizes_count import Rehearsed, flash_attention
 from benchmarks.sizes_models import Architecture, load, reward
 from chainrule import adapters
 from chainrule.adapters import Active, Band
-from chainrule.adapters.lora import gradients
 from chainrule.adapters.select import recompute
 from chainrule.chain import Memory, Score, backpropagate, read
-from chainrule.learner import Learner
+from chainrule.learner import Learner, gradients
 from chainrule.meters import LiveBytes
 from chainrule.methods import Method, needs
 from chainrule.plan import Plan
@@ -55,7 +54,7 @@ class Bench:
         return self.method.plan(self.model.grid(self.steps), Random(number))
 
     def update(self, batch: int, memory: str, meter: LiveBytes | None = None, number: int = 0) -> None:
-        """The gradient, the clipping, AdamW's step and the average of the weights, as `Trainer.update` has them."""
+        """The gradient, the clipping, AdamW's step and the average of the weights, as `FinetuneTask.update` has them."""
         plan, prompts, seeds = self.plan(number), ["a fox"] * batch, range(batch)
         weights = self.learner.train_only(needs(self.method, self.model.grid(self.steps)).trained)
         chain = self.model.chain(prompts, seeds, self.guidance, Memory(memory))
@@ -65,13 +64,12 @@ class Bench:
         noise = self.model.noise(seeds)
         with self.model.blockwise(Memory(memory)):
             backpropagate(chain, plan, noise, self.model.decode, self.score, prompts, part=MICRO_BATCH)
-        self.learner.step(weights, gradients(weights), lr=0.0, clip=1.0, ema=0.99)
-        self.learner.optimizer.zero_grad(set_to_none=True)
+        self.learner.update(weights, gradients(weights), 0.0, lr=0.0, clip=1.0, ema=0.99)
 
     def fixed(self) -> dict[str, int]:
         """Bytes that are there before an update: the weights of every part, and the adapters with all they need."""
         parts = {name: part for name, part in self.model.pipe.components.items() if isinstance(part, nn.Module)}
-        own = [weight for adapter in self.learner.adapters.values() for weight in adapter.parameters()]
+        own = list(self.learner.named_parameters().values())
         loras = {id(weight) for weight in own}
         found = {name: size_of([w for w in part.parameters() if id(w) not in loras]) for name, part in parts.items()}
         moments = [t for state in self.learner.optimizer.state.values() for t in state.values() if t.numel() > 1]
@@ -99,11 +97,10 @@ def adapted(model: cr.Model, judge: nn.Module, score: Score, method: Method, ste
             for weight in student.parameters():
                 weight.requires_grad_(False)
             model.student = replace(model.bare(1.0), active=Active({"student": Band()}))
-    learner = Learner.of(trained, lr=1e-4, weight_decay=0.0)
+    learner = Learner.of(trained, weight_decay=0.0)
     every = learner.train_only(trained)
     with LiveBytes(model.device):  # AdamW makes its moments at its first step
-        learner.step(every, torch.zeros_like(gradients(every)), lr=0.0, clip=1.0, ema=0.99)
-    learner.optimizer.zero_grad(set_to_none=True)
+        learner.update(every, torch.zeros_like(gradients(every)), 0.0, lr=0.0, clip=1.0, ema=0.99)
     try:
         yield Bench(model, judge, score, method, steps, learner)
     finally:

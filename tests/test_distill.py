@@ -14,11 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import chainrule as cr
-from chainrule.adapters import Active, Band, inject
-from chainrule.adapters.lora import every_layer
 from chainrule.analyze import save, shortcut
-from chainrule.denoise import Member
-from chainrule.distill import Distiller
+from chainrule.distill import DistillTask
 from chainrule.learner import Learner
 from chainrule.methods import ShortFT
 from chainrule.models.students import boundaries, facts, resolve, route
@@ -41,15 +38,12 @@ def test_segments_and_routes():
     assert [j.stop for j in route(250, 1000, 4)] == [0] and route(250, 1000, 4)[-1].finish
 
 
-def distiller(prediction: str, dtype: torch.dtype = torch.float64) -> Distiller:
-    net = fresh(prediction, dtype)
-    settings = Distillation(**SMALL)
-    adapter = inject(net.network, "student", rank=2, targets=every_layer(net.network))
+def distiller(prediction: str, dtype: torch.dtype = torch.float64) -> DistillTask:
+    task = DistillTask.start(fresh(prediction, dtype), PROMPTS, Distillation(**SMALL))
     torch.manual_seed(0)
-    for weight in adapter.parameters():
+    for weight in task.adapter.parameters():
         weight.data.normal_(0, 0.1)
-    learner = Learner.of({"student": adapter}, settings.lr, 0.0)
-    return Distiller(net, learner, Member(net.denoiser, 1.0, Active({"student": Band()})), PROMPTS, settings)
+    return task
 
 
 def test_starts_cover_every_segment_and_end_where_their_segment_ends():
@@ -72,7 +66,7 @@ def test_starts_cover_every_segment_and_end_where_their_segment_ends():
 def test_an_update_is_the_mean_squared_distance_from_the_guided_trajectory(prediction, monkeypatch):
     """Against a loop with the pipeline's own parts: DDIM from every level to the next, guided; the student's jump, unguided."""
     made, seen = distiller(prediction), []
-    monkeypatch.setattr(Learner, "step", lambda self, weights, flat, **_: seen.append(flat.clone()))
+    monkeypatch.setattr(Learner, "update", lambda self, weights, flat, loss, **_: seen.append(flat.clone()) or (0.0, True))
     row = made.update()
     rng = Random(derive(0, "distill", 0))
     grid = made.grid(rng)

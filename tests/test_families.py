@@ -17,7 +17,7 @@ from torch import Tensor
 import chainrule as cr
 from chainrule import methods
 from chainrule.adapters import save_bands, selected
-from chainrule.adapters.lora import gradients
+from chainrule.learner import gradients
 from chainrule.meters import peak_bytes
 from chainrule.models import attach
 

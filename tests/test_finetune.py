@@ -18,7 +18,7 @@ import chainrule as cr
 from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.rewards import reward_of
 from chainrule.settings import Finetuning
-from chainrule.trainer import build, processes
+from chainrule.training import FinetuneTask
 
 PROMPTS = ["a fox", "two bees", "a cat"]
 SMALL = {"batch": 2, "sample_steps": 4, "guidance": 2.0, "rank": 2, "sample_every": 0, "save_every": 0}
@@ -146,9 +146,9 @@ def test_an_update_does_not_depend_on_accumulation_or_micro_batches(tmp_path):
     for options in ({}, {"accumulate": 4}, {"micro_batch": 1}, {"memory": "keep"}):
         net = cr.load(make_pipeline())
         settings = Finetuning(**{**SMALL, "batch": 4, **options})
-        trainer = build(net, DRaFTLV(), reward_of(gray), PROMPTS, settings, processes(settings, net.device, tmp_path))
-        trainer.update()
-        found.append(torch.cat([p.detach().flatten() for p in trainer.learner.named_parameters().values()]))
+        task = FinetuneTask.start(net, DRaFTLV(), reward_of(gray), PROMPTS, settings)
+        task.update()
+        found.append(torch.cat([p.detach().flatten() for p in task.learner.named_parameters().values()]))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-7, atol=1e-9)
 

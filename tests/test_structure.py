@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "estimate": "",
     "plan": "",
     "processes": "errors",
-    "loop": "errors runs processes",
+    "loop": "errors config runs processes",
     "methods": "errors named plan",
     "noise": "",
     "half": "",
@@ -42,15 +42,18 @@ MAY_IMPORT = {
     "tiny": "errors rewards",
     "prompts": "errors tiny",  # the names of what tiny-emoji can draw
     "report": "errors config estimate plan runs",
-    "learner": "adapters",
-    "trainer": "errors plan settings methods noise adapters rewards objective chain models learner",
-    "session": "errors noise models report runs rewards learner trainer",
-    "finetune": "errors config runs settings methods rewards chain models prompts session trainer",
+    "learner": "",
+    "trainer": "errors plan rewards objective chain models",
+    "training": "errors plan settings processes loop methods noise adapters rewards models learner trainer",
+    "grids": "runs settings loop rewards models report",
+    "trackers": "errors loop",
+    "finetune": "errors config runs settings processes loop methods noise rewards chain models prompts report trainer training "
+    "grids trackers",
     "evaluate": "errors estimate rewards chain models prompts",
     "analyze": "errors estimate plan methods rewards chain models prompts report",
-    "steer": "errors size config plan runs settings noise half solve adapters rewards denoise chain models report session",
+    "steer": "errors size config plan runs settings noise half solve adapters rewards denoise chain models report loop",
     "doctor": "errors meters methods rewards chain models",
-    "distill": "errors config plan runs settings noise half adapters denoise models prompts learner session analyze",
+    "distill": "errors config plan runs settings processes loop noise half adapters denoise models prompts learner analyze",
     "experiments": "errors estimate plan runs loop settings methods meters rewards chain models prompts report evaluate finetune "
     "steer",
     "cli": "errors named config plan runs settings methods adapters rewards models prompts report finetune steer doctor distill "

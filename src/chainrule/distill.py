@@ -9,7 +9,6 @@ paper bootstraps from the student. No data are needed but prompts.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,34 +17,67 @@ from random import Random
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chainrule import half
-from chainrule.adapters import Active, Band, inject
-from chainrule.adapters.lora import every_layer, gradients
+from chainrule.adapters import Active, Adapter, Band, inject
+from chainrule.adapters.lora import every_layer
 from chainrule.analyze import save, shortcut
 from chainrule.config import DistillConfig
 from chainrule.denoise import Member
 from chainrule.errors import UserError
-from chainrule.learner import Learner
+from chainrule.learner import Learner, gradients
+from chainrule.loop import Row, complete, open_run, told
 from chainrule.models import Model
 from chainrule.models.students import boundaries
 from chainrule.noise import derive
 from chainrule.plan import Grid, walk
+from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
-from chainrule.session import BAD_IN_A_ROW, interrupts, load_checkpoint, progress_bar, save_checkpoint
 from chainrule.settings import Distillation, Opening, chosen
 
 
 @dataclass(slots=True)
-class Distiller:
+class DistillTask:
     """Everything an update needs. Its whole state is the learner's."""
 
     model: Model
     learner: Learner
+    adapter: Adapter
     student: Member
-    prompts: list[str]
+    prompts: Sequence[str]
     settings: Distillation
+    processes: Processes = ALONE
+
+    @classmethod
+    def start(cls, model: Model, prompts: Sequence[str], settings: Distillation, processes: Processes = ALONE) -> DistillTask:
+        """Put a fresh student into the model's network; `remove` takes it out again."""
+        network = model.network
+        adapter = inject(network, "student", rank=settings.rank, seed=settings.seed, targets=every_layer(network), part=model.part)
+        learner = Learner.of({adapter.name: adapter}, weight_decay=0.0)
+        student = Member(model.denoiser, 1.0, Active({adapter.name: Band()}))
+        return cls(model, learner, adapter, student, prompts, settings, processes)
+
+    @property
+    def label(self) -> str:
+        return "distill"
+
+    @property
+    def watched(self) -> str:
+        return "loss"
+
+    @property
+    def batch(self) -> int:
+        return self.settings.batch
+
+    @property
+    def total(self) -> int:
+        return self.settings.updates
+
+    @property
+    def step(self) -> int:
+        return self.learner.step
 
     def grid(self, rng: Random) -> Grid:
         """Levels of a teacher's trajectory: evenly spaced with a random offset, and the ends of the segments."""
@@ -63,47 +95,58 @@ class Distiller:
         by_segment = sorted(range(len(pairs)), key=lambda n: sum(p[1] == pairs[n][1] for p in pairs[:n]))
         return [pairs[n] for n in by_segment[: self.settings.starts]]
 
-    def update(self) -> dict[str, Any]:
-        s, step, began = self.settings, self.learner.progress.step, time.perf_counter()
+    def update(self) -> Row:
+        s, step, began = self.settings, self.step, time.perf_counter()
         rng = Random(derive(s.seed, "distill", step))
         grid = self.grid(rng)
         prompts, seeds = [rng.choice(self.prompts) for _ in range(s.batch)], [rng.getrandbits(63) for _ in range(s.batch)]
-        guidance = self.model.defaults.guidance if s.guidance is None else s.guidance
+        picked = self.starts(grid, rng)
+        weights = self.learner.train_only(self.learner.parts)
+        loss = self.processes.mean_of(self._backward(grid, picked, self.processes.share(prompts), self.processes.share(seeds)))
+        flat, rate = self.processes.mean(gradients(weights)), s.lr * (1 - step / s.updates)
+        norm, _ = self.learner.update(weights, flat, loss, lr=rate, clip=s.clip, ema=s.ema)
+        row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": rate}
+        return row | {"seconds": time.perf_counter() - began, "skipped": self.learner.skipped}
+
+    def _backward(self, grid: Grid, picked: list[tuple[int, int]], prompts: list[str], seeds: list[int]) -> float:
+        """Add the gradient of the mean loss over the picked states of these trajectories; returns that loss."""
+        guidance = self.model.defaults.guidance if self.settings.guidance is None else self.settings.guidance
         chain = self.model.chain(prompts, seeds, guidance)
         states = [self.model.noise(seeds), *chain.states(self.model.noise(seeds), walk(grid))]
-        picked, losses = self.starts(grid, rng), []
+        losses = []
         for i, end in picked:
             a, b = self.model.solver.process.coefficients(grid[i], grid[end], finish=grid[end] == 0)
             answer = self.student(states[i], grid[i], chain.condition)
             missed = (a * states[i] + b * answer - states[end]) / self._reach(grid[i], grid[end])
             half.backward(answer, torch.autograd.grad(missed.square().mean() / len(picked), answer)[0])
             losses.append(float(missed.detach().square().mean()))
-        weights = self.learner.train_only(self.learner.adapters)
-        flat, rate = gradients(weights), s.lr * (1 - step / s.updates)
-        norm, loss = float(flat.norm()), sum(losses) / len(losses)
-        if math.isfinite(norm):
-            self.learner.step(weights, flat, lr=rate, clip=s.clip, ema=s.ema)
-        else:
-            self.learner.progress.skipped += 1
-        self.learner.optimizer.zero_grad(set_to_none=True)
-        self.learner.progress.step += 1
-        seconds, skipped = time.perf_counter() - began, self.learner.progress.skipped
-        return {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": rate, "seconds": seconds, "skipped": skipped}
+        return sum(losses) / len(losses)
 
     def _reach(self, start: float, stop: float) -> float:
         """alpha sigma' - alpha' sigma: what a jump multiplies an error of the velocity by, so that all jumps count alike."""
         (alpha, sigma), (alpha2, sigma2) = self.model.solver.process.schedule(start), self.model.solver.process.schedule(stop)
         return abs(alpha * sigma2 - alpha2 * sigma)
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.learner.tensors(), self.learner.state
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.learner.restore(tensors, state)
+
     def save(self, folder: Path) -> None:
-        """The student in half precision, and what it is written beside it."""
-        next(iter(self.learner.adapters.values())).weights().half().save(folder)
+        """The averaged student in half precision, and what it is written beside it."""
+        with self.learner.averaged():
+            self.adapter.weights().half().save(folder / "adapter")
         said = {
             "base": self.model.name,
             "steps": self.settings.student_steps,
             "prediction": self.model.solver.process.prediction.value,
         }
-        (folder / "student.json").write_text(json.dumps(said) + "\n")
+        (folder / "adapter" / "student.json").write_text(json.dumps(said) + "\n")
+
+    def remove(self) -> None:
+        """Give the model back without the student."""
+        self.adapter.remove()
 
 
 def distill(
@@ -114,14 +157,14 @@ def distill(
     prompts: str | Sequence[str] = "emoji",
     resume: bool = False,
     overwrite: bool = False,
-    on_update: Callable[[dict[str, Any]], None] | None = None,
+    on_update: Callable[[Row], None] | None = None,
     **options: Any,
 ) -> Run:
     """Distill a few-step student of `model` and return the run it left behind: `model.with_student(run.folder)`.
 
     `settings`, or `options` instead of it, are a `chainrule.settings.Distillation`: student_steps (or steps; 4), updates, batch,
     rank, lr, guidance, seed, ... The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
-    Ctrl-C saves what is there and returns. The run says how faithful the student is: `shortcut.md`, `shortcut.png`
+    Ctrl-C and SIGTERM save what is there and return. The run says how faithful the student is: `shortcut.md`, `shortcut.png`
     (see `chainrule.analyze`). Raises UserError for bad input before anything is written.
     """
     settings, said = chosen(Distillation, settings, options), read_prompts(prompts)
@@ -132,45 +175,17 @@ def distill(
         raise UserError(f"a student follows its model's trajectories, and {name} draws noise on the way; take the solver ddim")
     source = prompts if isinstance(prompts, str) else tuple(said)
     config = DistillConfig(model=model.name, opening=Opening(**model.opening), prompts=source, settings=settings)
-    run, name = Run.create(out, config, resume=resume, overwrite=overwrite), "student"
-    adapter = inject(
-        model.network, name, rank=settings.rank, seed=settings.seed, targets=every_layer(model.network), part=model.part
-    )
+    processes = Processes.here(model.device)
+    processes.check_batch(settings.batch)
+    run = open_run(out, config, processes, resume=resume, overwrite=overwrite)
+    task = DistillTask.start(model, said, settings, processes)
     try:
-        learner = Learner.of({name: adapter}, settings.lr, 0.0)
-        made = Distiller(model, learner, Member(model.denoiser, 1.0, Active({name: Band()})), said, settings)
-        if resume:
-            load_checkpoint(run, learner)
-            run.truncate(learner.progress.step)
-        finished = _run(made, run, on_update)
-        with learner.averaged():
-            made.save(run.adapter)
-            if not finished:
-                return run
+        reason = complete(task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes)
+        if reason == "finished" and processes.main:
             shown = said[:: max(1, len(said) // 6)][:6]
-            taught = replace(model, student=made.student)
-            save(shortcut(taught, shown, student_steps=settings.student_steps, guidance=settings.guidance), run.folder)
+            taught = replace(model, student=task.student)
+            with task.learner.averaged():
+                save(shortcut(taught, shown, student_steps=settings.student_steps, guidance=settings.guidance), run.folder)
     finally:
-        adapter.remove()
+        task.remove()
     return run
-
-
-def _run(made: Distiller, run: Run, on_update: Callable[[dict[str, Any]], None] | None) -> bool:
-    """Update to the end, or until Ctrl-C; whether it was the end."""
-    s, progress, smooth, bad = made.settings, made.learner.progress, None, 0
-    with interrupts() as asked, progress_bar("loss") as bar:
-        task = bar.add_task("distill", total=s.updates, completed=progress.step, value="-", speed="-")
-        while made.learner.progress.step < s.updates and not asked():
-            row = made.update()
-            smooth = row["loss"] if smooth is None else 0.95 * smooth + 0.05 * row["loss"]
-            run.log(row)
-            if s.save_every and row["step"] % s.save_every == 0:
-                save_checkpoint(run, made.learner)
-            bad = 0 if math.isfinite(row["grad_norm"]) else bad + 1
-            if bad >= BAD_IN_A_ROW:
-                raise UserError(f"{bad} updates in a row had a NaN or Inf gradient; lower lr, or resume from the last checkpoint")
-            bar.update(task, completed=row["step"], value=f"{smooth:.4g}", speed=f"{s.batch / row['seconds']:.1f}")
-            if on_update:
-                on_update(row)
-    save_checkpoint(run, made.learner)
-    return made.learner.progress.step >= s.updates

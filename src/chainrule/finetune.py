@@ -1,4 +1,4 @@
-"""Fine-tuning an adapter by reward gradients: the input checked, a trainer built, a session run."""
+"""Fine-tuning an adapter by reward gradients: the input checked, a task started, the loop run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from typing import Any
 from chainrule.chain import Score
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
-from chainrule.methods import Method, needs, spelled, stages
+from chainrule.grids import SampleGrids
+from chainrule.loop import Listener, Row, complete, open_run, told
+from chainrule.methods import Method, needs, spelled
 from chainrule.models import Model
+from chainrule.noise import derive
+from chainrule.processes import Processes
 from chainrule.prompts import prompts as read_prompts
-from chainrule.rewards import probe, reward_of
+from chainrule.report import report
+from chainrule.rewards import Reward, probe, reward_of
 from chainrule.runs import Run
-from chainrule.session import Session, Watch
 from chainrule.settings import Finetuning, Opening, chosen
-from chainrule.trainer import build, check_cast, processes, stage_lengths
+from chainrule.trackers import tracker
+from chainrule.trainer import check_cast
+from chainrule.training import FinetuneTask, Stages
 
 
 def finetune(
@@ -32,7 +38,7 @@ def finetune(
     watch: Sequence[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_update: Callable[[dict[str, Any]], None] | None = None,
+    on_update: Callable[[Row], None] | None = None,
     **options: Any,
 ) -> Run:
     """Fine-tune an adapter so that its images score higher, and return the run it left behind.
@@ -41,32 +47,48 @@ def finetune(
     sample_steps, guidance, ...
     `held_out` is a reward that is only watched (and stops the run early with `patience`). `watch` are the prompts of the
     sample grids. The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
-    Ctrl-C saves what is there and returns. Raises UserError for bad input before anything is written.
+    Ctrl-C and SIGTERM save what is there and return. Raises UserError for bad input before anything is written.
     """
     settings, said = chosen(Finetuning, settings, options), read_prompts(prompts)
     scorer, judge = reward_of(reward), reward_of(held_out) if held_out else None
     if settings.patience and not judge:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
-    turns, grid = stages(method), model.grid(settings.sample_steps)
-    for stage in turns:
+    order, grid = Stages.of(method, settings), model.grid(settings.sample_steps)
+    for stage in order.methods:
         check_cast(model, needs(stage, grid).members)
         stage.plan(grid, Random(0))  # a method that does not fit this grid says so before anything is written
-    lengths = stage_lengths(settings, len(turns))
     for each in filter(None, (scorer, judge)):
         probe(each.to(model.device), model.size)
     config = FinetuneConfig(
         model=model.name, opening=Opening(**model.opening), adapter=model.under, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=judge.name if judge else None,
         prompts=prompts if isinstance(prompts, str) else tuple(said),
-        settings=settings.model_copy(update={"stage_steps": lengths if len(turns) > 1 else None}),
+        settings=settings.model_copy(update={"stage_steps": list(order.lengths) if len(order) > 1 else None}),
     )  # fmt: skip
-    accelerator = processes(settings, model.device, out)
-    with accelerator.main_process_first():  # the others find the folder made
-        main = accelerator.is_main_process
-        run = Run.create(out, config, resume=resume, overwrite=overwrite) if main else Run(Path(out))
-    trainer = build(model, method, scorer, said, settings, accelerator)
-    shown = list(watch) if watch else said[:: max(1, len(said) // 8)][:8]
+    processes = Processes.here(model.device)
+    processes.check_batch(settings.batch, settings.accumulate)
+    sent = [tracker(settings.tracker, config.values(), out, model.device)] if settings.tracker != "none" else []
+    run = open_run(out, config, processes, resume=resume, overwrite=overwrite)
+    task = FinetuneTask.start(model, method, scorer, said, settings, processes)
     try:
-        return Session(run).train(trainer, Watch(shown, list(range(len(shown))), judge), resume, on_update)
+        listeners = [*_shown(run, task, judge, watch), *sent, *told(on_update)]
+        complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
     finally:
-        trainer.remove()
+        task.remove()
+    return run
+
+
+def _shown(run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str] | None) -> list[Listener]:
+    """What the main process shows in the folder: the plans, grids while the run trains, and a report at the end."""
+    if not task.processes.main:
+        return []
+    settings, levels = task.settings, task.model.grid(task.settings.sample_steps)
+    plans = [stage.plan(levels, Random(derive(settings.seed, "plan", i))) for stage in task.stages.methods for i in range(3)]
+    run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
+    prompts = list(watch) if watch else task.prompts[:: max(1, len(task.prompts) // 8)][:8]
+    grids = SampleGrids(run, task.model, prompts, settings, held_out, task.save_adapter)
+
+    def write_report(reason: str) -> None:
+        report(run.folder)
+
+    return [grids.listener, Listener(finished=write_report)]

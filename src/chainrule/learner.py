@@ -1,78 +1,83 @@
-"""What is learned: adapters, their optimizer and average, how far it has come, and all of that as tensors for a checkpoint."""
+"""What is learned: parts under one optimizer, the average of their weights, and all of that as tensors for a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from chainrule.adapters import Adapter
 
+class Part(Protocol):
+    """What the optimizer has to know of something learned."""
 
-@dataclass(slots=True)
-class Progress:
-    """How far a run has come: its updates, the stage it is in, and what the end of that stage depends on."""
+    @property
+    def rate(self) -> float:
+        """Its learning rate, as a factor on the run's."""
 
-    step: int = 0
-    skipped: int = 0
-    stage: int = 0  # counted from 0
-    began: int = 0  # the update the stage began with
-    smooth: float | None = None  # the reward of the stage's updates, averaged over about the last ten
-    best: float | None = None
-    best_at: int = 0
-
-    def saw(self, reward: float) -> None:
-        """Count an update of this reward."""
-        self.smooth = reward if self.smooth is None else 0.9 * self.smooth + 0.1 * reward
-        if self.best is None or self.smooth > self.best:
-            self.best, self.best_at = self.smooth, self.step
-
-    def next_stage(self) -> None:
-        self.stage, self.began, self.smooth, self.best, self.best_at = self.stage + 1, self.step, None, None, self.step
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters, by names that are the same in every run."""
 
 
 @dataclass(slots=True)
 class Learner:
-    """Adapters under AdamW, and the average of their weights that is saved."""
+    """Parts under one AdamW, a group each, and the average of their weights that is saved."""
 
-    adapters: dict[str, Adapter]
+    parts: Mapping[str, Part]
     optimizer: torch.optim.AdamW
     average: dict[str, Tensor]
-    progress: Progress = field(default_factory=Progress)
+    step: int = 0  # updates done
+    skipped: int = 0  # of them without a finite value or gradient
 
     @classmethod
-    def of(cls, adapters: dict[str, Adapter], lr: float, weight_decay: float) -> Learner:
-        weights = [weight for adapter in adapters.values() for weight in adapter.parameters()]
-        made = cls(adapters, torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay), {})
-        made.average = {name: weight.detach().clone() for name, weight in made.named_parameters().items()}
-        return made
+    def of(cls, parts: Mapping[str, Part], weight_decay: float) -> Learner:
+        """A learner before its first update."""
+        groups = [{"params": [*part.named_parameters().values()], "rate": part.rate} for part in parts.values()]
+        found = cls(parts, torch.optim.AdamW(groups, weight_decay=weight_decay), {})
+        found.average = {name: weight.detach().clone() for name, weight in found.named_parameters().items()}
+        return found
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every adapter's weights, the frozen ones too."""
-        return {f"{name}/{key}": w for name, adapter in self.adapters.items() for key, w in adapter.named_parameters().items()}
+        """Every part's weights, the frozen ones too."""
+        return {f"{name}/{key}": w for name, part in self.parts.items() for key, w in part.named_parameters().items()}
 
     def train_only(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Train these adapters and freeze the others, whose optimizer state stays; returns the trained weights."""
+        """Train these parts and freeze the others, whose optimizer state stays; returns the trained weights."""
         chosen = set(names)
-        for name, adapter in self.adapters.items():
-            for weight in adapter.parameters():
+        for name, part in self.parts.items():
+            for weight in part.named_parameters().values():
                 weight.requires_grad_(name in chosen)
-        return [weight for name in self.adapters if name in chosen for weight in self.adapters[name].parameters()]
+        return [weight for name in self.parts if name in chosen for weight in self.parts[name].named_parameters().values()]
 
-    def step(self, weights: list[nn.Parameter], gradient: Tensor, *, lr: float, clip: float, ema: float) -> None:
-        """One AdamW step of these weights along a flat gradient, clipped to the norm `clip`; then the average."""
-        gradient = gradient * min(1.0, clip / (float(gradient.norm()) + 1e-12))
+    def update(
+        self, weights: list[nn.Parameter], gradient: Tensor, value: float, *, lr: float, clip: float, ema: float
+    ) -> tuple[float, bool]:
+        """One AdamW step of these weights along a flat gradient, clipped to the norm `clip`; then the average.
+
+        Nothing moves, and the update counts as skipped, where the gradient or the `value` it is of is not finite. Returns the
+        gradient's norm and whether the step was made.
+        """
+        norm = float(gradient.norm())
+        finite = math.isfinite(norm) and math.isfinite(value)
+        if finite:
+            self._step(weights, gradient * min(1.0, clip / (norm + 1e-12)), lr)
+            kept = min(ema, (self.step + 1) / (self.step + 10)) if ema else 0.0
+            for name, weight in self.named_parameters().items():
+                self.average[name].lerp_(weight.detach(), 1 - kept)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.skipped = self.step + 1, self.skipped + (not finite)
+        return norm, finite
+
+    def _step(self, weights: list[nn.Parameter], gradient: Tensor, lr: float) -> None:
         for weight, piece in zip(weights, gradient.split([w.numel() for w in weights]), strict=True):
-            weight.grad = piece.view_as(weight).to(weight.dtype)
-        self.optimizer.param_groups[0]["lr"] = lr
+            weight.grad = piece.view_as(weight).to(weight)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["rate"]
         self.optimizer.step()
-        step = self.progress.step
-        for name, weight in self.named_parameters().items():
-            self.average[name].lerp_(weight.detach(), 1 - min(ema, (step + 1) / (step + 10)) if ema else 1.0)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state, with `state`, as flat tensors."""
@@ -84,11 +89,12 @@ class Learner:
 
     @property
     def state(self) -> dict[str, Any]:
-        return asdict(self.progress)
+        """The counts, for JSON."""
+        return {"step": self.step, "skipped": self.skipped}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Back to a saved state. KeyError, TypeError or RuntimeError when it is of other adapters."""
-        self.progress = Progress(**state)
+        """Back to a saved state. Raises KeyError or RuntimeError when it is of other parts."""
+        self.step, self.skipped = state["step"], state["skipped"]
         for name, weight in self.named_parameters().items():
             weight.data.copy_(tensors[f"weight/{name}"])
             self.average[name].copy_(tensors[f"average/{name}"])
@@ -100,7 +106,7 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the block the adapters carry their averages."""
+        """Within the block the parts carry their averages."""
         kept = {name: weight.detach().clone() for name, weight in self.named_parameters().items()}
         self._put(self.average)
         try:
@@ -111,3 +117,9 @@ class Learner:
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, weight in self.named_parameters().items():
             weight.data.copy_(values[name])
+
+
+def gradients(weights: list[nn.Parameter]) -> Tensor:
+    """All gradients as one flat vector on the first weight's device, zeros where a plan left a weight unused."""
+    flat = [(w.grad if w.grad is not None else torch.zeros_like(w)).flatten() for w in weights]
+    return torch.cat([piece.to(flat[0].device) for piece in flat])

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chainrule.config import RunConfig
 from chainrule.errors import UserError
 from chainrule.processes import ALONE, Processes
 from chainrule.runs import Run
@@ -81,6 +82,26 @@ class Listener:
     started: Callable[[], None] = _nothing  # before the first update of this call, after a checkpoint is loaded
     updated: Callable[[Row], str | None] = _nothing  # may add values to the row; what it returns is a reason to stop
     finished: Callable[[str], None] = _nothing  # with the reason, after the result is saved
+
+
+def told(on_update: Callable[[Row], object] | None) -> tuple[Listener, ...]:
+    """A listener that calls a user's function, if there is one, with every row."""
+    if on_update is None:
+        return ()
+
+    def updated(row: Row) -> None:
+        on_update(row)
+
+    return (Listener(updated=updated),)
+
+
+def open_run(
+    out: str | Path, config: RunConfig, processes: Processes = ALONE, *, resume: bool = False, overwrite: bool = False
+) -> Run:  # fmt: skip
+    """`Run.create` by the main process; the others wait for the folder. Raises UserError as that does."""
+    processes.wait()  # until all have seen the folder as it was
+    with processes.first():
+        return Run.create(out, config, resume=resume, overwrite=overwrite) if processes.main else Run(Path(out))
 
 
 def complete(

@@ -64,6 +64,10 @@ class Processes:
         averaged: Tensor = reduce(tensor, "mean")
         return averaged
 
+    def mean_of(self, number: float) -> float:
+        """The mean of a number over all processes; every process gets it."""
+        return sum(self.gather([number])) / self.count
+
     def gather(self, mine: Sequence[T]) -> list[T]:
         """The whole list, in order, from every process's `share` of it; every process gets it."""
         if self.count == 1:

@@ -11,7 +11,7 @@ from weakref import finalize
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from chainrule.adapters.files import Weights, read
 from chainrule.adapters.select import forget, layers_of, remember, unchanged, when_unused
@@ -27,11 +27,12 @@ TARGETS = (
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One named LoRA inside one network, which its pipeline calls `part`."""
+    """One named LoRA inside one network, which its pipeline calls `part`. `rate` is a factor on the run's learning rate."""
 
     name: str
     network: nn.Module
     part: str = "unet"
+    rate: float = 1.0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its matrices, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank), in the network's order."""
@@ -166,8 +167,3 @@ def load(network: nn.Module, name: str, source: str | Path | Weights) -> Adapter
         here[key].data.copy_(value)
         here[key].requires_grad_(False)
     return adapter
-
-
-def gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """All gradients as one flat vector, zeros where a plan left an adapter unused."""
-    return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])

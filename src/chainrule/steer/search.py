@@ -15,12 +15,12 @@ from torch import Tensor
 from chainrule.adapters import Adapter
 from chainrule.chain import Memory
 from chainrule.errors import UserError
+from chainrule.loop import progress_bar, stop_signals
 from chainrule.models import Model
 from chainrule.models.model import pictures
 from chainrule.noise import derive
 from chainrule.plan import walk
 from chainrule.rewards import Reward, checked
-from chainrule.session import interrupts, progress_bar
 from chainrule.settings import Steering
 from chainrule.steer.found import Steered
 from chainrule.steer.gradients import gradient_of, image_of
@@ -192,7 +192,7 @@ class Bar:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        with interrupts() as self.asked, progress_bar("reward") as self.bar:
+        with stop_signals() as self.asked, progress_bar("reward") as self.bar:
             self.task = self.bar.add_task("steer", total=self.total, value="-", speed="-")
             yield
 

@@ -1,0 +1,200 @@
+"""Fine-tuning as a task. The training step is `FinetuneTask.update`, whole."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chainrule.adapters import Adapter, save_bands
+from chainrule.errors import UserError
+from chainrule.learner import Learner, gradients
+from chainrule.loop import Row
+from chainrule.methods import Method, needs, stages
+from chainrule.models import Model
+from chainrule.noise import derive
+from chainrule.plan import Grid, Plan
+from chainrule.processes import ALONE, Processes
+from chainrule.rewards import Reward
+from chainrule.settings import Finetuning
+from chainrule.trainer import gradient
+
+
+@dataclass(slots=True)
+class Stage:
+    """The stage a method is in, and what the end of that stage depends on."""
+
+    number: int = 0  # counted from 0
+    began: int = 0  # the update it began with
+    smooth: float | None = None  # the reward of its updates, averaged over about the last ten
+    best: float | None = None  # the highest of these
+    best_at: int = 0
+
+    def saw(self, reward: float, step: int) -> None:
+        """Count a good update."""
+        self.smooth = reward if self.smooth is None else 0.9 * self.smooth + 0.1 * reward
+        if self.best is None or self.smooth > self.best:
+            self.best, self.best_at = self.smooth, step
+
+
+@dataclass(slots=True)
+class Stages:
+    """The stages of a method in turn, one for most: each with its number of updates, less if the reward stops rising."""
+
+    methods: Sequence[Method]
+    lengths: Sequence[int]
+    plateau: int = 0  # end a stage after this many updates without a better reward; 0: never
+    now: Stage = field(default_factory=Stage)
+
+    @classmethod
+    def of(cls, method: Method, settings: Finetuning) -> Stages:
+        """Lengths as given, or equal shares, earlier ones with what is left over. Raises UserError if they do not fit."""
+        turns, lengths = stages(method), settings.stage_steps
+        count = len(turns)
+        if settings.updates < count:
+            raise UserError(
+                f"updates is {settings.updates}, but the method has {count} stages; give every stage an update at least"
+            )
+        lengths = lengths or [settings.updates // count + (i < settings.updates % count) for i in range(count)]
+        if len(lengths) != count:
+            raise UserError(f"stage_steps has {len(lengths)} lengths, but the method has {count} stage{'s' * (count > 1)}")
+        return cls(turns, lengths, settings.plateau)
+
+    def __len__(self) -> int:
+        return len(self.methods)
+
+    @property
+    def method(self) -> Method:
+        """The stage's method."""
+        return self.methods[self.now.number]
+
+    def advance(self, step: int) -> None:
+        """Go on to the next stage when this one has had its updates, or stopped getting better."""
+        over = step - self.now.began >= self.lengths[self.now.number] or (self.plateau and step - self.now.best_at > self.plateau)
+        if over and self.now.number + 1 < len(self):
+            self.now = Stage(self.now.number + 1, began=step, best_at=step)
+
+
+@dataclass(slots=True)
+class FinetuneTask:
+    """Everything an update needs. Its whole state is the learner's and the stage."""
+
+    model: Model
+    learner: Learner
+    adapters: dict[str, Adapter]
+    stages: Stages
+    reward: Reward
+    prompts: Sequence[str]
+    settings: Finetuning
+    processes: Processes = ALONE
+
+    @classmethod
+    def start(
+        cls, model: Model, method: Method, reward: Reward, prompts: Sequence[str], settings: Finetuning,
+        processes: Processes = ALONE,
+    ) -> FinetuneTask:  # fmt: skip
+        """Put the method's fresh adapters into the model; `remove` takes them out again."""
+        order = Stages.of(method, settings)
+        bands = needs(method, model.grid(settings.sample_steps)).adapters
+        adapters = {
+            name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels)
+            for i, (name, levels) in enumerate(bands.items())
+        }
+        learner = Learner.of(adapters, settings.weight_decay)
+        return cls(model, learner, adapters, order, reward, prompts, settings, processes)
+
+    @property
+    def label(self) -> str:
+        return f"stage {self.stages.now.number + 1} of {len(self.stages)}" if len(self.stages) > 1 else "update"
+
+    @property
+    def watched(self) -> str:
+        return "reward"
+
+    @property
+    def batch(self) -> int:
+        return self.settings.batch
+
+    @property
+    def total(self) -> int:
+        return self.settings.updates
+
+    @property
+    def step(self) -> int:
+        return self.learner.step
+
+    @property
+    def grid(self) -> Grid:
+        """The levels of a sampling chain."""
+        return self.model.grid(self.settings.sample_steps)
+
+    def plan(self) -> Plan:
+        """The plan of the next update, the same on every process."""
+        return self.stages.method.plan(self.grid, Random(derive(self.settings.seed, "plan", self.step)))
+
+    def share(self) -> tuple[list[str], list[int]]:
+        """This process's prompts and image seeds of the next update: the same global batch for any number of processes."""
+        s, step = self.settings, self.step
+        rng = Random(derive(s.seed, "prompts", step))
+        prompts = [rng.choice(self.prompts) for _ in range(s.batch)]
+        seeds = [derive(s.seed, "image", step, k) for k in range(s.batch)]
+        return self.processes.share(prompts), self.processes.share(seeds)
+
+    def update(self) -> Row:
+        s, step, began = self.settings, self.step, time.perf_counter()
+        plan, weights = self.plan(), self.learner.train_only(needs(self.stages.method, self.grid).trained)
+        prompts, seeds = self.share()
+        rewards = []
+        for i in range(s.accumulate):
+            some = slice(i, None, s.accumulate)
+            rewards.append(
+                gradient(
+                    self.model, plan, self.reward, prompts[some], seeds[some], guidance=s.guidance, memory=s.memory,
+                    micro_batch=s.micro_batch, kl=s.kl, scale=1 / s.accumulate,
+                ).rewards
+            )  # fmt: skip
+        # Adapters are small: one flat mean over processes, zeros where the plan left a weight unused.
+        flat = self.processes.mean(gradients(weights))
+        reward = self.processes.mean_of(float(torch.cat(rewards).mean()))
+        rate = s.lr * (min(10 / math.sqrt(step + 1), 1.0) if s.schedule == "sqrt" else 1.0)
+        norm, finite = self.learner.update(weights, flat, reward, lr=rate, clip=s.clip, ema=s.ema)
+        row: Row = {"step": self.step, "reward": reward, "grad_norm": norm, "lr": rate}
+        row |= {"seconds": time.perf_counter() - began, "skipped": self.learner.skipped}
+        if len(self.stages) > 1:
+            row["stage"] = self.stages.now.number + 1
+        if finite:
+            self.stages.now.saw(reward, step)
+        self.stages.advance(self.step)
+        return row
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.learner.tensors(), {**self.learner.state, "stage": asdict(self.stages.now)}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.stages.now = Stage(**state["stage"])
+        self.learner.restore(tensors, state)
+
+    def save(self, folder: Path) -> None:
+        self.save_adapter(folder / "adapter")
+
+    def save_adapter(self, folder: Path) -> None:
+        """The averaged adapter, in the format plain diffusers loads; several by level in a folder each, with their levels."""
+        bands = needs(self.stages.method, self.grid).adapters
+        alone = list(bands.values()) == [None]
+        with self.learner.averaged():
+            for name, adapter in self.adapters.items():
+                adapter.save(folder if alone else folder / name)
+        if not alone:
+            save_bands(folder, bands)
+
+    def remove(self) -> None:
+        """Give the model back without the adapters."""
+        for adapter in self.adapters.values():
+            self.model.drop(adapter)
