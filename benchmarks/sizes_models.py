@@ -18,8 +18,8 @@ import transformers
 from torch import Tensor, nn
 
 import chainrule as cr
-from chainrule.chain import Score
-from chainrule.denoise import Condition, Words
+from chainrule.denoise import Condition, PromptEmbedding
+from chainrule.rewards import RewardFunction
 from chainrule.rewards.clip import Clip, normalize, resize_and_crop
 
 Config = Mapping[str, Any]
@@ -205,9 +205,9 @@ def load(shape: Architecture, device: torch.device, dtype: torch.dtype) -> cr.Mo
         warnings.simplefilter("ignore")
         model = cr.load(pipeline(shape, device, dtype))
 
-    def words(count: int) -> Words:
+    def words(count: int) -> PromptEmbedding:
         pooled = torch.zeros(count, shape.pooled, device=device, dtype=dtype) if shape.pooled else None
-        return Words(torch.zeros(count, *shape.words, device=device, dtype=dtype), pooled)
+        return PromptEmbedding(torch.zeros(count, *shape.words, device=device, dtype=dtype), pooled)
 
     def embed(prompts: Sequence[str]) -> Condition:
         if model.distilled:
@@ -229,7 +229,7 @@ class Blank:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def reward(shape: Architecture, device: torch.device) -> tuple[nn.Module, Score]:
+def reward(shape: Architecture, device: torch.device) -> tuple[nn.Module, RewardFunction]:
     """A CLIP in float32, as the library loads its rewards, and PickScore's formula over it."""
     with _made_on(device, torch.float32):
         model = transformers.CLIPModel(transformers.CLIPConfig(**shape.reward)).requires_grad_(False).eval()

@@ -17,11 +17,16 @@ from benchmarks.sizes_models import Architecture, load, reward
 from chainrule import adapters
 from chainrule.adapters import Active, Band
 from chainrule.adapters.select import recompute
-from chainrule.chain import Memory, Score, backpropagate, read
+from chainrule.cast import Member
+from chainrule.chain import Memory
+from chainrule.gradient import backpropagate
+from chainrule.guidance import of_number
 from chainrule.learner import Learner, gradients
 from chainrule.meters import LiveBytes
 from chainrule.methods import Method, needs
+from chainrule.objective import Objective, read
 from chainrule.plan import Plan
+from chainrule.rewards import RewardFunction
 
 RANK, STUDENT_RANK = 8, 64  # the trainer's default; what the published few-step LoRAs have
 MICRO_BATCH = 1
@@ -37,7 +42,7 @@ class Bench:
 
     model: cr.Model
     judge: nn.Module
-    score: Score
+    score: RewardFunction
     method: Method
     steps: int
     learner: Learner
@@ -57,13 +62,13 @@ class Bench:
         """The gradient, the clipping, AdamW's step and the average of the weights, as `FinetuneTask.update` has them."""
         plan, prompts, seeds = self.plan(number), ["a fox"] * batch, range(batch)
         weights = self.learner.train_only(needs(self.method, self.model.grid(self.steps)).trained)
-        chain = self.model.chain(prompts, seeds, self.guidance, Memory(memory))
+        chain = self.model.chain(prompts, seeds, Memory(memory))
         if meter:
             cast: Any = {name: Rehearsed(member, meter) for name, member in chain.cast.items()}
             chain = replace(chain, cast=cast)
         noise = self.model.noise(seeds)
         with self.model.blockwise(Memory(memory)):
-            backpropagate(chain, plan, noise, self.model.decode, self.score, prompts, part=MICRO_BATCH)
+            backpropagate(chain, plan, noise, self.model.decode, self.score, prompts, micro_batch=MICRO_BATCH)
         self.learner.update(weights, gradients(weights), 0.0, lr=0.0, clip=1.0, ema=0.99)
 
     def fixed(self) -> dict[str, int]:
@@ -79,13 +84,13 @@ class Bench:
         return list(self.learner.average.values())
 
 
-def open_bench(shape: Architecture, device: torch.device, dtype: torch.dtype) -> tuple[cr.Model, nn.Module, Score]:
+def open_bench(shape: Architecture, device: torch.device, dtype: torch.dtype) -> tuple[cr.Model, nn.Module, RewardFunction]:
     """The model and its reward, which every method of this architecture shares."""
     return load(shape, device, dtype), *reward(shape, device)
 
 
 @contextmanager
-def adapted(model: cr.Model, judge: nn.Module, score: Score, method: Method, steps: int) -> Iterator[Bench]:
+def adapted(model: cr.Model, judge: nn.Module, score: RewardFunction, method: Method, steps: int) -> Iterator[Bench]:
     """Within the block the method's adapters are in the model, a student's too, and their optimizer has its state."""
     own, student = needs(method, model.grid(steps)), None
     with model.device:
@@ -96,7 +101,8 @@ def adapted(model: cr.Model, judge: nn.Module, score: Score, method: Method, ste
             student = adapters.inject(model.network, "student", rank=STUDENT_RANK, part=model.part)
             for weight in student.parameters():
                 weight.requires_grad_(False)
-            model.student = replace(model.bare(1.0), active=Active({"student": Band()}))
+            member = Member(model.denoiser, of_number(model.denoiser, 1.0), Active({"student": Band()}))
+            model = model.with_member("student", member)
     learner = Learner.of(trained, weight_decay=0.0)
     every = learner.train_only(trained)
     with LiveBytes(model.device):  # AdamW makes its moments at its first step
@@ -104,7 +110,6 @@ def adapted(model: cr.Model, judge: nn.Module, score: Score, method: Method, ste
     try:
         yield Bench(model, judge, score, method, steps, learner)
     finally:
-        model.student = None
         for adapter in [*trained.values(), *([student] if student else [])]:
             model.drop(adapter)
 
@@ -123,12 +128,12 @@ def pieces(bench: Bench) -> dict[str, int]:
 
     def call(live: bool = True) -> None:
         with torch.set_grad_enabled(live):
-            answer = model.cast(bench.guidance)["base"](x.clone().requires_grad_(live), level, condition)
+            answer = model.cast()["base"](x.clone().requires_grad_(live), level, condition)
             if live:
                 answer.backward(torch.empty_like(answer))
 
-    def image(score: Score) -> None:
-        read(model.decode, score, x, prompts, MICRO_BATCH)
+    def image(score: RewardFunction) -> None:
+        read(model.decode, Objective.of(score), x, prompts, MICRO_BATCH)
 
     def peak(run: Callable[[], None]) -> int:
         bench.learner.optimizer.zero_grad(set_to_none=True)
@@ -136,7 +141,7 @@ def pieces(bench: Bench) -> dict[str, int]:
             run()
         return meter.peak
 
-    plain: Score = lambda images, prompts: images.mean((1, 2, 3))
+    plain: RewardFunction = lambda images, prompts: images.mean((1, 2, 3))
     found = {"call": peak(call), "call without gradient": peak(lambda: call(False))}
     found |= {"decode": peak(lambda: image(plain)), "decode and reward": peak(lambda: image(bench.score))}
     network: Any = model.network

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import chainrule as cr
 from chainrule import methods
-from chainrule.denoise import Condition, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import Pixels
 from chainrule.models.solvers import made
 
@@ -39,7 +39,7 @@ class Denoiser:
 
     network: Network
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         return self.network(x, torch.full((len(x),), level / 1000))
 
 
@@ -63,7 +63,7 @@ def trained() -> Network:
 def model() -> cr.Model:
     """Everything the methods ask for. The scheduler says which levels a run of so many steps has."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    unread = lambda prompts: Words(torch.zeros(len(prompts), 1))
+    unread = lambda prompts: PromptEmbedding(torch.zeros(len(prompts), 1))
     return cr.Model(
         name="two-colors",
         pipe=SimpleNamespace(scheduler=scheduler),

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,18 @@ def pixel_pipeline(classes: int | None, dtype: torch.dtype = torch.float64) -> D
         num_class_embeds=classes,
     ).to(dtype).eval()  # fmt: skip
     return DDIMPipeline(unet, DDIMScheduler(clip_sample=False))
+
+
+@dataclass(frozen=True)
+class Worth:
+    """A term on states of any shape, where an objective's rewards want images: minus a function (x, prompts) -> (b,)."""
+
+    function: Callable[[torch.Tensor, object], torch.Tensor]
+    weight: float = -1.0
+    name: str = "worth"
+
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], rows: slice) -> torch.Tensor:
+        return self.function(images, prompts)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from torch import Tensor
 import chainrule as cr
 from chainrule.chain import Memory
 from chainrule.denoise import Condition
-from chainrule.rewards import reward_of
-from chainrule.steer.problem import Loss, Problem
+from chainrule.objective import Objective
+from chainrule.steer.problem import Problem
 from chainrule.steer.variables import Over
 
 STEPS, GUIDANCE, SEEDS, PROMPTS = 5, 3.0, [4, 9], ["a fox", "two bees"]
@@ -28,9 +28,9 @@ def score(images: Tensor, prompts: object) -> Tensor:
 
 
 def problem(model: cr.Model, over: str = "latent", steps: int = STEPS, memory: str = "recompute") -> tuple[Problem, Tensor]:
-    chain = model.chain(PROMPTS, SEEDS, GUIDANCE, Memory(memory))
+    chain = model.guided(GUIDANCE).chain(PROMPTS, SEEDS, Memory(memory))
     grid = Over.parse(over).grid(model.grid(steps))
-    return Problem(chain, grid, model.decode, PROMPTS, Loss(reward_of(score))), model.noise(SEEDS)
+    return Problem(chain, grid, model.decode, PROMPTS, Objective.of(score)), model.noise(SEEDS)
 
 
 def network(model: cr.Model, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:

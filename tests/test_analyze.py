@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import chainrule as cr
 from chainrule.analyze import gradients, picard
 from chainrule.analyze.picard import Trajectory
+from chainrule.cast import Member
 from chainrule.chain import Chain
-from chainrule.denoise import Condition, Member, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.noise import Diffusion, Noise
 from chainrule.plan import walk
 from chainrule.solve import DDIM, Prediction, Process
@@ -30,19 +31,19 @@ def linear_chain(strength: float) -> tuple[Chain, Tensor]:
     class Linear:
         network = nn.Module()
 
-        def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+        def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
             return torch.einsum("dc,bchw->bdhw", matrix, x) * (1 + level / 1000)
 
     betas = torch.linspace(1e-4, 2e-2, 1000).double()
     solver = DDIM(Process(Diffusion.of((1 - betas).cumprod(0)), Prediction.VELOCITY))
-    nothing = Condition(Words(torch.zeros(1, 1)), Words(torch.zeros(1, 1)))
+    nothing = Condition(PromptEmbedding(torch.zeros(1, 1)), PromptEmbedding(torch.zeros(1, 1)))
     return Chain({"base": Member(Linear())}, solver, nothing, Noise((0,), (3, 1, 1))), torch.randn(1, 3, 1, 1).double()
 
 
 def test_iteration_k_has_the_first_k_states_of_sequential_sampling() -> None:
     """Prop. 4.1 of arXiv:2505.07477, state by state; after as many iterations as steps the whole trajectory."""
     model = cr.load(make_pipeline("v_prediction"))
-    chain, x, path = model.chain(["a fox"], [3], GUIDANCE), model.noise([3]), walk(model.grid(5))
+    chain, x, path = model.guided(GUIDANCE).chain(["a fox"], [3]), model.noise([3]), walk(model.grid(5))
     ode = Trajectory(chain, path)
     sequential = torch.cat([x, *chain.states(x, path)]) / ode.factors
     whole = sequential[:1].repeat(6, 1, 1, 1)
@@ -81,7 +82,7 @@ def test_picard_measures_what_the_theorem_is_about() -> None:
     assert found.error[-1].mean < 1e-9
     apart = []
     for prompt in ("a fox", "two bees"):
-        chain = model.chain([prompt], [0], 1.0)
+        chain = model.guided(1.0).chain([prompt], [0])
         grads = []
         for every in (True, False):
             leaf = model.noise([0]).requires_grad_()

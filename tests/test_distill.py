@@ -142,13 +142,13 @@ def test_a_student_is_the_same_in_plain_diffusers(tmp_path):
     run = cr.distill(fresh(), out=tmp_path / "run", prompts=PROMPTS, **SMALL)
     net = fresh().with_student(run.folder)
     condition, x = net.embed(PROMPTS), net.noise(SEEDS)
-    ours = net.cast(2.0)["student"](x, 742, condition)
+    ours = net.guided(2.0).cast()["student"](x, 742, condition)
     pipe = make_pipeline("v_prediction", torch.float32)
     pipe.load_lora_weights(run.adapter, weight_name="pytorch_lora_weights.safetensors")
     with torch.no_grad():
         theirs = pipe.unet(x, torch.tensor(741), encoder_hidden_states=condition.positive.states).sample
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(ours, net.bare(1.0)(x, 742, condition), atol=1e-5)
+    assert not torch.allclose(ours, net.guided(1.0).cast()["base"](x, 742, condition), atol=1e-5)
 
 
 @pytest.mark.parametrize(

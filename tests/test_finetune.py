@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import chainrule as cr
 from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
+from chainrule.objective import KL, Objective
 from chainrule.rewards import reward_of
 from chainrule.settings import Finetuning
 from chainrule.training import FinetuneTask
@@ -130,13 +132,15 @@ def test_kl_keeps_the_last_call_near_the_base_model(tmp_path):
         weight.data.normal_(0, 0.2)
     plan, seeds = DRaFT(1).plan(net.grid(3), Random(0)), [1, 2]
     zero = lambda images, prompts: (images * 0).sum((1, 2, 3))
-    cr.gradient(net, plan, zero, PROMPTS[:2], seeds, guidance=2.0, kl=0.7)
+    base_model = replace(net, active={}).guided(2.0).cast()["base"]
+    seen = cr.gradient(net, plan, Objective.of(zero).with_terms(KL(base_model, 0.7)), PROMPTS[:2], seeds, guidance=2.0)
     found = [p.grad.clone() for p in adapter.parameters()]
     *_, x, _ = [net.noise(seeds), *net.states(PROMPTS[:2], seeds, 3, 2.0)]
     condition = net.embed(PROMPTS[:2])
     with torch.no_grad():
-        base = net.bare(2.0)(x, plan.branches[0][0].start, condition)
-    distance = (net.cast(2.0)["base"](x, plan.branches[0][0].start, condition) - base).square().sum() / 2
+        base = base_model(x, plan.branches[0][0].start, condition)
+    distance = (net.guided(2.0).cast()["base"](x, plan.branches[0][0].start, condition) - base).square().sum() / 2
+    assert seen.terms["kl"] == pytest.approx(float(distance.detach()))
     for mine, expected in zip(found, torch.autograd.grad(0.7 * distance, adapter.parameters()), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-8, atol=1e-12)
 

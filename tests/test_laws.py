@@ -7,14 +7,17 @@ from random import Random
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import Worth, make_pipeline
 from torch import Tensor
 
 import chainrule as cr
-from chainrule.chain import Chain, Memory, backpropagate
-from chainrule.denoise import Condition, Member, Words
+from chainrule.cast import Member
+from chainrule.chain import Chain, Memory
+from chainrule.denoise import Condition, PromptEmbedding
+from chainrule.gradient import backpropagate
 from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.noise import Diffusion, Noise, derive
+from chainrule.objective import Objective
 from chainrule.plan import Grad, Jump, Plan, walk
 from chainrule.solve import DDIM, Prediction, Process
 
@@ -191,7 +194,7 @@ def test_draft_of_all_steps_is_draft_and_refl_with_m_1_differs_from_draft_1_only
 
 
 def _states(model: cr.Model, path: tuple[Jump, ...]) -> list[Tensor]:
-    chain = model.chain(PROMPTS, SEEDS, GUIDANCE)
+    chain = model.guided(GUIDANCE).chain(PROMPTS, SEEDS)
     return [model.noise(SEEDS), *chain.states(model.noise(SEEDS), path)]
 
 
@@ -201,7 +204,7 @@ def test_sdo_on_a_latent_is_one_network_jacobian_and_the_linear_carry(prediction
     model, _ = build(prediction)
     path = walk(model.grid(STEPS))
     live = (Jump(path[0].start, path[0].stop, grad=Grad.FULL), *path[1:])
-    chain = model.chain(PROMPTS, SEEDS, GUIDANCE)
+    chain = model.guided(GUIDANCE).chain(PROMPTS, SEEDS)
     (branch,) = chain.walk(Plan((), (live,)), model.noise(SEEDS))
     v = torch.randn_like(branch.image)
     found = branch.pull(v)
@@ -224,7 +227,7 @@ def test_sdo_on_weights_is_equation_20():
     latent = states[-1].requires_grad_()
     (v,) = torch.autograd.grad(-score(model.decode(latent), PROMPTS).mean(), latent)
     pairs = [model.solver.process.coefficients(j.start, j.stop, j.finish) for j in path]
-    answer = model.cast(GUIDANCE)["base"](states[i].detach(), path[i].start, model.embed(PROMPTS))
+    answer = model.guided(GUIDANCE).cast()["base"](states[i].detach(), path[i].start, model.embed(PROMPTS))
     pulled = v * pairs[i][1] * math.prod(a for a, _ in pairs[i + 1 :])
     named = adapter.named_parameters()
     expected = dict(zip(named, torch.autograd.grad(answer, list(named.values()), pulled), strict=True))
@@ -256,7 +259,7 @@ def test_drtune_is_its_closed_sum():
     named, total = adapter.named_parameters(), {}
     for i, jump in enumerate(path):
         if jump.grad is Grad.WEIGHTS:
-            answer = model.cast(GUIDANCE)["base"](states[i].detach(), jump.start, model.embed(PROMPTS))
+            answer = model.guided(GUIDANCE).cast()["base"](states[i].detach(), jump.start, model.embed(PROMPTS))
             pulled = v * pairs[i][1] * math.prod(a for a, _ in pairs[i + 1 :])
             for name, g in zip(named, torch.autograd.grad(answer, list(named.values()), pulled), strict=True):
                 total[name] = total.get(name, 0) + g
@@ -274,10 +277,10 @@ def test_image_k_does_not_depend_on_its_batch():
 def test_reward_micro_batches_do_not_change_the_gradient():
     model, adapter = build()
     plan = DRaFT(2).plan(model.grid(STEPS), Random(0))
-    chain = model.chain(PROMPTS, SEEDS, GUIDANCE, Memory.RECOMPUTE)
+    chain = model.guided(GUIDANCE).chain(PROMPTS, SEEDS, Memory.RECOMPUTE)
     found = []
     for part in (1, 2):
-        backpropagate(chain, plan, model.noise(SEEDS), model.decode, score, PROMPTS, part=part)
+        backpropagate(chain, plan, model.noise(SEEDS), model.decode, score, PROMPTS, micro_batch=part)
         found.append({k: w.grad.clone() for k, w in adapter.named_parameters().items()})
         for weight in adapter.parameters():
             weight.grad = None
@@ -296,7 +299,7 @@ class Toy(torch.nn.Module):
     def network(self) -> torch.nn.Module:
         return self
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         time = x.new_full((len(x), 1), level / 1000)
         return self.layers(torch.cat([x.flatten(1), time], 1)).view_as(x)
 
@@ -311,19 +314,21 @@ def test_every_method_raises_a_quadratic_reward_towards_its_known_optimum(method
     grid, rng = (1000, 800, 600, 400, 200, 0), Random(0)
     optimizer = torch.optim.Adam(toy.parameters(), 2e-2)
     worth = lambda images, prompts: -(images - 1).square().mean((1, 2, 3))
+    objective = Objective((Worth(worth),))
 
     def error() -> float:
         noise = Noise(tuple(range(64)), (1, 1, 2))
-        chain = Chain(cast, solver, Condition(Words(torch.zeros(64, 1)), Words(torch.zeros(64, 1))), noise)
+        chain = Chain(cast, solver, Condition(PromptEmbedding(torch.zeros(64, 1)), PromptEmbedding(torch.zeros(64, 1))), noise)
         *_, images = chain.states(noise.initial().double(), walk(grid))
         return -float(worth(images, ()).mean())
 
     before = error()
     for step in range(80):
         noise = Noise(tuple(range(64 + 16 * step, 80 + 16 * step)), (1, 1, 2))
-        chain = Chain(cast, solver, Condition(Words(torch.zeros(16, 1)), Words(torch.zeros(16, 1))), noise)
+        chain = Chain(cast, solver, Condition(PromptEmbedding(torch.zeros(16, 1)), PromptEmbedding(torch.zeros(16, 1))), noise)
         optimizer.zero_grad()
-        backpropagate(chain, method.plan(grid, rng), noise.initial().double(), lambda x: x, worth, [""] * 16, part=16)
+        x, plan = noise.initial().double(), method.plan(grid, rng)
+        backpropagate(chain, plan, x, lambda x: x, objective, [""] * 16, micro_batch=16)
         torch.nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
         optimizer.step()
     assert error() < 0.5 * before, (before, error())

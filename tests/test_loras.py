@@ -18,6 +18,8 @@ from test_families import PROMPTS, SEEDS, images_of, loaded, shaken
 
 import chainrule as cr
 from chainrule.adapters import Weights
+from chainrule.denoise import guidance_is_input
+from chainrule.guidance import CFG
 from chainrule.models import PUBLISHED, loras
 from chainrule.models.published import local
 
@@ -130,8 +132,8 @@ def test_a_published_one_is_for_its_family_and_is_a_student_too(tmp_path: Path, 
         loaded(case).using("hyper-sdxl-4")
     file = shaken(loaded(case)).save(tmp_path) / "pytorch_lora_weights.safetensors"
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file_name: file)
-    student = loaded(case).with_student("hyper-sd3-4").student
-    assert student is not None and student.guidance == 3.0
+    student = loaded(case).with_student("hyper-sd3-4").members["student"]
+    assert student is not None and student.guidance == CFG(3.0)
     assert [band.scale for band in student.active.bands.values()] == [0.125]
 
 
@@ -139,8 +141,8 @@ def test_a_latent_consistency_network_is_a_student_that_is_told_its_guidance(tmp
     CASES["lcm"].pipe().unet.save_pretrained(tmp_path)
     model = loaded(CASES["sd"]).with_student(tmp_path)
     x, words = model.noise(SEEDS), model.embed(PROMPTS)
-    own = loaded(CASES["lcm"]).bare(model.defaults.guidance)
-    torch.testing.assert_close(model.cast(4.0)["student"](x, 500, words), own(x, 500, words), rtol=0, atol=1e-6)
+    own = loaded(CASES["lcm"]).guided(model.defaults.guidance).cast()["base"]
+    torch.testing.assert_close(model.guided(4.0).cast()["student"](x, 500, words), own(x, 500, words), rtol=0, atol=1e-6)
     with pytest.raises(cr.UserError, match="made for another model"):
         loaded(CASES["sdxl"]).with_student(tmp_path)
 
@@ -154,8 +156,9 @@ def test_a_student_may_be_a_file_of_a_networks_weights(name: str, tmp_path: Path
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, tmp_path / "whole.safetensors")
     model = loaded(case).with_student(tmp_path / "whole.safetensors")
     x, words = model.noise(SEEDS), model.embed(PROMPTS)
-    found = model.cast(4.0)["student"](x, 500, words)
-    expected = loaded(case, other).bare(model.defaults.guidance if model.distilled else 1.0)(x, 500, words)
+    found = model.guided(4.0).cast()["student"](x, 500, words)
+    scale = model.defaults.guidance if guidance_is_input(model.denoiser) else 1.0
+    expected = loaded(case, other).guided(scale).cast()["base"](x, 500, words)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     broken = {key: value[:1] for key, value in network.state_dict().items()}
     save_file({key: value.contiguous() for key, value in broken.items()}, tmp_path / "broken.safetensors")

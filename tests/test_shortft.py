@@ -7,16 +7,19 @@ from random import Random
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import Worth, make_pipeline
 from students import GUIDANCE, PROMPTS, SEEDS, shake, student_file
 from torch import Tensor
 
 import chainrule as cr
 from chainrule.adapters import Band
-from chainrule.chain import Chain, Memory, backpropagate
-from chainrule.denoise import Condition, Member, Words
+from chainrule.cast import Member
+from chainrule.chain import Chain, Memory
+from chainrule.denoise import Condition, PromptEmbedding
+from chainrule.gradient import backpropagate
 from chainrule.methods import Needs, ShortFT, make, needs, stages
 from chainrule.noise import Noise
+from chainrule.objective import Objective
 from chainrule.plan import Grad, Plan, walk
 from chainrule.solve import DDIM, Prediction, Process
 
@@ -167,7 +170,7 @@ def test_the_gradient_of_every_stage_is_a_plain_loop_that_swaps_adapters_by_hand
     method = ShortFT(k=3, stage=stage)
     plan, own = method.plan(NINE, Random(0)), needs(method, NINE)
     net, adapters = prepared(tmp_path / "student", own, network)
-    other = net.student.denoiser.network if network else None
+    other = net.members["student"].denoiser.network if network else None
     latent = by_hand(net, TABLES[NINE, 3, stage], list(adapters), other)
     images = (net.pipe.vae.decode(latent / net.pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
     live = [weight for name in own.trained for weight in adapters[name].parameters()]
@@ -175,7 +178,7 @@ def test_the_gradient_of_every_stage_is_a_plain_loop_that_swaps_adapters_by_hand
     scale = max(float(g.abs().max()) for g in expected)
     assert scale > 0
     frozen = [w for name in adapters if name not in own.trained for w in adapters[name].parameters()]
-    student = list(net.student.denoiser.network.parameters()) if network else [
+    student = list(net.members["student"].denoiser.network.parameters()) if network else [
         w for n, w in net.network.named_parameters() if ".student0." in n
     ]  # fmt: skip
     for memory in ("keep", "recompute"):
@@ -201,7 +204,7 @@ def test_inference_is_the_original_chain_with_the_adapters_of_each_level(tmp_pat
     net, adapters = prepared(tmp_path / "student", needs(ShortFT(k=3, stage=3), NINE))
     rows = [(*row[:4], Grad.NONE) for row in TABLES[NINE, 3, 3]]
     expected = by_hand(net, rows, list(adapters), None)
-    *_, found = net.chain(PROMPTS, SEEDS, GUIDANCE).states(net.noise(SEEDS), walk(NINE))
+    *_, found = net.guided(GUIDANCE).chain(PROMPTS, SEEDS).states(net.noise(SEEDS), walk(NINE))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -225,7 +228,7 @@ class Velocity(torch.nn.Module):
     def network(self) -> torch.nn.Module:
         return self
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         time = x.new_full((len(x), 1), level / 10)
         return self.layers(torch.cat([x.flatten(1), time], 1)).view_as(x)
 
@@ -248,7 +251,7 @@ def flow_chain(
 ) -> tuple[Chain, Tensor]:
     """Rectified flow over ten levels."""
     noise = Noise(tuple(range(seed, seed + batch)), (1, 2, 2))
-    condition = Condition(Words(torch.zeros(batch, 1)), Words(torch.zeros(batch, 1)))
+    condition = Condition(PromptEmbedding(torch.zeros(batch, 1)), PromptEmbedding(torch.zeros(batch, 1)))
     cast = {"base": Member(base), "student": Member(student)}
     return Chain(cast, DDIM(Process(Shifted(), Prediction.FLOW)), condition, noise, memory), noise.initial().double()
 
@@ -264,7 +267,7 @@ def test_on_a_flow_model_the_gradient_of_every_stage_is_a_plain_euler_loop(stage
     student.requires_grad_(False)
     plan = ShortFT(k=3, stage=stage).plan(tuple(range(10, -1, -1)), Random(0))
     chain, x = flow_chain(base, student, 5, memory=memory)
-    backpropagate(chain, plan, x, lambda latent: latent, worth, [""] * 5)
+    backpropagate(chain, plan, x, lambda latent: latent, Objective((Worth(worth),)), [""] * 5)
     found = [weight.grad for weight in base.parameters()]
     sigma = [3 * t / (1 + 2 * t) for t in (i / 10 for i in range(11))]
     for jump in plan.jumps:
@@ -293,6 +296,6 @@ def test_on_a_flow_model_every_stage_raises_a_quadratic_reward_on_its_own_chain(
     for step in range(60):
         chain, x = flow_chain(base, student, 16, seed=16 * step)
         optimizer.zero_grad()
-        backpropagate(chain, plan, x, lambda latent: latent, worth, [""] * 16, part=16)
+        backpropagate(chain, plan, x, lambda latent: latent, Objective((Worth(worth),)), [""] * 16, micro_batch=16)
         optimizer.step()
     assert error() < 0.5 * before

@@ -97,7 +97,7 @@ def test_a_student_in_kohyas_spelling_is_the_same_student(tmp_path):
     found = []
     for source in (folder, tmp_path / "kohya.safetensors"):
         net = cr.load(make_pipeline(dtype=torch.float32)).with_student(source)
-        found.append(net.cast(2.0)["student"](net.noise(SEEDS), 500, net.embed(PROMPTS)))
+        found.append(net.guided(2.0).cast()["student"](net.noise(SEEDS), 500, net.embed(PROMPTS)))
     assert torch.equal(*found)
     halved = read_lora(tmp_path / "kohya.safetensors", "StableDiffusionPipeline").tensors
     save_file({k: v * 0.5 if k.endswith("alpha") else v for k, v in renamed.items()}, tmp_path / "half.safetensors")
@@ -137,7 +137,7 @@ def test_stages_that_do_not_fit_are_refused_before_anything_is_written_or_overwr
 
 def test_a_student_that_is_missing_or_does_not_fit_gets_one_line(tmp_path, sd_folder):
     net = cr.load(make_pipeline(dtype=torch.float32))
-    with pytest.raises(cr.UserError, match="model has none; use model"):
+    with pytest.raises(cr.UserError, match="by student, and the members are base, unguided; give the model one"):
         cr.finetune(net, ShortFT(k=2), gray, ["a fox"], out=tmp_path / "run", **SMALL)
     assert not (tmp_path / "run").exists()
     with pytest.raises(cr.UserError, match="no student at"):

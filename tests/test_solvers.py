@@ -16,8 +16,9 @@ from families import CASES, sd3
 from torch import Tensor
 
 import chainrule as cr
+from chainrule.cast import Member
 from chainrule.chain import Chain
-from chainrule.denoise import Condition, Member, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.plain import plain
 from chainrule.noise import Diffusion, Flow, Noise
 from chainrule.plan import Jump, walk
@@ -116,7 +117,7 @@ class Gaussian:
         """The exact solution of the probability-flow ODE through alpha mean + deviation * unit."""
         return self.process.schedule(level)[0] * self.mean + self.deviation(level) * unit
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         alpha, sigma = self.process.schedule(level)
         away = (x - alpha * self.mean) / self.deviation(level) ** 2
         noise, clean = sigma * away, self.mean + alpha * self.spread**2 * away
@@ -149,7 +150,7 @@ def even(schedule: Any, steps: int, ends: tuple[float, float]) -> list[float]:
 def test_the_order_of_convergence_on_a_gaussian(solver: Any, schedule: Any, prediction: Prediction, order: int) -> None:
     """The error against the closed-form solution, over 20, 40, 80 and 160 steps."""
     process, unit, errors = Process(schedule, prediction), torch.linspace(-2, 2, 5).double().view(1, 1, 1, 5), []
-    exact, nothing = Gaussian(process), Condition(Words(torch.zeros(1, 1)), Words(torch.zeros(1, 1)))
+    exact, nothing = Gaussian(process), Condition(PromptEmbedding(torch.zeros(1, 1)), PromptEmbedding(torch.zeros(1, 1)))
     for steps in (20, 40, 80, 160):
         levels = even(schedule, steps, (900, 20))
         chain = Chain({"base": Member(exact)}, solver(process), nothing, Noise((0,), (1, 1, 5)))

@@ -14,9 +14,9 @@ from steer_loops import GUIDANCE, PROMPTS, SEEDS, STEPS, problem, score
 
 import chainrule as cr
 from chainrule.adapters.lora import every_layer
+from chainrule.objective import distance
 from chainrule.rewards import reward_of
 from chainrule.settings import Steering
-from chainrule.steer.problem import distance
 from chainrule.steer.search import Bar, Search
 from chainrule.steer.variables import Over
 

@@ -13,9 +13,11 @@ from test_families import PROMPTS, SEEDS
 
 import chainrule as cr
 from chainrule.chain import Memory
+from chainrule.denoise import guidance_is_input
+from chainrule.objective import Objective
 from chainrule.rewards import reward_of
 from chainrule.steer.gradients import gradient_of
-from chainrule.steer.problem import Loss, Problem
+from chainrule.steer.problem import Problem
 
 TEXTS = [name for name in CASES if CASES[name].texts and name not in ("sd", "sd-v")]
 bright = lambda images, prompts: images.mean((1, 2, 3))
@@ -26,7 +28,7 @@ bright = lambda images, prompts: images.mean((1, 2, 3))
 def test_a_few_updates_raise_the_reward(name: str, over: str) -> None:
     case = CASES[name]
     model = cr.load(case.pipe(), size=case.size)
-    if over == "negative" and model.distilled:
+    if over == "negative" and guidance_is_input(model.denoiser):
         with pytest.raises(cr.UserError, match="reads its guidance and no negative embedding"):
             cr.steer(model, PROMPTS, reward=bright, over=over)
         return
@@ -42,8 +44,8 @@ def test_the_adjoint_of_a_flow_approaches_the_full_gradient_at_first_order(name:
     model = cr.load(case.pipe(dtype=torch.float64), size=case.size)
     for steps in (10, 20, 40):
         grid = (*(1000 - 980 * i / steps for i in range(steps)), 0)
-        chain = model.chain(PROMPTS, SEEDS, case.guidances[-1], Memory.RECOMPUTE)
-        given = Problem(chain, grid, model.decode, PROMPTS, Loss(reward_of(bright)))
+        chain = model.guided(case.guidances[-1]).chain(PROMPTS, SEEDS, Memory.RECOMPUTE)
+        given = Problem(chain, grid, model.decode, PROMPTS, Objective.of(bright))
         mine, full = (gradient_of(way, "latent")(given, model.noise(SEEDS), Random(0)).gradient for way in ("adjoint", "full"))
         errors.append(float((mine - full).norm() / full.norm()))
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
@@ -71,8 +73,8 @@ def test_float16_keeps_the_direction_of_a_small_rewards_gradient(way: str) -> No
     found = []
     for dtype in (torch.float16, torch.float32):
         model = cr.load(CASES["sd"].pipe(dtype=dtype), size=16)
-        chain = model.chain(PROMPTS, SEEDS, 1.0, Memory.RECOMPUTE)
+        chain = model.guided(1.0).chain(PROMPTS, SEEDS, Memory.RECOMPUTE)
         faint = reward_of(lambda images, prompts: 1e-5 * images.square().mean((1, 2, 3)), "faint")
-        given = Problem(chain, model.grid(4), model.decode, PROMPTS, Loss(faint))
+        given = Problem(chain, model.grid(4), model.decode, PROMPTS, Objective.of(faint))
         found.append(gradient_of(way, "latent")(given, model.noise(SEEDS), Random(0)).gradient.flatten())
     assert torch.cosine_similarity(*found, dim=0, eps=1e-30) > 0.95

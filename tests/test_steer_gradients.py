@@ -15,18 +15,20 @@ from steer_loops import GUIDANCE, PROMPTS, SEEDS, STEPS, close, near, network, p
 from torch import Tensor
 
 import chainrule as cr
+from chainrule.cast import Member
 from chainrule.chain import Chain
-from chainrule.denoise import Condition, Member, Words
+from chainrule.denoise import Condition, PromptEmbedding
+from chainrule.guidance import CFG
 from chainrule.meters import peak_bytes
 from chainrule.noise import Diffusion, Noise
+from chainrule.objective import Objective
 from chainrule.plan import walk
-from chainrule.rewards import reward_of
 from chainrule.solve import DDIM, Prediction, Process
 from chainrule.steer.adjoint import Adjoint
 from chainrule.steer.gradients import gradient_of
 from chainrule.steer.guidance import FreeDoM, Universal
 from chainrule.steer.invertible import Coupled
-from chainrule.steer.problem import Loss, Problem
+from chainrule.steer.problem import Problem
 from chainrule.steer.variables import Controlled
 
 
@@ -96,7 +98,7 @@ def test_the_gradient_at_an_embedding_is_that_of_the_papers_own_loop(side: str, 
     found = {}
     for who in ("ours", "theirs"):
         leaf = getattr(given.chain.condition, side).states.clone().requires_grad_()
-        condition = replace(given.chain.condition, **{side: Words(leaf)})
+        condition = replace(given.chain.condition, **{side: PromptEmbedding(leaf)})
         if who == "ours":
             chain = replace(given.chain, condition=condition)
             gradient_of(gradient, "prompt")(replace(given, chain=chain), x, Random(3))
@@ -117,7 +119,7 @@ def test_controls_get_the_gradient_of_a_plain_loop(gradient: str) -> None:
     controls = {level: 0.1 * torch.randn_like(x) for level in given.grid[:-1]}
     mine = {level: c.clone().requires_grad_() for level, c in controls.items()}
     base = given.chain.cast["base"]
-    chain = replace(given.chain, cast={"base": Controlled(base.denoiser, base.guidance, base.active, mine)})
+    chain = replace(given.chain, cast={"base": Controlled(base, mine)})
     gradient_of(gradient, "controls")(replace(given, chain=chain), x, Random(0))
     theirs = [c.clone().requires_grad_() for c in controls.values()]
     scheduler, call, state = scheduler_of(model, "ddim"), network(model, given.chain.condition), x
@@ -165,17 +167,17 @@ def test_sdo_runs_through_a_transformer() -> None:
         def __init__(self) -> None:
             self.network = network
 
-        def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+        def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
             t = torch.full((len(x),), level - 1, dtype=torch.float64)
             extra = {"resolution": None, "aspect_ratio": None}
-            return self.network(x, words.states, timestep=t, added_cond_kwargs=extra).sample
+            return self.network(x, embedding.states, timestep=t, added_cond_kwargs=extra).sample
 
     schedule = Diffusion.of(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
-    condition = Condition(Words(torch.randn(2, 3, 12).double()), Words(torch.randn(2, 3, 12).double()))
+    condition = Condition(PromptEmbedding(torch.randn(2, 3, 12).double()), PromptEmbedding(torch.randn(2, 3, 12).double()))
     chain = Chain(
-        {"base": Member(DiT(), GUIDANCE)}, DDIM(Process(schedule, Prediction.EPSILON)), condition, Noise((0, 1), (4, 8, 8))
+        {"base": Member(DiT(), CFG(GUIDANCE))}, DDIM(Process(schedule, Prediction.EPSILON)), condition, Noise((0, 1), (4, 8, 8))
     )
-    given = Problem(chain, (800, 600, 400, 200, 0), lambda x: x[:, :3], PROMPTS, Loss(reward_of(score)))
+    given = Problem(chain, (800, 600, 400, 200, 0), lambda x: x[:, :3], PROMPTS, Objective.of(score))
     x = Noise((0, 1), (4, 8, 8)).initial().double()
     for name in ("sdo", "full"):
         seen = gradient_of(name, "latent")(given, x, Random(0))
@@ -223,7 +225,9 @@ def test_the_adjoint_approaches_the_full_gradient_at_first_order(over: str) -> N
         for way in (Adjoint(), gradient_of("full", over)):
             given, x = problem(replace(model, sampler=replace(model.sampler, levels=lambda steps, grid=grid: grid)))
             leaf = given.chain.condition.positive.states.clone().requires_grad_(over == "prompt")
-            given = replace(given, chain=replace(given.chain, condition=replace(given.chain.condition, positive=Words(leaf))))
+            given = replace(
+                given, chain=replace(given.chain, condition=replace(given.chain.condition, positive=PromptEmbedding(leaf)))
+            )
             seen = way(given, x, Random(0))
             found.append(leaf.grad if over == "prompt" else seen.gradient)
         errors.append(float((found[0] - found[1]).norm() / found[1].norm()))
@@ -253,7 +257,7 @@ def test_the_coupled_chains_gradient_is_that_of_plain_autograd(over: str) -> Non
     for who in ("ours", "theirs"):
         leaf = leaves[who] = x.clone().requires_grad_()
         words = given.chain.condition.positive.states.clone().requires_grad_(over == "prompt")
-        condition = replace(given.chain.condition, positive=Words(words))
+        condition = replace(given.chain.condition, positive=PromptEmbedding(words))
         if who == "ours":
             seen = Coupled()(replace(given, chain=replace(given.chain, condition=condition)), x, Random(0))
             found[who] = words.grad if over == "prompt" else seen.gradient

@@ -35,27 +35,32 @@ MAY_IMPORT = {
     "solve": "plan noise",
     "adapters": "errors",
     "rewards": "errors named",
-    "denoise": "adapters",
-    "objective": "plan denoise",
-    "chain": "plan noise half solve adapters denoise",
-    "models": "errors size plan noise solve adapters denoise chain",
+    "denoise": "",
+    "guidance": "errors denoise",
+    "cast": "adapters denoise guidance",
+    "chain": "errors plan noise half solve denoise cast",
+    "learned": "errors guidance cast chain",
+    "objective": "plan half rewards denoise cast",
+    "models": "errors size plan noise solve adapters denoise guidance cast chain learned",
+    "gradient": "plan rewards guidance chain objective models",
     "tiny": "errors rewards",
     "prompts": "errors tiny",  # the names of what tiny-emoji can draw
     "report": "errors config estimate plan runs",
-    "learner": "",
-    "trainer": "errors plan rewards objective chain models",
-    "training": "errors plan settings processes loop methods noise adapters rewards models learner trainer",
+    "learner": "learned",
+    "training": "errors plan settings processes loop methods noise adapters rewards models objective gradient learner",
     "grids": "runs settings loop rewards models report",
     "trackers": "errors loop",
-    "finetune": "errors config runs settings processes loop methods noise rewards chain models prompts report trainer training "
+    "finetune": "errors config runs settings processes loop methods noise rewards chain models prompts report training "
     "grids trackers",
-    "evaluate": "errors estimate rewards chain models prompts",
-    "analyze": "errors estimate plan methods rewards chain models prompts report",
-    "steer": "errors size config plan runs settings noise half solve adapters rewards denoise chain models report loop",
-    "doctor": "errors meters methods rewards chain models",
-    "distill": "errors config plan runs settings processes loop noise half adapters denoise models prompts learner analyze",
-    "experiments": "errors estimate plan runs loop settings methods meters rewards chain models prompts report evaluate finetune "
-    "steer",
+    "evaluate": "errors estimate rewards guidance models prompts",
+    "analyze": "errors estimate plan methods rewards guidance chain objective models gradient prompts report",
+    "steer": "errors size config plan runs settings noise half solve adapters rewards denoise guidance cast chain objective models "
+    "report loop",
+    "doctor": "errors meters methods rewards models gradient",
+    "distill": "errors config plan runs settings processes loop noise half adapters guidance cast objective models prompts learner "
+    "analyze",
+    "experiments": "errors estimate plan runs loop settings methods meters rewards chain objective models gradient prompts report "
+    "evaluate finetune steer",
     "cli": "errors named config plan runs settings methods adapters rewards models prompts report finetune steer doctor distill "
     "evaluate analyze experiments",
 }

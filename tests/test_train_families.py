@@ -45,7 +45,7 @@ def test_a_student_is_distilled_from_every_family_and_lies_in_its_own_keys(place
     run = cr.distill(model, out=tmp_path / "run", prompts=PROMPTS, **small)
     keys = load_file(run.adapter / "pytorch_lora_weights.safetensors").keys()
     assert keys and all(key.startswith(f"{model.part}.") for key in keys)
-    student = cr.load(folder / "model", size=case.size).with_student(run.folder).student
+    student = cr.load(folder / "model", size=case.size).with_student(run.folder).members["student"]
     assert student is not None and student(model.noise(SEEDS), 500, model.embed(said(case))).isfinite().all()
 
 

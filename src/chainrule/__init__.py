@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chainrule.adapters import Adapter, mix
-    from chainrule.chain import Result
     from chainrule.distill import distill
     from chainrule.errors import UserError
     from chainrule.evaluate import Table, evaluate
     from chainrule.finetune import finetune
+    from chainrule.gradient import Result, gradient
     from chainrule.models import Model, attach, load
     from chainrule.prompts import prompts
     from chainrule.report import report
     from chainrule.runs import Run
     from chainrule.steer import Steered, steer
-    from chainrule.trainer import gradient
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,8 +28,8 @@ __all__ = [
 
 # Imported on first use, so that the command line can answer --help without loading torch.
 _HOMES = {
-    "Adapter": "adapters", "mix": "adapters", "Result": "chain", "UserError": "errors", "Table": "evaluate",
-    "attach": "models", "distill": "distill", "evaluate": "evaluate", "finetune": "finetune", "gradient": "trainer",
+    "Adapter": "adapters", "mix": "adapters", "Result": "gradient", "UserError": "errors", "Table": "evaluate",
+    "attach": "models", "distill": "distill", "evaluate": "evaluate", "finetune": "finetune", "gradient": "gradient",
     "Model": "models", "load": "models",
     "prompts": "prompts", "report": "report", "Run": "runs", "Steered": "steer", "steer": "steer",
 }  # fmt: skip

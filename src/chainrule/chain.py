@@ -11,17 +11,18 @@ graphs instead. Both run the same lines and give the same numbers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from chainrule import half
-from chainrule.denoise import Cast, Condition
+from chainrule.cast import Cast
+from chainrule.denoise import Condition
+from chainrule.errors import UserError
 from chainrule.noise import Noise
 from chainrule.plan import Grad, Jump, Path, Plan
 from chainrule.solve import Solver, Step
@@ -36,8 +37,8 @@ class Memory(Enum):
 
 
 FRESH = 1000  # branches that can be told apart by the noise they draw
-# The gradient a penalty adds to a call's answer: (answer, state, jump) -> same shape as the answer.
-Penalty = Callable[[Tensor, Tensor, Jump], Tensor]
+# The gradient that terms on a call add at its answer: (answer, state, jump) -> the answer's shape, or None for nothing.
+AtCall = Callable[[Tensor, Tensor, Jump], Tensor | None]
 
 
 @dataclass(slots=True)
@@ -68,16 +69,12 @@ class Walk:
     _steps: list[_Step]
     _call: Callable[[Tensor, Jump], Tensor]
     _clean: Callable[[Jump], tuple[float, float]]
-    _half: Callable[[Jump], bool]
 
-    @property
-    def live(self) -> bool:
-        return any(step.x is not None for step in self._steps)
-
-    def pull(self, gradient: Tensor, penalty: Penalty | None = None) -> Tensor:
+    def pull(self, gradient: Tensor, at_call: AtCall | None = None) -> Tensor:
         """Add d(loss)/d(leaf) to `.grad` of every trainable leaf, given d(loss)/d(image).
 
-        Returns the gradient at the branch's first state. Frees what it used: call it once.
+        `at_call` is asked at every live call for what else the loss says of its answer. Returns the gradient at the branch's
+        first state. Frees what it used: call it once.
         """
         v, w = gradient.detach(), None  # at the state, and at this call's clean prediction where a later step read it
         while self._steps:
@@ -86,13 +83,11 @@ class Walk:
             if step.x is not None:
                 answer = step.answer if step.answer is not None else _live(self._call, step.x, step.jump)
                 upstream = step.move.b * v if w is None else step.move.b * v + q * w
-                if penalty:
-                    upstream = upstream + penalty(answer.detach(), step.x.detach(), step.jump)
+                added = at_call(answer.detach(), step.x.detach(), step.jump) if at_call else None
+                upstream = upstream if added is None else upstream + added
                 step.x.grad = None
-                if answer.requires_grad and self._half(step.jump):
+                if answer.requires_grad:
                     half.backward(answer, upstream)
-                elif answer.requires_grad:
-                    answer.backward(upstream.to(answer.dtype))
             v, w = (
                 step.move.a * v if w is None else step.move.a * v + p * w,
                 step.move.c * v if step.move.c else None,
@@ -108,8 +103,32 @@ def _live(call: Callable[[Tensor, Jump], Tensor], x: Tensor, jump: Jump) -> Tens
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor of the chain that other tensors were computed into, cut off from them by a leaf with the same value.
+
+    The calls of a chain are pulled one by one, and each would go back through the computation they share. They stop at the
+    leaf instead, where their gradients add up; `pull` sends the sum on, once.
+    """
+
+    value: Tensor
+    leaf: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> Computed:
+        return cls(value, value.detach().requires_grad_(value.requires_grad))
+
+    def pull(self) -> None:
+        if self.leaf.grad is not None:
+            self.value.backward(self.leaf.grad)
+            self.leaf.grad = None
+
+
+@dataclass(frozen=True, slots=True)
 class Chain:
-    """A plan's surroundings: who answers, how steps are solved, for which prompts and noise."""
+    """A plan's surroundings: who answers, how steps are solved, for which prompts and noise.
+
+    `computed` are tensors of the chain that learned parts compute; `pull_computed` follows the last branch's `pull`.
+    """
 
     cast: Cast
     solver: Solver
@@ -117,6 +136,12 @@ class Chain:
     noise: Noise
     memory: Memory = Memory.RECOMPUTE
     on_call: Callable[[], None] = field(default=lambda: None)
+    computed: tuple[Computed, ...] = ()
+
+    def pull_computed(self) -> None:
+        """Send what has arrived at the leaves of computed tensors on to what they were computed from. Call it once."""
+        for tensor in self.computed:
+            tensor.pull()
 
     def _call(self, x: Tensor, jump: Jump) -> Tensor:
         return self.cast[jump.via](x, jump.start, self.condition)
@@ -158,11 +183,6 @@ class Chain:
         """The noise of a branch's `number`-th draw; the first branch's, and so a sample's, are those of a diffusers pipeline."""
         return self.noise.fresh(branch + FRESH * number) if branch else self.noise.stream(number)
 
-    def _half(self, jump: Jump) -> bool:
-        """Whether the network of this jump's call computes in float16."""
-        weights = self.cast[jump.via].denoiser.network.parameters()
-        return any(weight.dtype == torch.float16 for weight in weights)
-
     def _clean(self, jump: Jump) -> tuple[float, float]:
         """(p, q): the clean prediction of this jump's call is p * x + q * m."""
         return self.solver.process.coefficients(jump.start, 0)
@@ -191,9 +211,7 @@ class Chain:
 
         `x` is the state at the plan's first level, (b, c, h, w).
         """
-        missing = {jump.via for jump in plan.jumps} - set(self.cast)
-        if missing:
-            raise ValueError(f"the plan calls {', '.join(sorted(missing))}, which the cast does not have")
+        check_members((jump.via for jump in plan.jumps if not jump.up), self.cast)
         with torch.no_grad():
             trunk, _ = self._path(_Place(x.detach()), plan.trunk, 0)
             first: _Place | None = None
@@ -201,67 +219,12 @@ class Chain:
                 start = _Place(first.x) if first is not None and branch[0].start == 0 else trunk
                 end, steps = self._path(start, branch, number)
                 first = end if first is None else first
-                yield Walk(end.x, steps, self._call, self._clean, self._half)
+                yield Walk(end.x, steps, self._call, self._clean)
 
 
-Score = Callable[[Tensor, Sequence[str]], Tensor]
-
-
-class Decoder(Protocol):
-    """Image latents to images in [0, 1], (b, 3, h, w), differentiable."""
-
-    def __call__(self, latents: Tensor, /) -> Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What one pass saw: rewards (b,) and images (b, 3, h, w) of the first branch, and each branch's mean reward."""
-
-    rewards: Tensor
-    images: Tensor
-    branch_rewards: tuple[float, ...]
-
-
-def read(decode: Decoder, score: Score, latents: Tensor, prompts: Sequence[str], part: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, images and d(-mean reward)/d(latents), in micro-batches on a leaf copy of the latents."""
-    rewards, images, gradients = [], [], []
-    for i in range(0, len(latents), part):
-        leaf = latents[i : i + part].detach().requires_grad_()
-        with torch.enable_grad():
-            seen = decode(leaf)
-            values = score(seen, prompts[i : i + part])
-            (pixels,) = torch.autograd.grad(-values.sum() / len(latents), seen)
-        rewards.append(values.detach())
-        images.append(seen.detach())
-        gradients.append(half.gradient(seen, leaf, pixels))
-    return torch.cat(rewards), torch.cat(images), torch.cat(gradients)
-
-
-def backpropagate(
-    chain: Chain,
-    plan: Plan,
-    x: Tensor,
-    decode: Decoder,
-    score: Score,
-    prompts: Sequence[str],
-    *,
-    part: int = 8,
-    penalty: Penalty | None = None,
-    scale: float = 1.0,
-) -> Result:
-    """Add the gradient of -mean(reward), summed over branches, to `.grad` of the trainable leaves.
-
-    `part` images are decoded and scored at a time; `scale` multiplies the loss (1 / accumulation steps).
-    """
-    rewards = images = gradient = None
-    means = []
-    for walk in chain.walk(plan, x):
-        if gradient is None or not plan.reuse_reward_gradient:
-            values, seen, gradient = read(decode, score, walk.image, prompts, part)
-            means.append(float(values.mean()))
-            if rewards is None:
-                rewards, images = values, seen
-        walk.pull(scale * gradient, penalty)
-    assert rewards is not None
-    assert images is not None
-    return Result(rewards, images, tuple(means))
+def check_members(members: Iterable[str], cast: Cast) -> None:
+    """UserError for members to jump by that the cast does not have; it names the members there are."""
+    missing = sorted(set(members) - set(cast))
+    if missing:
+        hint = "; give the model one by model.with_student(...)" if "student" in missing else ""
+        raise UserError(f"the plan jumps by {', '.join(missing)}, and the members are {', '.join(cast)}{hint}")

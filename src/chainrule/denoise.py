@@ -1,19 +1,16 @@
-"""Members of the cast: a network, the adapters active at each level, and guidance, as one denoiser."""
+"""A network as a function of a state, a level and prompts, whatever its family calls these."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from chainrule.adapters import Active, selected
-
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class PromptEmbedding:
     """What a network reads of b prompts: token states (b, tokens, width), and what its family has besides.
 
     `pooled` is one vector per prompt (b, width), `mask` marks the tokens that count (b, tokens). A class-conditional model's
@@ -24,49 +21,41 @@ class Words:
     pooled: Tensor | None = None
     mask: Tensor | None = None
 
-    def beside(self, other: Words) -> Words:
+    def concatenated(self, other: PromptEmbedding) -> PromptEmbedding:
         """Both batches, this one first."""
         pairs = ((self.pooled, other.pooled), (self.mask, other.mask))
         pooled, mask = (None if a is None or b is None else torch.cat([a, b]) for a, b in pairs)
-        return Words(torch.cat([self.states, other.states]), pooled, mask)
+        return PromptEmbedding(torch.cat([self.states, other.states]), pooled, mask)
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What a batch's prompts say, and what the empty or negative ones say that guidance leads away from."""
+    """The embeddings of a batch's prompts, and of the empty or negative prompts that guidance leads away from."""
 
-    positive: Words
-    negative: Words
+    positive: PromptEmbedding
+    negative: PromptEmbedding
 
 
 class Denoiser(Protocol):
-    """The raw network of a model family: its answer for a state at a level and the words of the same batch size.
+    """The raw network of a model family: its answer for a state at a level and the prompts of the same batch size.
 
-    Levels need not be whole: flows' and some schedulers' are not, and an ODE solver asks between them.
+    Levels need not be whole: flows' and some schedulers' are not, and an ODE solver asks between them. A network that reads
+    its guidance scale as a number (FLUX, latent consistency models) has `guidance_is_input = True` and is given it as
+    `scale`; the others are never given one, and need neither the attribute nor the argument.
     """
 
     @property
     def network(self) -> nn.Module: ...
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor: ...
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding, /) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One named answerer. `m = u + guidance * (c - u)`; with guidance 1 or below only c is computed, as in diffusers."""
+class GuidanceReader(Denoiser, Protocol):
+    """A denoiser whose network reads the guidance scale."""
 
-    denoiser: Denoiser
-    guidance: float = 1.0
-    active: Active = field(default_factory=Active)
-
-    def __call__(self, x: Tensor, level: float, condition: Condition) -> Tensor:
-        """The network's answer, (b, c, h, w), in whatever the model predicts."""
-        with selected(self.denoiser.network, self.active.at(level)):
-            if self.guidance <= 1:
-                return self.denoiser(x, level, condition.positive)
-            both = self.denoiser(torch.cat([x, x]), level, condition.negative.beside(condition.positive))
-        u, c = both.chunk(2)
-        return u + self.guidance * (c - u)
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding, /, scale: float | Tensor = 1.0) -> Tensor: ...
 
 
-Cast = Mapping[str, Member]
+def guidance_is_input(denoiser: Denoiser) -> bool:
+    """Whether this denoiser's network reads its guidance scale."""
+    return bool(getattr(denoiser, "guidance_is_input", False))

@@ -11,27 +11,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from chainrule import half
 from chainrule.adapters import Active, Adapter, Band, inject
 from chainrule.adapters.lora import every_layer
 from chainrule.analyze import save, shortcut
+from chainrule.cast import Member
 from chainrule.config import DistillConfig
-from chainrule.denoise import Member
 from chainrule.errors import UserError
+from chainrule.guidance import of_number
 from chainrule.learner import Learner, gradients
 from chainrule.loop import Row, complete, open_run, told
 from chainrule.models import Model
 from chainrule.models.students import boundaries
 from chainrule.noise import derive
-from chainrule.plan import Grid, walk
+from chainrule.objective import Call, Objective, SegmentError
+from chainrule.plan import Grad, Grid, Jump, walk
 from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
@@ -56,7 +57,7 @@ class DistillTask:
         network = model.network
         adapter = inject(network, "student", rank=settings.rank, seed=settings.seed, targets=every_layer(network), part=model.part)
         learner = Learner.of({adapter.name: adapter}, weight_decay=0.0)
-        student = Member(model.denoiser, 1.0, Active({adapter.name: Band()}))
+        student = Member(model.denoiser, of_number(model.denoiser, 1.0), Active({adapter.name: Band()}))
         return cls(model, learner, adapter, student, prompts, settings, processes)
 
     @property
@@ -105,21 +106,23 @@ class DistillTask:
         loss = self.processes.mean_of(self._backward(grid, picked, self.processes.share(prompts), self.processes.share(seeds)))
         flat, rate = self.processes.mean(gradients(weights)), s.lr * (1 - step / s.updates)
         norm, _ = self.learner.update(weights, flat, loss, lr=rate, clip=s.clip, ema=s.ema)
-        row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": rate}
+        row = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": rate, "terms": {"segment error": loss}}
         return row | {"seconds": time.perf_counter() - began, "skipped": self.learner.skipped}
 
     def _backward(self, grid: Grid, picked: list[tuple[int, int]], prompts: list[str], seeds: list[int]) -> float:
         """Add the gradient of the mean loss over the picked states of these trajectories; returns that loss."""
-        guidance = self.model.defaults.guidance if self.settings.guidance is None else self.settings.guidance
-        chain = self.model.chain(prompts, seeds, guidance)
+        chain = self.model.guided(self.settings.guidance).chain(prompts, seeds)
         states = [self.model.noise(seeds), *chain.states(self.model.noise(seeds), walk(grid))]
         losses = []
         for i, end in picked:
             a, b = self.model.solver.process.coefficients(grid[i], grid[end], finish=grid[end] == 0)
             answer = self.student(states[i], grid[i], chain.condition)
-            missed = (a * states[i] + b * answer - states[end]) / self._reach(grid[i], grid[end])
-            half.backward(answer, torch.autograd.grad(missed.square().mean() / len(picked), answer)[0])
-            losses.append(float(missed.detach().square().mean()))
+            error = SegmentError(states[end], (a, b), self._reach(grid[i], grid[end]))
+            call = Call(answer, states[i], Jump(grid[i], grid[end], "student", Grad.WEIGHTS), chain.condition)
+            upstream, values = Objective((error,)).of_call(call)
+            assert upstream is not None
+            half.backward(answer, upstream / (len(picked) * len(prompts)))
+            losses.append(float(values[error.name].mean()))
         return sum(losses) / len(losses)
 
     def _reach(self, start: float, stop: float) -> float:
@@ -183,7 +186,7 @@ def distill(
         reason = complete(task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes)
         if reason == "finished" and processes.main:
             shown = said[:: max(1, len(said) // 6)][:6]
-            taught = replace(model, student=task.student)
+            taught = model.with_member("student", task.student)
             with task.learner.averaged():
                 save(shortcut(taught, shown, student_steps=settings.student_steps, guidance=settings.guidance), run.folder)
     finally:

@@ -112,14 +112,14 @@ def _samples(model: Any, prompts: Sequence[str], steps: int, allowed: float) -> 
 
 def _gradient(model: Any, judge: Any, prompts: Sequence[str], steps: int, exact: bool) -> Check:
     """The slope of the reward along its own gradient at a fresh adapter, against a central difference."""
-    from chainrule.chain import Memory, backpropagate
+    from chainrule.gradient import backpropagate
     from chainrule.methods import DRaFT
 
-    seeds, guidance = list(range(len(prompts))), model.defaults.guidance
+    seeds = list(range(len(prompts)))
     adapter = model.adapt(model.free("doctor"), rank=2)
     try:
         plan = DRaFT().plan(model.grid(steps), Random(0))
-        chain = model.chain(prompts, seeds, guidance, Memory.RECOMPUTE)
+        chain = model.chain(prompts, seeds)
         value = lambda: float(judge(model.decode(chain.end(model.noise(seeds), plan.branches[0])), prompts).mean())
         backpropagate(chain, plan, model.noise(seeds), model.decode, judge, prompts)
         weights = [weight for weight in adapter.parameters() if weight.grad is not None]
@@ -154,7 +154,7 @@ def _memory(model: Any, judge: Any, prompts: Sequence[str]) -> Check:
     """What one image adds: the graph of a call, guidance included, and of decoding and scoring; on top of what is there."""
     adapter = model.adapt(model.free("doctor"), rank=8)
     try:
-        member, condition = model.cast(model.defaults.guidance)["base"], model.embed([prompts[0]])
+        member, condition = model.cast()["base"], model.embed([prompts[0]])
         x, level = model.noise([0]), model.grid(2)[0]
         there = storages(model.device)
         call = saved_bytes(lambda: member(x.clone().requires_grad_(), level, condition), there)

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chainrule.chain import Score
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
+from chainrule.guidance import Guidance
 from chainrule.models import Model
 from chainrule.prompts import prompts as read_prompts
-from chainrule.rewards import checked, reward_of
+from chainrule.rewards import Reward, RewardFunction, checked, reward_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,11 @@ def diversity(images: Tensor) -> float:
 def evaluate(
     models: Mapping[str, Model],
     prompts: str | Sequence[str],
-    rewards: Sequence[Score],
+    rewards: Sequence[Reward | RewardFunction],
     *,
     seeds: Sequence[int] = range(4),
     steps: int | None = None,
-    guidance: float | None = None,
+    guidance: float | Guidance | None = None,
     batch: int = 16,
     on_call: Callable[[], None] = lambda: None,
 ) -> Table:

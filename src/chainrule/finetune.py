@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from chainrule.chain import Score
+from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
 from chainrule.grids import SampleGrids
@@ -18,23 +18,22 @@ from chainrule.noise import derive
 from chainrule.processes import Processes
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import report
-from chainrule.rewards import Reward, probe, reward_of
+from chainrule.rewards import Reward, RewardFunction, probe, reward_of
 from chainrule.runs import Run
 from chainrule.settings import Finetuning, Opening, chosen
 from chainrule.trackers import tracker
-from chainrule.trainer import check_cast
 from chainrule.training import FinetuneTask, Stages
 
 
 def finetune(
     model: Model,
     method: Method,
-    reward: Score,
+    reward: Reward | RewardFunction,
     prompts: str | Sequence[str],
     settings: Finetuning | None = None,
     *,
     out: str | Path,
-    held_out: Score | None = None,
+    held_out: Reward | RewardFunction | None = None,
     watch: Sequence[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -50,12 +49,13 @@ def finetune(
     Ctrl-C and SIGTERM save what is there and return. Raises UserError for bad input before anything is written.
     """
     settings, said = chosen(Finetuning, settings, options), read_prompts(prompts)
+    model = model.guided(settings.guidance)
     scorer, judge = reward_of(reward), reward_of(held_out) if held_out else None
     if settings.patience and not judge:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
     order, grid = Stages.of(method, settings), model.grid(settings.sample_steps)
     for stage in order.methods:
-        check_cast(model, needs(stage, grid).members)
+        check_members(needs(stage, grid).members, model.cast())
         stage.plan(grid, Random(0))  # a method that does not fit this grid says so before anything is written
     for each in filter(None, (scorer, judge)):
         probe(each.to(model.device), model.size)

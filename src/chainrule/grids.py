@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chainrule.loop import Listener, Row
 from chainrule.models import Model
-from chainrule.models.model import pictures
+from chainrule.models.pictures import pictures
 from chainrule.report import before_after, grid
 from chainrule.rewards import Reward
 from chainrule.runs import Run

@@ -6,35 +6,26 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class Part(Protocol):
-    """What the optimizer has to know of something learned."""
-
-    @property
-    def rate(self) -> float:
-        """Its learning rate, as a factor on the run's."""
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Its parameters, by names that are the same in every run."""
+from chainrule.learned import Learned
 
 
 @dataclass(slots=True)
 class Learner:
     """Parts under one AdamW, a group each, and the average of their weights that is saved."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Learned]
     optimizer: torch.optim.AdamW
     average: dict[str, Tensor]
     step: int = 0  # updates done
     skipped: int = 0  # of them without a finite value or gradient
 
     @classmethod
-    def of(cls, parts: Mapping[str, Part], weight_decay: float) -> Learner:
+    def of(cls, parts: Mapping[str, Learned], weight_decay: float) -> Learner:
         """A learner before its first update."""
         groups = [{"params": [*part.named_parameters().values()], "rate": part.rate} for part in parts.values()]
         found = cls(parts, torch.optim.AdamW(groups, weight_decay=weight_decay), {})

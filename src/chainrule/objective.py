@@ -1,28 +1,229 @@
-"""Penalties added to the reward's loss."""
+"""What is minimized: a weighted sum of terms, each read off finished images or off the network's answer at a live call.
+
+    loss = sum over terms of weight * value, per image
+
+A term has a `name` for the log, a `weight`, and one of two functions. `of_images` gives a value per image of the finished
+batch; `of_call` gives one for a live call's answer, or None for calls it does not look at. A term of one's own is any object
+with these. Rewards are terms of negative weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from chainrule.denoise import Condition, Member
+from chainrule import half
+from chainrule.cast import Answerer
+from chainrule.denoise import Condition
 from chainrule.plan import Jump
+from chainrule.rewards import Reward, RewardFunction, checked, reward_of
+
+Decode: TypeAlias = Callable[[Tensor], Tensor]  # image latents to images in [0, 1], (b, 3, h, w), differentiable
 
 
-def divergence(bare: Member, condition: Condition, weight: float) -> Callable[[Tensor, Tensor, Jump], Tensor]:
-    """KL to the base model at the last call, weight * ||m - m_base||^2 (arXiv:2309.17400, appendix B.8).
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One live call of the network: its answer and the state it read, (b, c, h, w), the jump it makes, and the prompts."""
 
-    The squared distance is summed over an image and averaged over the batch. Returned is its gradient with respect to a
-    call's answer m, (b, c, h, w), zero for calls that are not the last; the base's answer is a constant.
+    answer: Tensor
+    state: Tensor
+    jump: Jump
+    condition: Condition
+
+
+class Term(Protocol):
+    """What every term has."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+
+@runtime_checkable
+class ImageTerm(Term, Protocol):
+    """A term on finished images."""
+
+    def of_images(self, images: Tensor, prompts: Sequence[str], rows: slice) -> Tensor:
+        """Images (b, 3, h, w) in [0, 1], which are these rows of the batch -> values (b,), differentiable."""
+        ...
+
+
+@runtime_checkable
+class CallTerm(Term, Protocol):
+    """A term on answers."""
+
+    def of_call(self, call: Call) -> Tensor | None:
+        """Values (b,), differentiable in `call.answer`; None for a call the term does not look at."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTerm:
+    """A reward, to be raised: its weight is negative. `reference` (b, 3, h, w) are the images as they were, where steering."""
+
+    reward: Reward
+    weight: float = -1.0
+    reference: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    def of_images(self, images: Tensor, prompts: Sequence[str], rows: slice) -> Tensor:
+        reward = self.reward if self.reference is None else self.reward.beside(self.reference[rows])
+        return checked(reward, images, prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """The root mean square over pixels to `reference` (b, 3, h, w), which SDO holds on to (arXiv:2505.07477, Eq. 23).
+
+    Differs from the paper, whose norm sums over pixels and so means something else at every image size.
     """
 
-    def gradient(answer: Tensor, x: Tensor, jump: Jump) -> Tensor:
-        if jump.stop != 0:
-            return torch.zeros_like(answer)
-        with torch.no_grad():
-            base = bare(x, jump.start, condition)
-        return 2 * weight / len(x) * (answer - base)
+    reference: Tensor
+    weight: float = 1.0
+    name: str = "distance"
 
-    return gradient
+    def of_images(self, images: Tensor, prompts: Sequence[str], rows: slice) -> Tensor:
+        return distance(images, self.reference[rows])
+
+
+def distance(images: Tensor, reference: Tensor) -> Tensor:
+    """(b,): root mean square over pixels. Its gradient at zero distance is zero, not infinite."""
+    square = (images - reference.to(images)).flatten(1).square().mean(1)
+    return torch.where(square > 0, square.clamp(min=1e-12).sqrt(), square)
+
+
+@dataclass(frozen=True, slots=True)
+class KL:
+    """The squared distance of the last call's answer to the base model's, summed over an image (arXiv:2309.17400, B.8).
+
+    `base` answers without the adapters that are trained; its answer is a constant.
+    """
+
+    base: Answerer
+    weight: float = 0.1
+    name: str = "kl"
+
+    def of_call(self, call: Call) -> Tensor | None:
+        if call.jump.stop != 0:
+            return None
+        with torch.no_grad():
+            base = self.base(call.state, call.jump.start, call.condition)
+        return (call.answer - base).flatten(1).square().sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentError:
+    """How far a student's jump lands from where its teacher's trajectory is at that level (Hyper-SD, arXiv:2404.13686).
+
+    `target` (b, c, h, w) is that state, `move` the (a, b) of the jump a x + b m, and `reach` what the jump multiplies an error
+    of the velocity by, so that long and short jumps count alike. The mean square over the latent, divided by reach^2.
+    """
+
+    target: Tensor
+    move: tuple[float, float]
+    reach: float
+    weight: float = 1.0
+    name: str = "segment error"
+
+    def of_call(self, call: Call) -> Tensor:
+        a, b = self.move
+        missed = (a * call.state + b * call.answer - self.target) / self.reach
+        return missed.flatten(1).square().mean(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at finished images: the loss and the reward of each (b,), the terms' values (b,), and the images."""
+
+    loss: Tensor
+    rewards: Tensor
+    terms: Mapping[str, Tensor]
+    images: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A sum of terms."""
+
+    terms: tuple[Term, ...]
+
+    @classmethod
+    def of(cls, reward: Objective | Reward | RewardFunction) -> Objective:
+        """A reward's, with a term for every reward it is a sum of; an objective as it is."""
+        if isinstance(reward, Objective):
+            return reward
+        return cls(tuple(RewardTerm(each, -weight) for weight, each in reward_of(reward).weighted()))
+
+    def against(self, reference: Tensor) -> Objective:
+        """This objective with every reward told the images as they were, (b, 3, h, w); what steering asks for."""
+        return Objective(tuple(replace(t, reference=reference) if isinstance(t, RewardTerm) else t for t in self.terms))
+
+    def with_terms(self, *terms: Term) -> Objective:
+        """This objective and these terms as well."""
+        return Objective((*self.terms, *terms))
+
+    def scaled(self, factor: float) -> Objective:
+        """Every weight times a factor. The terms must be dataclasses, as those here are."""
+        return Objective(tuple(replace(term, weight=factor * term.weight) for term in self.terms))  # type: ignore[type-var]
+
+    def of_images(self, images: Tensor, prompts: Sequence[str], rows: slice) -> Reading:
+        """The loss of these images. One without a term on images is zero."""
+        values = [(term, term.of_images(images, prompts, rows)) for term in self.terms if isinstance(term, ImageTerm)]
+        rewards = [-term.weight * value for term, value in values if isinstance(term, RewardTerm)]
+        others = [term.weight * value for term, value in values if not isinstance(term, RewardTerm)]
+        nothing = images.new_zeros(len(images))
+        reward = torch.stack(rewards).sum(0) if rewards else nothing
+        loss = torch.stack([-reward, *others]).sum(0) if others else -reward
+        return Reading(loss, reward.detach(), {term.name: value.detach() for term, value in values}, images.detach())
+
+    def of_call(self, call: Call) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """d(sum of the images' losses)/d(answer), or None where no term looks, and the terms' values (b,)."""
+        terms = [term for term in self.terms if isinstance(term, CallTerm)]
+        if not terms:
+            return None, {}
+        leaf = call.answer.detach().requires_grad_()
+        with torch.enable_grad():
+            seen = [(term, term.of_call(replace(call, answer=leaf))) for term in terms]
+            found = [(term, value) for term, value in seen if value is not None]
+            if not found:
+                return None, {}
+            loss = torch.stack([term.weight * value.sum() for term, value in found]).sum()
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient, {term.name: value.detach() for term, value in found}
+
+
+def read(
+    decode: Decode, objective: Objective, latents: Tensor, prompts: Sequence[str], micro_batch: int = 8
+) -> tuple[Reading, Tensor]:
+    """What the objective says of finished latents (b, c, h, w), and d(sum of the images' losses)/d(latents).
+
+    Decoded and read `micro_batch` images at a time, on a leaf copy of the latents.
+    """
+    readings, gradients = [], []
+    for first in range(0, len(latents), micro_batch):
+        rows = slice(first, first + micro_batch)
+        leaf = latents[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            images = decode(leaf)
+            reading = objective.of_images(images, prompts[rows], rows)
+            (pixels,) = torch.autograd.grad(reading.loss.sum(), images)
+        readings.append(replace(reading, loss=reading.loss.detach()))
+        gradients.append(half.gradient(images, leaf, pixels))
+    return joined(readings), torch.cat(gradients)
+
+
+def joined(readings: Sequence[Reading]) -> Reading:
+    """The readings of a batch's parts as one."""
+    columns = {name: torch.cat([reading.terms[name] for reading in readings]) for name in readings[0].terms}
+    whole = (torch.cat([getattr(reading, name) for reading in readings]) for name in ("loss", "rewards", "images"))
+    loss, rewards, images = whole
+    return Reading(loss, rewards, columns, images)

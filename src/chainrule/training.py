@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,16 +15,17 @@ from torch import Tensor
 
 from chainrule.adapters import Adapter, save_bands
 from chainrule.errors import UserError
+from chainrule.gradient import Result, gradient
 from chainrule.learner import Learner, gradients
 from chainrule.loop import Row
 from chainrule.methods import Method, needs, stages
 from chainrule.models import Model
 from chainrule.noise import derive
+from chainrule.objective import KL, Objective
 from chainrule.plan import Grid, Plan
 from chainrule.processes import ALONE, Processes
 from chainrule.rewards import Reward
 from chainrule.settings import Finetuning
-from chainrule.trainer import gradient
 
 
 @dataclass(slots=True)
@@ -107,7 +108,7 @@ class FinetuneTask:
             name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels)
             for i, (name, levels) in enumerate(bands.items())
         }
-        learner = Learner.of(adapters, settings.weight_decay)
+        learner = Learner.of({**adapters, **model.learned}, settings.weight_decay)
         return cls(model, learner, adapters, order, reward, prompts, settings, processes)
 
     @property
@@ -147,32 +148,46 @@ class FinetuneTask:
         seeds = [derive(s.seed, "image", step, k) for k in range(s.batch)]
         return self.processes.share(prompts), self.processes.share(seeds)
 
+    def objective(self) -> Objective:
+        """The reward, and the distance to the model as it is without adapters."""
+        objective = Objective.of(self.reward)
+        if not self.settings.kl:
+            return objective
+        return objective.with_terms(KL(replace(self.model, active={}).cast()["base"], self.settings.kl))
+
     def update(self) -> Row:
         s, step, began = self.settings, self.step, time.perf_counter()
-        plan, weights = self.plan(), self.learner.train_only(needs(self.stages.method, self.grid).trained)
+        plan, trained = self.plan(), needs(self.stages.method, self.grid).trained
+        weights = self.learner.train_only((*trained, *self.model.learned))
         prompts, seeds = self.share()
-        rewards = []
+        results, objective = [], self.objective()
         for i in range(s.accumulate):
             some = slice(i, None, s.accumulate)
-            rewards.append(
+            results.append(
                 gradient(
-                    self.model, plan, self.reward, prompts[some], seeds[some], guidance=s.guidance, memory=s.memory,
-                    micro_batch=s.micro_batch, kl=s.kl, scale=1 / s.accumulate,
-                ).rewards
+                    self.model, plan, objective, prompts[some], seeds[some], memory=s.memory, micro_batch=s.micro_batch,
+                    scale=1 / s.accumulate,
+                )
             )  # fmt: skip
         # Adapters are small: one flat mean over processes, zeros where the plan left a weight unused.
         flat = self.processes.mean(gradients(weights))
-        reward = self.processes.mean_of(float(torch.cat(rewards).mean()))
+        reward = self.processes.mean_of(float(torch.cat([result.rewards for result in results]).mean()))
         rate = s.lr * (min(10 / math.sqrt(step + 1), 1.0) if s.schedule == "sqrt" else 1.0)
         norm, finite = self.learner.update(weights, flat, reward, lr=rate, clip=s.clip, ema=s.ema)
         row: Row = {"step": self.step, "reward": reward, "grad_norm": norm, "lr": rate}
-        row |= {"seconds": time.perf_counter() - began, "skipped": self.learner.skipped}
+        row |= {"seconds": time.perf_counter() - began, "skipped": self.learner.skipped, "terms": self._terms(results)}
         if len(self.stages) > 1:
             row["stage"] = self.stages.now.number + 1
         if finite:
             self.stages.now.saw(reward, step)
         self.stages.advance(self.step)
         return row
+
+    def _terms(self, results: Sequence[Result]) -> dict[str, float]:
+        """Every term's mean over the batch, and over all processes."""
+        names = dict.fromkeys(name for result in results for name in result.terms)
+        means = {name: [result.terms[name] for result in results if name in result.terms] for name in names}
+        return {name: self.processes.mean_of(sum(values) / len(values)) for name, values in means.items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.learner.tensors(), {**self.learner.state, "stage": asdict(self.stages.now)}
@@ -182,7 +197,11 @@ class FinetuneTask:
         self.learner.restore(tensors, state)
 
     def save(self, folder: Path) -> None:
+        """The adapter, and every other learned part in a folder of its own beside it."""
         self.save_adapter(folder / "adapter")
+        with self.learner.averaged():
+            for name, part in self.model.learned.items():
+                part.save(folder / "learned" / name)
 
     def save_adapter(self, folder: Path) -> None:
         """The averaged adapter, in the format plain diffusers loads; several by level in a folder each, with their levels."""

@@ -1,6 +1,6 @@
 """LoRA adapters: peft's layers and file formats, selected ambiently instead of by flipping flags."""
 
-from chainrule.adapters.bands import Active, Band
+from chainrule.adapters.bands import Active, Band, check_calls
 from chainrule.adapters.files import Weights, mix, parts, save_bands
 from chainrule.adapters.lora import Adapter, inject, lease, load
 from chainrule.adapters.select import recompute, selected
@@ -10,6 +10,7 @@ __all__ = [
     "Adapter",
     "Band",
     "Weights",
+    "check_calls",
     "inject",
     "lease",
     "load",

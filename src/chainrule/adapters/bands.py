@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from chainrule.adapters.lora import Lease
+
+from chainrule.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +39,15 @@ class Active:
     def at(self, level: float) -> dict[str, float]:
         """The adapters that are on at a level, and their scales."""
         return {name: scale for name, band in self.bands.items() if (scale := band.at(level))}
+
+
+def check_calls(bands: Mapping[str, Band], calls: Sequence[float]) -> None:
+    """Raises UserError for an adapter by levels that would be on at none of these calls' levels."""
+    for name, band in bands.items():
+        for low, high in band.spans or ():
+            if not any(low < level and (high is None or level <= high) for level in calls):
+                where = f"above level {low}" + ("" if high is None else f" up to {high}")
+                raise UserError(
+                    f"the adapter {name} is on {where}, where a {len(calls)}-step grid has no call; "
+                    "sample with the steps it was trained with"
+                )

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from weakref import finalize
 
 import torch
@@ -17,6 +18,7 @@ from chainrule.adapters.files import Weights, read
 from chainrule.adapters.select import forget, layers_of, remember, unchanged, when_unused
 from chainrule.errors import UserError
 
+T = TypeVar("T")
 # Cross- and self-attention and the feed-forward layers, as DRaFT (arXiv:2309.17400, A.1) trains them, by the names they have in
 # UNets and in transformers, where text has layers of its own. What a network does not have is not looked for.
 TARGETS = (
@@ -57,6 +59,10 @@ class Adapter:
         """A copy of its matrices."""
         tensors = {key: value.detach().clone() for key, value in self.named_parameters().items()}
         return Weights(tensors, float(self.config.lora_alpha), self.part)
+
+    def into(self, chain: T) -> T:
+        """The chain as it is: an adapter answers inside the network it is in."""
+        return chain
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter so that the pipeline's `load_lora_weights(folder)` reads it."""

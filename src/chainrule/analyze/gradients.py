@@ -13,14 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from chainrule.chain import Chain, Score, backpropagate
+from chainrule.chain import Chain
 from chainrule.estimate import Estimate
+from chainrule.gradient import backpropagate
+from chainrule.guidance import Guidance
 from chainrule.methods import DRaFT
 from chainrule.models import Model
 from chainrule.plan import Grad, Jump, Plan, walk
 from chainrule.report.plots import plot
 from chainrule.report.tables import markdown
-from chainrule.rewards import checked, reward_of
+from chainrule.rewards import RewardFunction
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +46,18 @@ class Depths:
 
 
 def gradients(
-    model: Model, prompts: Sequence[str], reward: Score, *, steps: int = 50, guidance: float | None = None,
+    model: Model, prompts: Sequence[str], reward: RewardFunction, *, steps: int = 50, guidance: float | Guidance | None = None,
     depths: Sequence[int] = (1, 2, 5, 10, 20, 35, 50), batches: int = 4, batch: int = 4, rank: int = 8,
     on_call: Callable[[], None] = lambda: None,
 ) -> Depths:  # fmt: skip
     """Gradients of the same batches at every depth, with respect to a LoRA that is put in for it and taken out again."""
-    guidance = model.defaults.guidance if guidance is None else guidance
-    judge, levels = reward_of(reward), model.grid(steps)
+    model, levels = model.guided(guidance), model.grid(steps)
     depths = sorted({k for k in depths if k <= steps} | {1})
     adapter = model.adapt("measured", rank=rank)
     norms: dict[str, dict[int, list[float]]] = {name: {k: [] for k in depths} for name in ("draft", "cosine", "sdo")}
 
     def gradient(chain: Chain, plan: Plan, x: Tensor, said: list[str]) -> Tensor:
-        backpropagate(chain, plan, x, model.decode, lambda seen, words: checked(judge, seen, words), said)
+        backpropagate(chain, plan, x, model.decode, reward, said)
         parts = [w.grad.flatten() if w.grad is not None else torch.zeros(w.numel(), device=w.device) for w in adapter.parameters()]
         for weight in adapter.parameters():
             weight.grad = None
@@ -66,7 +67,7 @@ def gradients(
         for number in range(batches):
             rng = Random(number)
             said, seeds = [rng.choice(list(prompts)) for _ in range(batch)], [rng.getrandbits(32) for _ in range(batch)]
-            chain, x = model.chain(said, seeds, guidance, on_call=on_call), model.noise(seeds)
+            chain, x = model.chain(said, seeds, on_call=on_call), model.noise(seeds)
             first = gradient(chain, DRaFT(1).plan(levels, rng), x, said)
             for k in depths:
                 whole = gradient(chain, DRaFT(k).plan(levels, rng), x, said)

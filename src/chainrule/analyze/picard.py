@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chainrule.chain import Chain, Score, read
+from chainrule.chain import Chain
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
+from chainrule.guidance import Guidance
 from chainrule.models import Model
+from chainrule.objective import Objective, read
 from chainrule.plan import Grad, Jump, Plan, walk
 from chainrule.report.tables import markdown
-from chainrule.rewards import checked, reward_of
+from chainrule.rewards import RewardFunction
 
 DONE = 1e-6  # a trajectory that moved less than this stands still
 
@@ -53,7 +55,8 @@ class Picard:
 
 
 def picard(
-    model: Model, prompts: Sequence[str], reward: Score, *, steps: int = 50, guidance: float | None = None, seeds: int = 1,
+    model: Model, prompts: Sequence[str], reward: RewardFunction, *, steps: int = 50,
+    guidance: float | Guidance | None = None, seeds: int = 1,
     tolerance: float = 1e-2, powers: int = 8, on_call: Callable[[], None] = lambda: None,
 ) -> Picard:  # fmt: skip
     """Iterate every trajectory to its fixed point, measure the contraction, and compare SDO's gradient with the exact one.
@@ -63,11 +66,11 @@ def picard(
     """
     if model.solver.remembers or model.solver.stochastic:
         raise UserError(f"Picard iteration is written for DDIM's map, and the solver is {model.sampler.name}; take the solver ddim")
-    guidance = model.defaults.guidance if guidance is None else guidance
+    model = model.guided(guidance)
     found: list[dict[str, list[float]]] = []
     for prompt in prompts:
         for seed in range(seeds):
-            chain = model.chain([prompt], [seed], guidance, on_call=on_call)
+            chain = model.chain([prompt], [seed], on_call=on_call)
             found.append(_one(model, chain, [prompt], reward, steps, tolerance, powers, seed))
     rows = {key: [one[key] for one in found] for key in found[0]}
     columns = {key: [Estimate.of(list(values)) for values in zip(*rows[key], strict=True)] for key in ("change", "error")}
@@ -85,7 +88,7 @@ def _estimate(values: list[float]) -> Estimate:
 
 
 def _one(
-    model: Model, chain: Chain, prompts: list[str], reward: Score, steps: int, tolerance: float, powers: int, seed: int
+    model: Model, chain: Chain, prompts: list[str], reward: RewardFunction, steps: int, tolerance: float, powers: int, seed: int
 ) -> dict[str, list[float]]:
     ode = Trajectory(chain, walk(model.grid(steps)))
     x = model.noise([seed])
@@ -112,13 +115,14 @@ def _one(
     return {"change": change, "error": error} | {key: [float(value)] for key, value in single.items()}
 
 
-def _gradient(model: Model, chain: Chain, prompts: list[str], reward: Score, x: Tensor, steps: int, every: bool | None) -> Tensor:
+def _gradient(
+    model: Model, chain: Chain, prompts: list[str], reward: RewardFunction, x: Tensor, steps: int, every: bool | None
+) -> Tensor:
     """d(-reward) at the noise through every call or through the first one; with None, at the finished latent."""
     path = walk(model.grid(steps))
     live = tuple(Jump(j.start, j.stop, j.via, Grad.FULL if every or not i else Grad.NONE, j.finish) for i, j in enumerate(path))
     (branch,) = chain.walk(Plan((), (live,)), x)
-    judge = reward_of(reward)
-    _, _, gradient = read(model.decode, lambda seen, said: checked(judge, seen, said), branch.image, prompts, 8)
+    _, gradient = read(model.decode, Objective.of(reward), branch.image, prompts)
     return gradient if every is None else branch.pull(gradient)
 
 

@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from chainrule.chain import Score
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
+from chainrule.guidance import Guidance
 from chainrule.models import BUNDLED, Model
-from chainrule.models.model import pictures
+from chainrule.models.pictures import pictures
 from chainrule.models.students import route
 from chainrule.plan import Path as Jumps
 from chainrule.plan import walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import grid as sheet
 from chainrule.report.tables import markdown
-from chainrule.rewards import HPSv2, PickScore, Reward, checked, reward_of
+from chainrule.rewards import HPSv2, PickScore, Reward, RewardFunction, checked, reward_of
 from chainrule.rewards.clip import Clip, load_clip, normalize, resize_and_crop
 
 
@@ -54,13 +54,13 @@ class Shortcut:
 def shortcut(
     model: Model,
     prompts: str | Sequence[str],
-    rewards: Sequence[Score] = (),
+    rewards: Sequence[Reward | RewardFunction] = (),
     *,
     clip: str | None = None,
     seeds: int = 2,
     steps: int = 50,
     student_steps: int = 4,
-    guidance: float | None = None,
+    guidance: float | Guidance | None = None,
     points: int = 5,
     batch: int = 16,
     shown: int = 4,
@@ -72,11 +72,11 @@ def shortcut(
     Without `rewards` a bundled model is measured by the preference scorers that come with it. Raises UserError for a model
     without a student (`model.with_student`).
     """
-    if not model.student:
+    if "student" not in model.members:
         raise UserError(f"{model.name} has no student to analyze; use model.with_student(...)")
     said = [prompt for prompt in read_prompts(prompts) for _ in range(seeds)]
     numbers = list(range(seeds)) * (len(said) // seeds)
-    guidance = model.defaults.guidance if guidance is None else guidance
+    model = model.guided(guidance)
     levels, top = model.grid(steps), model.solver.process.schedule.top
     starts = [levels[i * steps // points] for i in range(points)]
     ways: dict[float, dict[str, Jumps]] = {}
@@ -100,7 +100,7 @@ def shortcut(
 
     for start in range(0, len(said), batch):
         part, seeded = said[start : start + batch], numbers[start : start + batch]
-        chain = model.chain(part, seeded, guidance, on_call=on_call)
+        chain = model.chain(part, seeded, on_call=on_call)
         states = [model.noise(seeded), *chain.states(model.noise(seeded), walk(levels))]
         end = _seen(model, states[-1], part, scorers, eye)
         keep(f"{steps} steps", end["pixels"], start)

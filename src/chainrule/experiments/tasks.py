@@ -18,7 +18,6 @@ from random import Random
 import torch
 import yaml
 
-from chainrule.chain import Memory
 from chainrule.estimate import Estimate
 from chainrule.evaluate import Table, evaluate
 from chainrule.experiments import measures
@@ -30,13 +29,14 @@ from chainrule.methods import needs
 from chainrule.methods import read as read_method
 from chainrule.models import BUNDLED, Model, bundled, load
 from chainrule.models.students import boundaries
+from chainrule.objective import Objective
 from chainrule.plan import walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import Reward, Symmetry, parse
 from chainrule.runs import Run
 from chainrule.steer import steer
 from chainrule.steer.gradients import gradient_of
-from chainrule.steer.problem import Loss, Problem
+from chainrule.steer.problem import Problem
 
 SAVE_EVERY = 5  # updates between checkpoints, so that little is lost where a run is cut
 
@@ -150,8 +150,8 @@ def _cost(unit: Unit, folder: Path) -> Table:
     """Processor seconds and peak bytes of one gradient at the initial noise, in turns with sampling; the first round warms up."""
     own = unit.settings
     model, seeds = load(str(own["model"])), list(range(len(own["prompts"])))
-    chain = model.chain(own["prompts"], seeds, model.defaults.guidance, Memory.RECOMPUTE)
-    problem = Problem(chain, model.grid(own["sample_steps"]), model.decode, own["prompts"], Loss(Symmetry()))
+    chain = model.chain(own["prompts"], seeds)
+    problem = Problem(chain, model.grid(own["sample_steps"]), model.decode, own["prompts"], Objective.of(Symmetry()))
     x, path = model.noise(seeds), walk(problem.grid)
     ways: dict[str, Callable[[], object]] = {
         "sampling": partial(chain.end, x, path),

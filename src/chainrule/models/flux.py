@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from chainrule.denoise import Condition, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
 from chainrule.models.pipeline import freeze, usual, weight_type
@@ -23,18 +23,19 @@ class Transformer:
     """A `FluxTransformer2DModel`: its time is level / 1000, its tokens are patches of 2 x 2 latents."""
 
     network: nn.Module
-    guidance: float = 1.0
+    guidance_is_input: ClassVar[bool] = True
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding, scale: float | Tensor = 1.0) -> Tensor:
         dtype, (b, c, h, w) = weight_type(self.network), x.shape
-        assert words.pooled is not None
+        assert embedding.pooled is not None
         tokens = FluxPipeline._pack_latents(x, b, c, h, w).to(dtype)
         places = FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, x.device, dtype)
-        scale = torch.full((b,), self.guidance, device=x.device) if self.network.config.guidance_embeds else None  # type: ignore[union-attr]
+        read = scale.to(x.device).expand(b) if isinstance(scale, Tensor) else torch.full((b,), scale, device=x.device)
         found = self.network(
-            hidden_states=tokens, timestep=torch.full((b,), level / 1000, device=x.device, dtype=dtype), guidance=scale,
-            pooled_projections=words.pooled.to(dtype), encoder_hidden_states=words.states.to(dtype),
-            txt_ids=torch.zeros(words.states.shape[1], 3, device=x.device, dtype=dtype), img_ids=places, return_dict=False,
+            hidden_states=tokens, timestep=torch.full((b,), level / 1000, device=x.device, dtype=dtype),
+            guidance=read if self.network.config.guidance_embeds else None,  # type: ignore[union-attr]
+            pooled_projections=embedding.pooled.to(dtype), encoder_hidden_states=embedding.states.to(dtype),
+            txt_ids=torch.zeros(embedding.states.shape[1], 3, device=x.device, dtype=dtype), img_ids=places, return_dict=False,
         )[0]  # fmt: skip
         return FluxPipeline._unpack_latents(found, h, w, 1).to(x.dtype)  # type: ignore[no-any-return]
 
@@ -53,13 +54,13 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     def embed(prompts: Sequence[str]) -> Condition:
         device = next(pipe.transformer.parameters()).device
         states, pooled, _ = pipe.encode_prompt(list(prompts), None, device=device, max_sequence_length=length)
-        words = Words(states, pooled)
-        return Condition(words, words)
+        embedding = PromptEmbedding(states, pooled)
+        return Condition(embedding, embedding)
 
     codec = kl_autoencoder(pipe, pipe.transformer.config.in_channels // 4, defaults.size, pipe.default_sample_size, 2)
     _, height, width = codec.latent_shape
     return Model(
-        name=name, pipe=pipe, part="transformer", denoiser=Transformer(pipe.transformer), distilled=True,
+        name=name, pipe=pipe, part="transformer", denoiser=Transformer(pipe.transformer),
         sampler=made(pipe.scheduler, solver, shifted((height // 2) * (width // 2), 1.15, spaced)),
         embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from chainrule import adapters
 from chainrule.adapters import Active, Adapter, Band
+from chainrule.cast import Answerer, Cast, Member, networks_of
 from chainrule.chain import Chain, Memory
-from chainrule.denoise import Cast, Condition, Denoiser, Member
+from chainrule.denoise import Condition, Denoiser
 from chainrule.errors import UserError
+from chainrule.guidance import Guidance, of_number
+from chainrule.learned import Learned
 from chainrule.models import loras, published, solvers
+from chainrule.models.blocks import recomputed
 from chainrule.models.codec import Codec
+from chainrule.models.pictures import pictures
 from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
 from chainrule.noise import Noise
@@ -55,10 +59,11 @@ class Model:
     embed: Callable[[Sequence[str]], Condition]
     codec: Codec
     part: str = "unet"  # what the pipeline calls the network that denoises
-    distilled: bool = False  # whether guidance is a number the network reads, rather than a mix of two answers
     defaults: Defaults = field(default_factory=Defaults)
     active: dict[str, Band] = field(default_factory=dict)
-    student: Member | None = None
+    asked: Guidance | None = None  # what `guided` was given; None: the default scale, as a plain number
+    members: Mapping[str, Answerer] = field(default_factory=dict)  # of the cast, besides those that every model has
+    learned: Mapping[str, Learned] = field(default_factory=dict)  # what is in its chains besides adapters, by name
     student_name: str | None = None
     quantize: str | None = None  # how its base weights are held, if in fewer bits
     under: tuple[str, ...] = ()  # the adapters of `using`, as they were named
@@ -127,49 +132,57 @@ class Model:
     def _noise(self, seeds: Sequence[int]) -> Noise:
         return Noise(tuple(seeds), self.codec.latent_shape)
 
-    def cast(self, guidance: float) -> Cast:
-        active = Active(dict(self.active))
-        cast = {name: replace(self.bare(scale), active=active) for name, scale in (("base", guidance), ("unguided", 1.0))}
-        return cast | ({"student": self.student} if self.student else {})
+    @property
+    def guidance(self) -> Guidance:
+        """How the base member is guided."""
+        return self.asked or of_number(self.denoiser, self.defaults.guidance)
 
-    def bare(self, guidance: float) -> Member:
-        """The pre-trained model: no adapter on."""
-        if self.distilled:
-            return Member(replace(self.denoiser, guidance=guidance))  # type: ignore[type-var]
-        return Member(self.denoiser, guidance)
+    def guided(self, guidance: float | Guidance | None) -> Model:
+        """This model with another guidance: a value of `chainrule.guidance`, or a number. None: as it is.
+
+        A number is classifier-free guidance, or what the network reads where it reads its guidance. Raises UserError for a
+        number outside [0, 100].
+        """
+        if guidance is None:
+            return self
+        asked = guidance if callable(guidance) else of_number(self.denoiser, guidance)
+        return replace(self, active=dict(self.active), asked=asked)
+
+    def with_member(self, name: str, member: Answerer) -> Model:
+        """This model with a member `(x, level, condition) -> answer` that plans call by this name (`Jump(..., via=name)`)."""
+        return replace(self, active=dict(self.active), members={**self.members, name: member})
+
+    def learning(self, name: str, part: Learned) -> Model:
+        """This model with a learned part in its chains: it answers when sampling, and is trained by `finetune`."""
+        return replace(self, active=dict(self.active), learned={**self.learned, name: part})
+
+    def cast(self) -> Cast:
+        """Who may answer in a plan: `base`, `unguided`, and the members that were added."""
+        active = Active(dict(self.active))
+        base = Member(self.denoiser, self.guidance, active)
+        return {"base": base, "unguided": replace(base, guidance=of_number(self.denoiser, 1.0)), **self.members}
 
     def chain(
-        self, prompts: Sequence[str], seeds: Sequence[int], guidance: float, memory: Memory = Memory.RECOMPUTE,
+        self, prompts: Sequence[str], seeds: Sequence[int], memory: Memory = Memory.RECOMPUTE,
         on_call: Callable[[], None] = lambda: None,
     ) -> Chain:  # fmt: skip
+        """A batch's surroundings: its members, solver, embedded prompts and noise, with the learned parts in their places."""
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
-        if not 0 <= guidance <= 100:
-            raise UserError(f"guidance is {guidance}, but must be between 0 and 100")
-        condition = self.embed(prompts)
-        return Chain(self.cast(guidance), self.solver, condition, self._noise(seeds), memory, on_call)
+        chain = Chain(self.cast(), self.solver, self.embed(prompts), self._noise(seeds), memory, on_call)
+        for part in self.learned.values():
+            chain = part.into(chain)
+        return chain
 
-    @contextmanager
-    def blockwise(self, memory: Memory) -> Iterator[None]:
+    def blockwise(self, memory: Memory) -> AbstractContextManager[None]:
         """Within the block, with `Memory.BLOCKS`, networks and VAE keep their blocks' inputs and make the rest again.
 
         About one block's activations instead of a call's, for one more forward pass. UserError for a network that cannot.
         """
-        found: list[Any] = [member.denoiser.network for member in self.cast(1.0).values()] if memory is Memory.BLOCKS else []
-        found += [self.codec.network] if found and self.codec.network is not None else []
-        switched: list[Any] = []
-        try:
-            for network in dict.fromkeys(found):
-                if not hasattr(network, "enable_gradient_checkpointing"):
-                    kind = type(network).__name__
-                    raise UserError(f"memory is 'blocks', but a {kind} has no blocks to recompute; take 'recompute'")
-                if not network.is_gradient_checkpointing:
-                    network.enable_gradient_checkpointing(adapters.recompute)
-                    switched.append(network)
-            yield
-        finally:
-            for network in switched:
-                network.disable_gradient_checkpointing()
+        if memory is not Memory.BLOCKS:
+            return nullcontext()
+        vae = [self.codec.network] if self.codec.network is not None else []
+        return recomputed([*networks_of(self.cast()), *vae])
 
     # Adapters
 
@@ -216,7 +229,7 @@ class Model:
         if not known:
             return model
         defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)
-        return replace(model.solving(known.solver, known.settings), defaults=defaults)
+        return replace(model.solving(known.solver, known.settings), defaults=defaults, asked=None)
 
     def with_student(self, source: str | Path | None = None) -> Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).
@@ -228,7 +241,7 @@ class Model:
         from chainrule.models import students
 
         name = str(source) if source is not None else "its own"
-        return replace(self, active=dict(self.active), student=students.load(self, source), student_name=name)
+        return replace(self.with_member("student", students.load(self, source)), student_name=name)
 
     def solving(self, solver: str | None, settings: Mapping[str, object] | None = None) -> Model:
         """This model sampled by another solver of `chainrule.models.solvers.SOLVERS`, over the levels of diffusers' scheduler.
@@ -246,30 +259,22 @@ class Model:
     # Sampling
 
     def states(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: float | None = None,
-        on_call: Callable[[], None] = lambda: None,
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None,
+        guidance: float | Guidance | None = None, on_call: Callable[[], None] = lambda: None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """The latents after every step of one batch, (b, c, h, w) each; the last one is the finished image's."""
-        guidance = self.defaults.guidance if guidance is None else guidance
-        chain, levels = self.chain(prompts, seeds, guidance, on_call=on_call), self.grid(steps)
+        chain, levels = self.guided(guidance).chain(prompts, seeds, on_call=on_call), self.grid(steps)
         self.check_bands(levels)
         yield from chain.states(self.noise(seeds), walk(levels))
 
     def check_bands(self, levels: Grid) -> None:
         """UserError for an adapter by levels that would be on in no call of this grid."""
-        for name, band in self.active.items():
-            for low, high in band.spans or ():
-                if not any(low < level and (high is None or level <= high) for level in levels[:-1]):
-                    where = f"above level {low}" + ("" if high is None else f" up to {high}")
-                    raise UserError(
-                        f"the adapter {name} is on {where}, where a {len(levels) - 1}-step grid has no call; "
-                        "sample with the steps it was trained with"
-                    )
+        adapters.check_calls(self.active, levels[:-1])
 
     @torch.no_grad()
     def render(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: float | None = None,
-        batch: int = 16, on_call: Callable[[], None] = lambda: None,
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None,
+        guidance: float | Guidance | None = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
     ) -> Tensor:  # fmt: skip
         """Images as (n, 3, h, w) in [0, 1] on the CPU. Image k does not depend on the batch it is made in."""
         parts = []
@@ -282,7 +287,7 @@ class Model:
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int] | None = None, steps: int | None = None,
-        guidance: float | None = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
+        guidance: float | Guidance | None = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
     ) -> list[Image.Image]:  # fmt: skip
         """Images of these prompts; seeds default to 0, 1, 2, ... One PIL image per prompt."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -292,9 +297,3 @@ class Model:
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
         return pictures(self.render(prompts, list(seeds), steps, guidance, batch, on_call))
-
-
-def pictures(images: Tensor) -> list[Image.Image]:
-    """(n, 3, h, w) in [0, 1] to PIL images, rounded as diffusers rounds."""
-    arrays = (images.clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype(np.uint8)
-    return [Image.fromarray(array) for array in arrays]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chainrule.denoise import Condition, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
 from chainrule.models.pipeline import freeze, usual, weight_type
@@ -27,7 +27,7 @@ class DiT:
     height: int
     width: int
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         dtype, t = weight_type(self.network), torch.full((len(x),), level - 1, device=x.device)
         told: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:
@@ -35,7 +35,7 @@ class DiT:
             numbers = numbers.expand(len(x), -1)
             told = {"resolution": numbers[:, :2], "aspect_ratio": numbers[:, 2:]}
         found = self.network(
-            x.to(dtype), encoder_hidden_states=words.states.to(dtype), encoder_attention_mask=words.mask, timestep=t,
+            x.to(dtype), encoder_hidden_states=embedding.states.to(dtype), encoder_attention_mask=embedding.mask, timestep=t,
             added_cond_kwargs=told, return_dict=False,
         )[0]  # fmt: skip
         return found[:, : x.shape[1]].to(x.dtype)  # type: ignore[no-any-return]
@@ -55,7 +55,7 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         states, mask, negative, negative_mask = pipe.encode_prompt(
             list(prompts), True, device=device, clean_caption=False, max_sequence_length=length
         )
-        return Condition(Words(states, mask=mask), Words(negative, mask=negative_mask))
+        return Condition(PromptEmbedding(states, mask=mask), PromptEmbedding(negative, mask=negative_mask))
 
     codec = kl_autoencoder(pipe, config.in_channels, defaults.size, config.sample_size, config.patch_size)
     return Model(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainrule.denoise import Condition, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.errors import UserError, unknown
 from chainrule.models.codec import Pixels
 from chainrule.models.model import Defaults, Model
@@ -28,8 +28,8 @@ class UNet:
 
     network: nn.Module
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
-        dtype, classes = weight_type(self.network), words.states if self.network.config.num_class_embeds else None  # type: ignore[union-attr]
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
+        dtype, classes = weight_type(self.network), embedding.states if self.network.config.num_class_embeds else None  # type: ignore[union-attr]
         t = torch.tensor(level - 1, device=x.device)
         return self.network(x.to(dtype), t, class_labels=classes, return_dict=False)[0].to(x.dtype)  # type: ignore[no-any-return]
 
@@ -56,9 +56,11 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     def embed(prompts: Sequence[str]) -> Condition:
         if not count:
             unread = torch.zeros(len(prompts), dtype=torch.long, device=pipe.unet.device)
-            return Condition(Words(unread), Words(unread))
+            return Condition(PromptEmbedding(unread), PromptEmbedding(unread))
         said = torch.tensor([index(prompt) for prompt in prompts], device=pipe.unet.device)
-        return Condition(Words(said), Words(torch.full_like(said, count - 1) if nothing else said))  # else guidance changes nothing
+        return Condition(
+            PromptEmbedding(said), PromptEmbedding(torch.full_like(said, count - 1) if nothing else said)
+        )  # else guidance changes nothing
 
     own: Size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
     if defaults.size not in (None, own):

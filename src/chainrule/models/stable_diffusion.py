@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainrule.denoise import Condition, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
 from chainrule.models.pipeline import freeze, weight_type
@@ -20,26 +20,30 @@ from chainrule.models.solvers import made
 class UNet:
     """A `UNet2DConditionModel` at a level: its timestep is one below.
 
-    A latent consistency model's answers for the scale `guidance` that it was distilled with (arXiv:2310.04378, section 4.2);
+    A latent consistency model's reads the guidance `scale` that it was distilled with (arXiv:2310.04378, section 4.2);
     `embed_guidance` is its pipeline's embedding of it.
     """
 
     network: nn.Module
     embed_guidance: Callable[..., Tensor] | None = None
-    guidance: float = 1.0
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    @property
+    def guidance_is_input(self) -> bool:
+        return self.embed_guidance is not None
+
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding, scale: float | Tensor = 1.0) -> Tensor:
         dtype, t = weight_type(self.network), torch.tensor(level - 1, device=x.device)
         return self.network(  # type: ignore[no-any-return]
-            x.to(dtype), t, encoder_hidden_states=words.states.to(dtype), timestep_cond=self.embedded(x), return_dict=False,
+            x.to(dtype), t, encoder_hidden_states=embedding.states.to(dtype), timestep_cond=self.embedded(x, scale),
+            return_dict=False,
         )[0].to(x.dtype)  # fmt: skip
 
-    def embedded(self, x: Tensor) -> Tensor | None:
-        """The guidance scale, where the network reads it: w = guidance - 1, for every image of the batch."""
+    def embedded(self, x: Tensor, scale: float | Tensor) -> Tensor | None:
+        """The guidance scale, where the network reads it: w = scale - 1, for every image of the batch."""
         if not self.embed_guidance:
             return None
-        scale = torch.full((len(x),), self.guidance - 1)
-        found = self.embed_guidance(scale, embedding_dim=self.network.config.time_cond_proj_dim)  # type: ignore[union-attr]
+        w = scale.expand(len(x)) - 1 if isinstance(scale, Tensor) else torch.full((len(x),), scale - 1)
+        found = self.embed_guidance(w, embedding_dim=self.network.config.time_cond_proj_dim)  # type: ignore[union-attr]
         return found.to(x.device, weight_type(self.network))
 
 
@@ -50,12 +54,11 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     @torch.no_grad()
     def embed(prompts: Sequence[str]) -> Condition:
         found = pipe.encode_prompt(list(prompts), next(pipe.unet.parameters()).device, 1, True)
-        return Condition(*map(Words, found))
+        return Condition(*map(PromptEmbedding, found))
 
-    distilled = bool(pipe.unet.config.time_cond_proj_dim)
+    reads = bool(pipe.unet.config.time_cond_proj_dim)
     return Model(
-        name=name, pipe=pipe,
-        denoiser=UNet(pipe.unet, pipe.get_guidance_scale_embedding if distilled else None), distilled=distilled,
+        name=name, pipe=pipe, denoiser=UNet(pipe.unet, pipe.get_guidance_scale_embedding if reads else None),
         sampler=made(pipe.scheduler, solver), embed=embed,
         codec=kl_autoencoder(pipe, pipe.unet.config.in_channels, defaults.size, pipe.unet.config.sample_size), defaults=defaults,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainrule.denoise import Condition, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.errors import UserError
 from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
@@ -24,12 +24,12 @@ class MMDiT:
 
     network: nn.Module
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         dtype, t = weight_type(self.network), torch.full((len(x),), level, device=x.device)
-        assert words.pooled is not None
+        assert embedding.pooled is not None
         return self.network(  # type: ignore[no-any-return]
-            hidden_states=x.to(dtype), timestep=t, encoder_hidden_states=words.states.to(dtype),
-            pooled_projections=words.pooled.to(dtype), return_dict=False,
+            hidden_states=x.to(dtype), timestep=t, encoder_hidden_states=embedding.states.to(dtype),
+            pooled_projections=embedding.pooled.to(dtype), return_dict=False,
         )[0].to(x.dtype)  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         states, negative, pooled, pooled_negative = pipe.encode_prompt(
             list(prompts), None, None, device=device, max_sequence_length=length
         )
-        return Condition(Words(states, pooled), Words(negative, pooled_negative))
+        return Condition(PromptEmbedding(states, pooled), PromptEmbedding(negative, pooled_negative))
 
     codec = kl_autoencoder(pipe, config.in_channels, defaults.size, config.sample_size, config.patch_size)
     rows, columns = (side // config.patch_size for side in codec.latent_shape[1:])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chainrule.denoise import Condition, Words
+from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import kl_autoencoder
 from chainrule.models.model import Defaults, Model
 from chainrule.models.pipeline import freeze, weight_type
@@ -24,13 +24,13 @@ class UNet:
     height: int
     width: int
 
-    def __call__(self, x: Tensor, level: float, words: Words) -> Tensor:
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         dtype, t = weight_type(self.network), torch.tensor(level - 1, device=x.device)
-        assert words.pooled is not None
+        assert embedding.pooled is not None
         sizes = torch.tensor([[self.height, self.width, 0, 0, self.height, self.width]], device=x.device, dtype=dtype)
-        added = {"text_embeds": words.pooled.to(dtype), "time_ids": sizes.expand(len(x), -1)}
+        added = {"text_embeds": embedding.pooled.to(dtype), "time_ids": sizes.expand(len(x), -1)}
         return self.network(  # type: ignore[no-any-return]
-            x.to(dtype), t, encoder_hidden_states=words.states.to(dtype), added_cond_kwargs=added, return_dict=False
+            x.to(dtype), t, encoder_hidden_states=embedding.states.to(dtype), added_cond_kwargs=added, return_dict=False
         )[0].to(x.dtype)
 
 
@@ -42,7 +42,7 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     def embed(prompts: Sequence[str]) -> Condition:
         device = next(pipe.unet.parameters()).device
         states, negative, pooled, pooled_negative = pipe.encode_prompt(list(prompts), device=device)
-        return Condition(Words(states, pooled), Words(negative, pooled_negative))
+        return Condition(PromptEmbedding(states, pooled), PromptEmbedding(negative, pooled_negative))
 
     codec = kl_autoencoder(pipe, pipe.unet.config.in_channels, defaults.size, pipe.unet.config.sample_size)
     return Model(

@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 
 from chainrule import adapters
 from chainrule.adapters.files import PARTS, find
+from chainrule.cast import Member
+from chainrule.denoise import guidance_is_input
 from chainrule.errors import UserError
+from chainrule.guidance import Embedded, of_number
 from chainrule.models import bundled, loras, published
 from chainrule.models.families import FAMILIES, family_of
 from chainrule.models.pipeline import weight_type
 from chainrule.plan import Jump, walk
 
 if TYPE_CHECKING:
-    from chainrule.denoise import Member
     from chainrule.models.model import Model
 
 # What two networks must have in common for one to answer for the other, as far as their kind has it.
@@ -136,8 +138,9 @@ def load(model: Model, source: str | Path | None) -> Member:
     known = published.find(source, model.family)
     path = resolve(source, model.name)
     _check_prediction(path, model.solver.process.prediction.value, model.name)
-    guidance = known.guidance if known else (model.defaults.guidance if model.distilled else 1.0)
-    member, file = model.bare(guidance), _lora_in(path)
+    reads = guidance_is_input(model.denoiser)
+    scale = known.guidance if known else (model.defaults.guidance if reads else 1.0)
+    member, file = Member(model.denoiser, of_number(model.denoiser, scale)), _lora_in(path)
     if file:
         name = model.free("student")
         lease = adapters.lease(model.network, name, loras.read(file, model.family))
@@ -145,10 +148,11 @@ def load(model: Model, source: str | Path | None) -> Member:
     network = _loaded(model, _network(path))
     network.requires_grad_(False).eval().to(model.device)
     denoiser: Any = replace(member.denoiser, network=network)  # type: ignore[type-var]
-    if getattr(network.config, "time_cond_proj_dim", None) and not model.distilled:  # a latent consistency model's
+    if getattr(network.config, "time_cond_proj_dim", None) and not reads:  # a latent consistency model's
         if not hasattr(denoiser, "embed_guidance"):
             raise UserError(f"the student {path} reads its guidance, which is not supported beside a {model.family}")
-        denoiser = replace(denoiser, embed_guidance=model.pipe.get_guidance_scale_embedding, guidance=model.defaults.guidance)
+        denoiser = replace(denoiser, embed_guidance=model.pipe.get_guidance_scale_embedding)
+        return Member(denoiser, Embedded(model.defaults.guidance))
     return replace(member, denoiser=denoiser)
 
 

@@ -9,7 +9,7 @@ A rectified flow is solved in its own coordinates: dx/dsigma = velocity.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -43,7 +43,7 @@ class Adjoint:
             seen = problem.read(end.detach())
             half.backward(end, seen.gradient)
         assert leaf.grad is not None
-        return Seen(seen.losses, seen.images, leaf.grad)
+        return replace(seen, gradient=leaf.grad)
 
 
 def _steps(times: Tensor) -> dict[str, Callable[..., Tensor]]:

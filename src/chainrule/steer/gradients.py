@@ -46,7 +46,7 @@ def planned(grads: Grads, kind: str) -> Gradient:
         live = tuple(replace(jump, grad=grad) for jump, grad in zip(path, grads(len(path), kind, rng), strict=True))
         (branch,) = problem.chain.walk(Plan((), (live,)), x)
         seen = problem.read(branch.image)
-        return Seen(seen.losses, seen.images, branch.pull(seen.gradient))
+        return replace(seen, gradient=branch.pull(seen.gradient))
 
     return gradient
 

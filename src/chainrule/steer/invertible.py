@@ -10,7 +10,7 @@ The backward pass inverts a step to get its inputs back, calls the network again
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -82,7 +82,7 @@ class Coupled:
             v = v + self._pull(problem, jump, x1, b * w)
             w = a * w + self._pull(problem, jump, before[1], b * v)
             v, pair = a * v, before
-        return Seen(seen.losses, seen.images, v + w)
+        return replace(seen, gradient=v + w)
 
     def _pull(self, problem: Problem, jump: Jump, x: Tensor, gradient: Tensor) -> Tensor:
         """The gradient at one call's input; leaves in it get theirs."""

@@ -17,16 +17,17 @@ from chainrule.chain import Memory
 from chainrule.errors import UserError
 from chainrule.loop import progress_bar, stop_signals
 from chainrule.models import Model
-from chainrule.models.model import pictures
+from chainrule.models.pictures import pictures
 from chainrule.noise import derive
+from chainrule.objective import Distance, Objective, distance
 from chainrule.plan import walk
-from chainrule.rewards import Reward, checked
+from chainrule.rewards import Reward
 from chainrule.settings import Steering
 from chainrule.steer.found import Steered
 from chainrule.steer.gradients import gradient_of, image_of
 from chainrule.steer.guidance import GUIDES
 from chainrule.steer.images import invert
-from chainrule.steer.problem import Loss, Problem, Seen, distance
+from chainrule.steer.problem import Problem, Seen
 from chainrule.steer.variables import Controlled, Over
 
 OPTIMIZERS = {
@@ -44,8 +45,7 @@ class Search:
         given: Tensor | None, adapter: Adapter | None,
     ) -> None:  # fmt: skip
         self.settings, self.over = settings, over
-        guidance = model.defaults.guidance if settings.guidance is None else settings.guidance
-        chain = model.chain(prompts, seeds, guidance, Memory(settings.memory))
+        chain = model.guided(settings.guidance).chain(prompts, seeds, Memory(settings.memory))
         levels = model.grid(settings.sample_steps)
         self.grid = over.grid(levels, model.solver.process.schedule.offset)
         if given is not None:
@@ -68,10 +68,11 @@ class Search:
             self.leaves = [*adapter.parameters()]
         if over.kind == "controls":
             controls = {level: torch.zeros_like(self.x, requires_grad=True) for level in self.grid[:-1]}
-            self.leaves, base = list(controls.values()), chain.cast["base"]
-            chain = replace(chain, cast={"base": Controlled(base.denoiser, base.guidance, base.active, controls)})
+            self.leaves = list(controls.values())
+            chain = replace(chain, cast={"base": Controlled(chain.cast["base"], controls)})
 
-        self.problem = Problem(chain, self.grid, model.decode, prompts, Loss(scorer, settings.keep))
+        self.reward = Objective.of(scorer).scaled(1 - settings.keep)
+        self.problem = Problem(chain, self.grid, model.decode, prompts, self.reward)
         self.best: Seen | None = None
         self.first: Seen | None = None
         self.updates, self.far = torch.zeros(len(prompts), dtype=torch.long), torch.zeros(len(prompts))
@@ -126,16 +127,18 @@ class Search:
     def _before(self) -> Tensor:
         """The reward of the images as they were: for a given picture its own, not that of what its latent samples."""
         assert self.reference is not None
-        loss, values = self.problem.loss, []
-        for start in range(0, len(self.reference), self.problem.part):
-            part = slice(start, start + self.problem.part)
-            seen = self.reference[part]
-            values.append(checked(loss.reward.beside(seen), seen, self.problem.prompts[part]))
-        return torch.cat(values)
+        problem, values = self.problem, []
+        for start in range(0, len(self.reference), problem.part):
+            rows = slice(start, start + problem.part)
+            values.append(problem.objective.of_images(self.reference[rows], problem.prompts[rows], rows).rewards)
+        return torch.cat(values) / (1 - self.settings.keep)
 
     def _hold(self, reference: Tensor) -> None:
         self.reference = reference
-        self.problem = replace(self.problem, loss=replace(self.problem.loss, reference=reference))
+        objective = self.reward.against(reference)
+        if self.settings.keep:
+            objective = objective.with_terms(Distance(reference, self.settings.keep))
+        self.problem = replace(self.problem, objective=objective)
 
     def _sampled(self) -> Seen:
         """The image of the variable as it is, without a gradient."""
@@ -147,7 +150,7 @@ class Search:
     def _look(self, seen: Seen, number: int) -> dict[str, float]:
         """Keep what got better; a row of the curve."""
         assert self.reference is not None
-        rewards, far = self._rewards(seen).float().cpu(), distance(seen.images, self.reference).float().cpu()
+        rewards, far = (seen.rewards / (1 - self.settings.keep)).float().cpu(), distance(seen.images, self.reference).float().cpu()
         losses = seen.losses.float().cpu()
         if self.best is None:
             if not bool(losses.isfinite().all()):
@@ -157,18 +160,13 @@ class Search:
         else:
             better = (losses < self.best.losses.float().cpu()) & losses.isfinite()
             where = better.to(seen.losses.device)
-            self.best = Seen(
-                torch.where(where, seen.losses, self.best.losses),
-                torch.where(where.view(-1, 1, 1, 1), seen.images, self.best.images), self.best.gradient,
+            self.best = replace(
+                self.best, losses=torch.where(where, seen.losses, self.best.losses),
+                images=torch.where(where.view(-1, 1, 1, 1), seen.images, self.best.images),
             )  # fmt: skip
             self.values, self.far = torch.where(better, rewards, self.values), torch.where(better, far, self.far)
             self.updates[better] = number
         return {"step": number, "reward": _mean(rewards), "loss": _mean(losses), "distance": _mean(far), "count": len(losses)}
-
-    def _rewards(self, seen: Seen) -> Tensor:
-        assert self.reference is not None
-        keep = self.settings.keep
-        return (keep * distance(seen.images, self.reference) - seen.losses) / (1 - keep)
 
     def _project(self) -> None:
         s = self.settings

@@ -15,7 +15,9 @@ from chainrule.adapters import Adapter, Band, inject
 from chainrule.adapters.lora import every_layer
 from chainrule.chain import Memory
 from chainrule.config import SteerConfig
+from chainrule.denoise import guidance_is_input
 from chainrule.errors import UserError, unknown
+from chainrule.guidance import reads_negative
 from chainrule.models import Model
 from chainrule.rewards import Reward, RewardFunction, probe, reward_of
 from chainrule.runs import Run
@@ -128,10 +130,10 @@ def _check_together(model: Model, settings: Steering, over: Over, count: int, pi
         raise UserError(
             "a model that predicts the image forgets the state in its last step, so that it cannot be inverted; take sdo or full"
         )
-    guidance = model.defaults.guidance if settings.guidance is None else settings.guidance
-    if over.kind == "negative" and model.distilled:
+    guidance = model.guided(settings.guidance).guidance
+    if over.kind == "negative" and guidance_is_input(model.denoiser):
         raise UserError(f"over is 'negative', but {model.name} reads its guidance and no negative embedding; use prompt")
-    if over.kind == "negative" and guidance <= 1:
+    if over.kind == "negative" and not reads_negative(guidance):
         raise UserError(f"guidance is {guidance}, with which the negative embedding is not used; give more than 1")
     if (
         over.kind in ("prompt", "negative")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from chainrule.denoise import Condition, Member
+from chainrule.cast import Answerer, networks_of
+from chainrule.denoise import Condition
 from chainrule.errors import UserError
 from chainrule.plan import Grid
 
@@ -56,13 +57,18 @@ class Over:
 
 
 @dataclass(frozen=True, slots=True)
-class Controlled(Member):
+class Controlled:
     """A member with a control added to its answer at every level (FlowGrad, arXiv:2212.01365).
 
     FlowGrad adds controls to a velocity; here they are added to whatever the network predicts.
     """
 
-    controls: Mapping[float, Tensor] = field(default_factory=dict)
+    member: Answerer
+    controls: Mapping[float, Tensor]
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return tuple(networks_of({"base": self.member}))
 
     def __call__(self, x: Tensor, level: float, condition: Condition) -> Tensor:
-        return Member.__call__(self, x, level, condition) + self.controls[level]
+        return self.member(x, level, condition) + self.controls[level]

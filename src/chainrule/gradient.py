@@ -1,0 +1,94 @@
+"""The gradient of an objective through a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chainrule.chain import Chain, Memory
+from chainrule.guidance import Guidance
+from chainrule.models import Model
+from chainrule.objective import Call, Decode, Objective, Reading, read
+from chainrule.plan import Jump, Plan
+from chainrule.rewards import Reward, RewardFunction
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one pass saw: rewards (b,) and images (b, 3, h, w) of the first branch, and each branch's mean reward.
+
+    `terms` are the means of the objective's terms: those on images over the first branch, those on calls over all that they
+    looked at.
+    """
+
+    rewards: Tensor
+    images: Tensor
+    branch_rewards: tuple[float, ...]
+    terms: Mapping[str, float]
+
+
+def gradient(
+    model: Model, plan: Plan, reward: Objective | Reward | RewardFunction, prompts: Sequence[str], seeds: Sequence[int], *,
+    guidance: float | Guidance | None = None, memory: str = "recompute", micro_batch: int | None = None, scale: float = 1.0,
+) -> Result:  # fmt: skip
+    """Add the gradient of the objective's mean over these prompts to `.grad` of the model's trainable leaves.
+
+    `reward` is a reward, of which -mean is minimized, or an `Objective` of several terms. Returns rewards (b,) and images
+    (b, 3, h, w) in [0, 1]. `memory` is "recompute", "blocks" or "keep"; it never changes a number. `micro_batch` images are
+    decoded and read at a time (default: 8, fewer where they are large). `scale` multiplies the whole loss. Raises UserError
+    for a plan that jumps by a member the model does not have.
+    """
+    model = model.guided(guidance)
+    chain = model.chain(prompts, seeds, Memory(memory))
+    with model.blockwise(Memory(memory)):
+        return backpropagate(
+            chain, plan, model.noise(seeds), model.decode, reward, prompts,
+            micro_batch=micro_batch or model.micro_batch, scale=scale,
+        )  # fmt: skip
+
+
+def backpropagate(
+    chain: Chain, plan: Plan, x: Tensor, decode: Decode, reward: Objective | Reward | RewardFunction, prompts: Sequence[str], *,
+    micro_batch: int = 8, scale: float = 1.0,
+) -> Result:  # fmt: skip
+    """Add the gradient of the mean loss, summed over branches, to `.grad` of the trainable leaves; of `x` too, if it is one.
+
+    `x` is the state at `plan.start`, (b, c, h, w); `scale` multiplies the loss (1 / accumulation steps).
+    """
+    objective, share = Objective.of(reward), scale / len(x)
+    at_call = _AtCall(objective, chain, share)
+    first: Reading | None = None
+    upstream: Tensor | None = None
+    means = []
+    for walk in chain.walk(plan, x):
+        if upstream is None or not plan.reuse_reward_gradient:
+            reading, upstream = read(decode, objective, walk.image, prompts, micro_batch)
+            means.append(float(reading.rewards.mean()))
+            first = first or reading
+        start = walk.pull(share * upstream, at_call)
+        if x.requires_grad and x.is_leaf:
+            x.grad = start if x.grad is None else x.grad + start
+    chain.pull_computed()
+    assert first is not None
+    terms = {name: float(values.mean()) for name, values in first.terms.items()} | at_call.means()
+    return Result(first.rewards, first.images, tuple(means), terms)
+
+
+class _AtCall:
+    """Asks an objective's terms at every live call, and keeps what they said."""
+
+    def __init__(self, objective: Objective, chain: Chain, share: float) -> None:
+        self.objective, self.chain, self.share = objective, chain, share
+        self.seen: dict[str, list[Tensor]] = {}
+
+    def __call__(self, answer: Tensor, state: Tensor, jump: Jump) -> Tensor | None:
+        gradient, values = self.objective.of_call(Call(answer, state, jump, self.chain.condition))
+        for name, value in values.items():
+            self.seen.setdefault(name, []).append(value)
+        return None if gradient is None else self.share * gradient
+
+    def means(self) -> dict[str, float]:
+        return {name: float(torch.cat(values).mean()) for name, values in self.seen.items()}
