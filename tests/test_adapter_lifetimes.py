@@ -92,10 +92,10 @@ def test_what_nothing_can_switch_on_any_more_is_taken_out(saved: Path) -> None:
 def test_a_student_by_a_lora_is_taken_out_with_its_model(saved: Path) -> None:
     base = cr.load(make_pipeline(dtype=torch.float32))
     taught = base.with_student(saved / "one")
-    member = taught.student
+    member = taught.members["student"]
     assert len(names(base)) == 1
     del taught
-    assert len(names(base)) == 1 and member is not None
+    assert len(names(base)) == 1 and callable(member)
     del member
     assert names(base) == []
 
@@ -104,7 +104,7 @@ def test_whatever_can_switch_it_on_keeps_it(saved: Path) -> None:
     base = cr.load(make_pipeline(dtype=torch.float32))
     tuned = base.using(saved / "one")
     expected, x, level = latents(tuned), base.noise(SEEDS), base.grid(3)[0]
-    chain = tuned.chain(PROMPTS, SEEDS, 2.0)
+    chain = tuned.guided(2.0).chain(PROMPTS, SEEDS)
     both = tuned.using(saved / "two")
     slower = tuned.solving("euler")
     del tuned

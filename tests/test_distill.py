@@ -18,8 +18,9 @@ from chainrule.analyze import save, shortcut
 from chainrule.distill import DistillTask
 from chainrule.learner import Learner
 from chainrule.methods import ShortFT
-from chainrule.models.students import boundaries, facts, resolve, route
+from chainrule.models.students import facts, resolve
 from chainrule.noise import derive
+from chainrule.plan import segment_ends, student_path
 from chainrule.settings import Distillation
 
 PROMPTS, SEEDS = ["a fox", "two bees"], [3, 8]
@@ -31,11 +32,11 @@ def fresh(prediction: str = "v_prediction", dtype: torch.dtype = torch.float32) 
 
 
 def test_segments_and_routes():
-    assert boundaries(1000, 4) == (750, 500, 250, 0)
-    assert [(j.start, j.stop, j.via) for j in route(742, 1000, 4)] == [
+    assert segment_ends(1000, 4) == (750, 500, 250, 0)
+    assert [(j.start, j.stop, j.via) for j in student_path(742, 1000, 4)] == [
         (742, 500, "student"), (500, 250, "student"), (250, 0, "student"),
     ]  # fmt: skip
-    assert [j.stop for j in route(250, 1000, 4)] == [0] and route(250, 1000, 4)[-1].finish
+    assert [j.stop for j in student_path(250, 1000, 4)] == [0] and student_path(250, 1000, 4)[-1].finish
 
 
 def distiller(prediction: str, dtype: torch.dtype = torch.float64) -> DistillTask:
@@ -54,7 +55,7 @@ def test_starts_cover_every_segment_and_end_where_their_segment_ends():
         assert (
             grid[0] <= 1000
             and grid[-1] == 0
-            and set(boundaries(1000, 4)) <= set(grid)
+            and set(segment_ends(1000, 4)) <= set(grid)
             and list(grid) == sorted(set(grid), reverse=True)
         )
         pairs = made.starts(grid, rng)

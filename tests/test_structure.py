@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "analyze": "errors estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors size config plan runs settings noise half solve adapters rewards denoise guidance cast chain objective models "
     "report loop",
-    "doctor": "errors meters methods rewards models gradient",
+    "doctor": "errors meters adapters methods rewards models gradient",
     "distill": "errors config plan runs settings processes loop noise half adapters guidance cast objective models prompts learner "
     "analyze",
     "experiments": "errors estimate plan runs loop settings methods meters rewards chain objective models gradient prompts report "
@@ -131,17 +131,18 @@ def test_the_package_imports_nothing_until_asked():
 
 
 def test_no_module_imports_itself_around_a_corner():
-    edges = {module_of(path): imports(path) & MODULES for path in FILES}
+    """What only a type checker reads counts too: two modules that cannot be described without each other are one."""
+    edges = {module_of(path): imports(path, types=True) & MODULES for path in FILES if path != SOURCE / "__init__.py"}
     finished: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, " -> ".join((*path, name))
         if name not in finished:
-            for other in sorted(edges[name] - {name}):
+            for other in sorted(edges.get(name, set()) - {name}):
                 visit(other, (*path, name))
             finished.add(name)
 
-    for name in sorted(MODULES):
+    for name in sorted(edges):
         visit(name, ())
 
 

@@ -29,10 +29,9 @@ from chainrule.guidance import of_number
 from chainrule.learner import Learner, gradients
 from chainrule.loop import Row, complete, open_run, told
 from chainrule.models import Model
-from chainrule.models.students import boundaries
 from chainrule.noise import derive
 from chainrule.objective import Call, Objective, SegmentError
-from chainrule.plan import Grad, Grid, Jump, walk
+from chainrule.plan import Grad, Grid, Jump, segment_ends, walk
 from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
@@ -86,11 +85,11 @@ class DistillTask:
         stride = top / self.settings.teacher_steps
         offset = rng.random() * stride
         even = {top - round(offset + stride * i) for i in range(self.settings.teacher_steps)}
-        return sorted({*boundaries(top, self.settings.student_steps), *(level for level in even if level > 0)}, reverse=True)
+        return sorted({*segment_ends(top, self.settings.student_steps), *(level for level in even if level > 0)}, reverse=True)
 
     def starts(self, grid: Grid, rng: Random) -> list[tuple[int, int]]:
         """Which states are learned from: their place in the grid, and that of the end of their segment. All segments."""
-        ends = boundaries(self.model.solver.process.schedule.top, self.settings.student_steps)
+        ends = segment_ends(self.model.solver.process.schedule.top, self.settings.student_steps)
         pairs = [(i, grid.index(next(end for end in ends if end < level))) for i, level in enumerate(grid[:-1])]
         rng.shuffle(pairs)
         by_segment = sorted(range(len(pairs)), key=lambda n: sum(p[1] == pairs[n][1] for p in pairs[:n]))

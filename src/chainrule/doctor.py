@@ -112,11 +112,12 @@ def _samples(model: Any, prompts: Sequence[str], steps: int, allowed: float) -> 
 
 def _gradient(model: Any, judge: Any, prompts: Sequence[str], steps: int, exact: bool) -> Check:
     """The slope of the reward along its own gradient at a fresh adapter, against a central difference."""
+    from chainrule.adapters import unused_name
     from chainrule.gradient import backpropagate
     from chainrule.methods import DRaFT
 
     seeds = list(range(len(prompts)))
-    adapter = model.adapt(model.free("doctor"), rank=2)
+    adapter = model.adapt(unused_name(model.network, "doctor"), rank=2)
     try:
         plan = DRaFT().plan(model.grid(steps), Random(0))
         chain = model.chain(prompts, seeds)
@@ -152,7 +153,9 @@ def _moved(weights: list[Any], slopes: list[Tensor], by: float, value: Callable[
 
 def _memory(model: Any, judge: Any, prompts: Sequence[str]) -> Check:
     """What one image adds: the graph of a call, guidance included, and of decoding and scoring; on top of what is there."""
-    adapter = model.adapt(model.free("doctor"), rank=8)
+    from chainrule.adapters import unused_name
+
+    adapter = model.adapt(unused_name(model.network, "doctor"), rank=8)
     try:
         member, condition = model.cast()["base"], model.embed([prompts[0]])
         x, level = model.noise([0]), model.grid(2)[0]

@@ -104,6 +104,16 @@ def walk(levels: Grid, grad: Grad = Grad.NONE, via: str = "base") -> Path:
     return tuple(Jump(a, b, via, grad, finish=b == 0) for a, b in itertools.pairwise(levels))
 
 
+def segment_ends(top: int, steps: int) -> tuple[int, ...]:
+    """Where the segments of a few-step student end, falling, 0 last: the `steps`-th parts of the levels up to `top`."""
+    return tuple(round(top * i / steps) for i in range(steps - 1, -1, -1))
+
+
+def student_path(start: float, top: int, steps: int) -> Path:
+    """A student's jumps from a level to the image: to the end of every segment on the way."""
+    return walk((start, *(level for level in segment_ends(top, steps) if level < start)), via="student")
+
+
 def leading(steps: int) -> Grid:
     """Stable Diffusion's leading steps, as levels: 982, 962, ..., 2, 0 for 50. They stand in where no model is loaded yet."""
     return (*(1000 // steps * i + 2 for i in reversed(range(steps))), 0) if steps < 1000 else tuple(range(steps, -1, -1))

@@ -2,7 +2,7 @@
 
 from chainrule.adapters.bands import Active, Band, check_calls
 from chainrule.adapters.files import Weights, mix, parts, save_bands
-from chainrule.adapters.lora import Adapter, inject, lease, load
+from chainrule.adapters.lora import Adapter, inject, lease, load, unused_name
 from chainrule.adapters.select import recompute, selected
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "recompute",
     "save_bands",
     "selected",
+    "unused_name",
 ]

@@ -126,11 +126,11 @@ def layers(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _scale(layer: str, rank: int, meta: Mapping[str, Any], part: str) -> float:
     """alpha / rank of a layer, as the header's LoraConfig says: patterns of layers may have an alpha of their own."""
-    said = {key.removeprefix(f"{part}."): value for key, value in meta.items()}
-    alphas = said.get("alpha_pattern") or {}
+    header = {key.removeprefix(f"{part}."): value for key, value in meta.items()}
+    alphas = header.get("alpha_pattern") or {}
     own = next((alpha for pattern, alpha in alphas.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)), None)
-    alpha = float(own if own is not None else said.get("lora_alpha", rank))
-    return alpha / (rank**0.5 if said.get("use_rslora") else rank)
+    alpha = float(own if own is not None else header.get("lora_alpha", rank))
+    return alpha / (rank**0.5 if header.get("use_rslora") else rank)
 
 
 def one_rank(tensors: Mapping[str, Tensor], scales: Mapping[str, float], part: str) -> Weights:
@@ -145,15 +145,15 @@ def one_rank(tensors: Mapping[str, Tensor], scales: Mapping[str, float], part: s
     return Weights(filled, float(rank), part)
 
 
-def mix(parts: Mapping[str, float] | Mapping[Path, float]) -> Weights:
+def mix(weights: Mapping[str, float] | Mapping[Path, float]) -> Weights:
     """The exact sum of scaled adapters, as one: ranks concatenate (arXiv:2309.17400, section 5.3).
 
     sum_j s_j * alpha_j / r_j * B_j A_j = [B_1 ... B_n] diag(...) [A_1; ...; A_n]. UserError when two of them adapt
     different layers.
     """
-    if not parts:
+    if not weights:
         raise UserError("nothing to mix: give at least one adapter and its weight")
-    loaded = [(read(source), weight, str(source)) for source, weight in parts.items()]
+    loaded = [(read(source), weight, str(source)) for source, weight in weights.items()]
     first = loaded[0][0]
     for other, _, source in loaded[1:]:
         if other.targets != first.targets:

@@ -86,6 +86,12 @@ def every_layer(network: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def unused_name(network: nn.Module, stem: str) -> str:
+    """`stem` with the first number that makes it the name of no adapter in the network."""
+    taken = getattr(network, "peft_config", {})
+    return next(f"{stem}{i}" for i in range(len(taken) + 1) if f"{stem}{i}" not in taken)
+
+
 def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None = None, seed: int = 0,
            targets: tuple[str, ...] = TARGETS, part: str = "unet") -> Adapter:  # fmt: skip
     """Add a LoRA of this rank, an identity until trained, in float32 (float64 in a float64 network).

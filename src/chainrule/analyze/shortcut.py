@@ -15,9 +15,8 @@ from chainrule.estimate import Estimate
 from chainrule.guidance import Guidance
 from chainrule.models import BUNDLED, Model
 from chainrule.models.pictures import pictures
-from chainrule.models.students import route
 from chainrule.plan import Path as Jumps
-from chainrule.plan import walk
+from chainrule.plan import student_path, walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import grid as sheet
 from chainrule.report.tables import markdown
@@ -81,7 +80,7 @@ def shortcut(
     starts = [levels[i * steps // points] for i in range(points)]
     ways: dict[float, dict[str, Jumps]] = {}
     for level in starts:
-        jumps = route(level, top, student_steps)
+        jumps = student_path(level, top, student_steps)
         stops = [jump.stop for jump in jumps]
         ways[level] = {
             "shortcut": jumps, "ddim": walk([level, *stops]), "ddim, half the calls": walk([level, *stops[::-1][::2][::-1]]),

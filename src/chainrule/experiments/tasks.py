@@ -28,9 +28,8 @@ from chainrule.meters import peak_bytes
 from chainrule.methods import needs
 from chainrule.methods import read as read_method
 from chainrule.models import BUNDLED, Model, bundled, load
-from chainrule.models.students import boundaries
 from chainrule.objective import Objective
-from chainrule.plan import walk
+from chainrule.plan import segment_ends, walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import Reward, Symmetry, parse
 from chainrule.runs import Run
@@ -72,7 +71,7 @@ def _model(settings: Values) -> tuple[Model, str | None]:
         return model, source
     student = model.using(bundled.student(name))
     calls = _student_calls(settings)
-    levels = (model.grid(50)[0], *boundaries(model.solver.process.schedule.top, calls))
+    levels = (model.grid(50)[0], *segment_ends(model.solver.process.schedule.top, calls))
     return replace(student, sampler=replace(student.sampler, levels=lambda steps: levels)), source
 
 

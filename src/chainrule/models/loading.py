@@ -16,6 +16,7 @@ from chainrule.models import bundled
 from chainrule.models.bundled import BUNDLED
 from chainrule.models.families import FAMILIES, class_of, index
 from chainrule.models.model import Defaults, Model
+from chainrule.models.pipeline import usual
 from chainrule.models.published import refusal
 from chainrule.models.quantize import check as check_quantization
 from chainrule.models.quantize import quantization
@@ -124,8 +125,6 @@ def load(
 
 def _usual(pipe: Any) -> Defaults:
     """What the pipeline itself does when it is not told: its call's own defaults."""
-    from chainrule.models.pipeline import usual
-
     return Defaults(usual(pipe, "num_inference_steps", 50), usual(pipe, "guidance_scale", 1.0))
 
 

@@ -21,7 +21,7 @@ from chainrule.denoise import Condition, Denoiser
 from chainrule.errors import UserError
 from chainrule.guidance import Guidance, of_number
 from chainrule.learned import Learned
-from chainrule.models import loras, published, solvers
+from chainrule.models import loras, published, solvers, students
 from chainrule.models.blocks import recomputed
 from chainrule.models.codec import Codec
 from chainrule.models.pictures import pictures
@@ -222,7 +222,7 @@ class Model:
             spans = ((grid[last], grid[first]),)
         active = dict(self.active)
         for each, own in pairs:
-            name = self.free("loaded")
+            name = adapters.unused_name(self.network, "loaded")
             lease = adapters.lease(self.network, name, loras.read(each, self.family) if isinstance(each, Path) else each)
             active[name] = Band(scale * (known.scale if known else 1.0), own or spans, lease)
         model = replace(self, active=active, under=(*self.under, str(source)))
@@ -238,10 +238,11 @@ class Model:
         hub id of a network of its own; by default the student that ships with a bundled model. UserError when it does
         not fit.
         """
-        from chainrule.models import students
-
-        name = str(source) if source is not None else "its own"
-        return replace(self.with_member("student", students.load(self, source)), student_name=name)
+        student = students.load(
+            source, base=self.name, pipe=self.pipe, denoiser=self.denoiser, guidance=self.defaults.guidance,
+            prediction=self.solver.process.prediction.value,
+        )  # fmt: skip
+        return replace(self.with_member("student", student), student_name="its own" if source is None else str(source))
 
     def solving(self, solver: str | None, settings: Mapping[str, object] | None = None) -> Model:
         """This model sampled by another solver of `chainrule.models.solvers.SOLVERS`, over the levels of diffusers' scheduler.
@@ -250,11 +251,6 @@ class Model:
         """
         made = solvers.made(self.pipe.scheduler, solver, self.sampler.spaced, settings)
         return replace(self, active=dict(self.active), sampler=made)
-
-    def free(self, stem: str) -> str:
-        """An adapter name that is not taken."""
-        taken = getattr(self.network, "peft_config", {})
-        return next(f"{stem}{i}" for i in range(len(taken) + 1) if f"{stem}{i}" not in taken)
 
     # Sampling
 

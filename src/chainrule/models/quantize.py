@@ -12,7 +12,7 @@ PACKAGES: Mapping[str, str] = {"int8": "torchao", "8bit": "bitsandbytes", "4bit"
 
 
 def check(name: str | None) -> None:
-    """UserError for a word that means nothing, or whose package is not installed."""
+    """Raises UserError for a name that is not known, and for one whose package is not installed."""
     if name is None:
         return
     if name not in PACKAGES:
@@ -21,8 +21,8 @@ def check(name: str | None) -> None:
         raise UserError(f"quantize is {name!r}, which needs {PACKAGES[name]}; pip install {PACKAGES[name]}")
 
 
-def quantization(name: str | None, dtype: str, parts: Sequence[str]) -> dict[str, Any]:
-    """What diffusers' `from_pretrained` is told so that the linear layers of these parts are held like this."""
+def quantization(name: str | None, dtype: str, components: Sequence[str]) -> dict[str, Any]:
+    """What diffusers' `from_pretrained` is told so that the linear layers of these components are held like this."""
     if name is None:
         return {}
     import torch
@@ -31,9 +31,9 @@ def quantization(name: str | None, dtype: str, parts: Sequence[str]) -> dict[str
     if name == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        made: Any = TorchAoConfig(Int8WeightOnlyConfig())
+        config: Any = TorchAoConfig(Int8WeightOnlyConfig())
     elif name == "8bit":
-        made = BitsAndBytesConfig(load_in_8bit=True)
+        config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        made = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype))
-    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=dict.fromkeys(parts, made))}
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype))
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=dict.fromkeys(components, config))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -13,30 +13,15 @@ from safetensors.torch import load_file
 from chainrule import adapters
 from chainrule.adapters.files import PARTS, find
 from chainrule.cast import Member
-from chainrule.denoise import guidance_is_input
+from chainrule.denoise import Denoiser, guidance_is_input
 from chainrule.errors import UserError
 from chainrule.guidance import Embedded, of_number
 from chainrule.models import bundled, loras, published
 from chainrule.models.families import FAMILIES, family_of
 from chainrule.models.pipeline import weight_type
-from chainrule.plan import Jump, walk
-
-if TYPE_CHECKING:
-    from chainrule.models.model import Model
 
 # What two networks must have in common for one to answer for the other, as far as their kind has it.
 SHARED = ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "caption_channels", "sample_size")
-
-
-def boundaries(top: int, steps: int) -> tuple[int, ...]:
-    """Where a student's segments end, falling, 0 last: the `steps`-th parts of the levels."""
-    return tuple(round(top * i / steps) for i in range(steps - 1, -1, -1))
-
-
-def route(start: float, top: int, steps: int) -> tuple[Jump, ...]:
-    """A student's jumps from a level to the image: to the end of every segment on the way."""
-    levels = (start, *(level for level in boundaries(top, steps) if level < start))
-    return walk(levels, via="student")
 
 
 def resolve(source: str | Path | None, base: str) -> Path:
@@ -103,9 +88,9 @@ def _check(place: Path, here: Path, base: str) -> None:
 
 
 def _check_prediction(place: Path, predicts: str | None, base: str) -> None:
-    said = facts(place).get("prediction") or _read(place / "scheduler" / "scheduler_config.json").get("prediction_type")
-    if said and predicts and said != predicts:
-        raise UserError(f"the student {place} predicts {said}, but {base} predicts {predicts}; it needs a student of its own kind")
+    own = facts(place).get("prediction") or _read(place / "scheduler" / "scheduler_config.json").get("prediction_type")
+    if own and predicts and own != predicts:
+        raise UserError(f"the student {place} predicts {own}, but {base} predicts {predicts}; it needs a student of its own kind")
 
 
 def _check_config(config: dict[str, Any], base_config: dict[str, Any], source: object, base: str) -> None:
@@ -129,49 +114,50 @@ def _check_lora(file: Path, weights: list[Path], base: str, pipeline: str) -> No
             raise UserError(f"the student {file} was made for another model: {base} has no layer {layer} of that shape")
 
 
-def load(model: Model, source: str | Path | None) -> Member:
-    """The student as a member of the cast: a LoRA on the model's own network, or a network of its own.
+def load(
+    source: str | Path | None, *, base: str, pipe: Any, denoiser: Denoiser, prediction: str, guidance: float,
+) -> Member:  # fmt: skip
+    """The student as a member of the cast: a LoRA on the base model's own network, or a network of its own.
 
-    Without guidance, unless it is a published one whose authors say otherwise; a network that reads its guidance (FLUX's, a
-    latent consistency model's) is told the model's.
+    `base` is the base model's name, `prediction` what it predicts, `guidance` its default scale. The student is asked without
+    guidance, unless it is a published one whose authors say otherwise; a network that reads its guidance (FLUX's, a latent
+    consistency model's) is told the base model's. Raises UserError for a student that does not fit.
     """
-    known = published.find(source, model.family)
-    path = resolve(source, model.name)
-    _check_prediction(path, model.solver.process.prediction.value, model.name)
-    reads = guidance_is_input(model.denoiser)
-    scale = known.guidance if known else (model.defaults.guidance if reads else 1.0)
-    member, file = Member(model.denoiser, of_number(model.denoiser, scale)), _lora_in(path)
+    family = type(pipe).__name__
+    known = published.find(source, family)
+    path = resolve(source, base)
+    _check_prediction(path, prediction, base)
+    reads = guidance_is_input(denoiser)
+    scale = known.guidance if known else (guidance if reads else 1.0)
+    member, file = Member(denoiser, of_number(denoiser, scale)), _lora_in(path)
     if file:
-        name = model.free("student")
-        lease = adapters.lease(model.network, name, loras.read(file, model.family))
+        name = adapters.unused_name(denoiser.network, "student")
+        lease = adapters.lease(denoiser.network, name, loras.read(file, family))
         return replace(member, active=adapters.Active({name: adapters.Band(known.scale if known else 1.0, lease=lease)}))
-    network = _loaded(model, _network(path))
-    network.requires_grad_(False).eval().to(model.device)
-    denoiser: Any = replace(member.denoiser, network=network)  # type: ignore[type-var]
+    network = _loaded(denoiser.network, base, _network(path))
+    own: Any = replace(denoiser, network=network)  # type: ignore[type-var]
     if getattr(network.config, "time_cond_proj_dim", None) and not reads:  # a latent consistency model's
-        if not hasattr(denoiser, "embed_guidance"):
-            raise UserError(f"the student {path} reads its guidance, which is not supported beside a {model.family}")
-        denoiser = replace(denoiser, embed_guidance=model.pipe.get_guidance_scale_embedding)
-        return Member(denoiser, Embedded(model.defaults.guidance))
-    return replace(member, denoiser=denoiser)
+        if not hasattr(own, "embed_guidance"):
+            raise UserError(f"the student {path} reads its guidance, which is not supported beside a {family}")
+        own = replace(own, embed_guidance=pipe.get_guidance_scale_embedding)
+        return Member(own, Embedded(guidance))
+    return replace(member, denoiser=own)
 
 
-def _loaded(model: Model, place: Path) -> Any:
-    """A network of the model's class from its folder, or from a file of weights alone (SDXL-Lightning's)."""
-    kind: Any = type(model.network)
+def _loaded(base_network: Any, base: str, place: Path) -> Any:
+    """A frozen network of the base network's class from its folder, or from a file of weights alone (SDXL-Lightning's)."""
+    kind, dtype = type(base_network), weight_type(base_network)
     try:
         if place.is_dir():
-            network = kind.from_pretrained(
-                place, torch_dtype=weight_type(model.network), use_safetensors=True, local_files_only=True
-            )
+            network = kind.from_pretrained(place, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
         else:
-            network = kind.from_config(model.network.config)
+            network = kind.from_config(base_network.config)
             network.load_state_dict(load_file(place))
-            network.to(weight_type(model.network))
+            network.to(dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the student {place}: {str(error).strip().splitlines()[0]}") from error
-    _check_config(dict(network.config), dict(model.network.config), place, model.name)  # type: ignore[arg-type]
-    return network
+    _check_config(dict(network.config), dict(base_network.config), place, base)
+    return network.requires_grad_(False).eval().to(next(base_network.parameters()).device)
 
 
 def _download(name: str) -> Path:

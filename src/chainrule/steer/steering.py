@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from chainrule.adapters import Adapter, Band, inject
+from chainrule.adapters import Adapter, Band, inject, unused_name
 from chainrule.adapters.lora import every_layer
 from chainrule.chain import Memory
 from chainrule.config import SteerConfig
@@ -150,7 +150,7 @@ def _trained(model: Model, settings: Steering, over: Over) -> Iterator[tuple[Mod
     if over.kind != "weights":
         yield model, None
         return
-    name, targets = model.free("steered"), every_layer(model.network)
+    name, targets = unused_name(model.network, "steered"), every_layer(model.network)
     adapter = inject(model.network, name, rank=settings.rank, targets=targets, part=model.part)
     try:
         yield replace(model, active={**model.active, name: Band()}), adapter
