@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "adapters": "errors",
     "rewards": "errors named",
     "denoise": "",
-    "guidance": "errors denoise",
+    "guidance": "errors named denoise",
     "cast": "adapters denoise guidance",
     "chain": "errors plan noise half solve denoise cast",
     "learned": "errors guidance cast chain",

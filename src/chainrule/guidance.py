@@ -8,7 +8,6 @@ the size, u first, as in diffusers. A guidance of one's own is a frozen dataclas
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, TypeAlias, cast
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from chainrule.denoise import Condition, Denoiser, GuidanceReader, guidance_is_input
 from chainrule.errors import UserError
+from chainrule.named import Catalog
 
 Scale: TypeAlias = float | Tensor  # a tensor, (), is learned
 
@@ -212,7 +212,7 @@ def of_number(denoiser: Denoiser, scale: float) -> Guidance:
 
 
 # The values by name, for configs and the command line.
-GUIDANCES: dict[str, Callable[..., Guidance]] = {
+GUIDANCES: Catalog[Guidance] = Catalog("guidance", {
     "cfg": CFG, "rescaled": Rescaled, "norm-rescaled": NormRescaled, "embedded": Embedded, "by-level": ByLevel,
     "interval": Interval,
-}  # fmt: skip
+})  # fmt: skip

@@ -215,7 +215,8 @@ def read(
         with torch.enable_grad():
             images = decode(leaf)
             reading = objective.of_images(images, prompts[rows], rows)
-            (pixels,) = torch.autograd.grad(reading.loss.sum(), images)
+            on_images = reading.loss.requires_grad  # else every term is on calls
+            pixels = torch.autograd.grad(reading.loss.sum(), images)[0] if on_images else torch.zeros_like(images)
         readings.append(replace(reading, loss=reading.loss.detach()))
         gradients.append(half.gradient(images, leaf, pixels))
     return joined(readings), torch.cat(gradients)
