@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +55,29 @@ def gradients(model: cr.Model, adapter: cr.Adapter, plan: Plan, memory: str = "k
     return found, result
 
 
+def parts(prediction: str, x: Tensor, answer: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The clean latent and the noise that the network's answer means."""
+    if prediction == "epsilon":
+        return (x - sigma * answer) / alpha, answer
+    if prediction == "v_prediction":
+        return alpha * x - sigma * answer, sigma * x + alpha * answer
+    return answer, (x - alpha * answer) / sigma
+
+
+def normal(seeds: Iterable[int]) -> Tensor:
+    return torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]).double()
+
+
+def answer(pipe: Any, x: Tensor, level: int, positive: Tensor, negative: Tensor | None) -> Tensor:
+    """The UNet's, guided where there is a negative embedding."""
+    t = torch.tensor(level - 1)
+    c = pipe.unet(x, t, encoder_hidden_states=positive).sample
+    if negative is None:
+        return c
+    u = pipe.unet(x, t, encoder_hidden_states=negative).sample
+    return u + GUIDANCE * (c - u)
+
+
 def plain_loop(model: cr.Model, adapter: cr.Adapter, plan: Plan) -> dict[str, Tensor]:
     """Algorithm by algorithm what a person would write with diffusers and autograd alone."""
     pipe = model.pipe
@@ -62,41 +87,25 @@ def plain_loop(model: cr.Model, adapter: cr.Adapter, plan: Plan) -> dict[str, Te
     positive, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
     cumulative = torch.cat([torch.ones(1, dtype=torch.float64), pipe.scheduler.alphas_cumprod.double()])
 
-    def network(x: Tensor, level: int, guided: bool) -> Tensor:
-        t = torch.tensor(level - 1)
-        c = pipe.unet(x, t, encoder_hidden_states=positive).sample
-        if not guided:
-            return c
-        u = pipe.unet(x, t, encoder_hidden_states=negative).sample
-        return u + GUIDANCE * (c - u)
-
     def step(x: Tensor, jump: Jump) -> Tensor:
         seen = x if jump.grad is Grad.FULL else x.detach()
-        m = network(seen, jump.start, jump.via == "base")
+        m = answer(pipe, seen, jump.start, positive, negative if jump.via == "base" else None)
         m = m.detach() if jump.grad is Grad.NONE else m
         a, s = cumulative[jump.start].sqrt(), (1 - cumulative[jump.start]).sqrt()
         target = cumulative[1] if jump.finish else cumulative[jump.stop]
-        kind = pipe.scheduler.config.prediction_type
-        if kind == "epsilon":
-            clean, noise = (x - s * m) / a, m
-        elif kind == "v_prediction":
-            clean, noise = a * x - s * m, s * x + a * m
-        else:
-            clean, noise = m, (x - a * m) / s
+        clean, noise = parts(pipe.scheduler.config.prediction_type, x, m, a, s)
         return target.sqrt() * clean + (1 - target).sqrt() * noise
 
     def run(x: Tensor, path: tuple[Jump, ...], number: int) -> Tensor:
         for jump in path:
             if jump.up:
-                fresh = torch.stack(
-                    [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(derive(s, "up", number))) for s in SEEDS]
-                )
-                x = cumulative[jump.stop].sqrt() * x.detach() + (1 - cumulative[jump.stop]).sqrt() * fresh.double()
+                fresh = normal(derive(s, "up", number) for s in SEEDS)
+                x = cumulative[jump.stop].sqrt() * x.detach() + (1 - cumulative[jump.stop]).sqrt() * fresh
             else:
                 x = step(x, jump)
         return x
 
-    x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in SEEDS]).double()
+    x = normal(SEEDS)
     trunk = run(x, plan.trunk, 0).detach()
     total, first, reused = torch.zeros(()), None, None
     for number, branch in enumerate(plan.branches):

@@ -79,6 +79,24 @@ def _average_gradients(named: dict[str, nn.Parameter]) -> None:
         weight.grad = part.view_as(weight)
 
 
+def _load(saved: Path, named: dict[str, nn.Parameter], average: dict[str, Tensor], optimizer: Muon) -> int:
+    """Put a checkpoint's numbers in their places. Its step."""
+    stored = load_file(saved, device=str(DEVICE))
+    for name, weight in named.items():
+        weight.data.copy_(stored[f"weight/{name}"])
+        average[name].copy_(stored[f"average/{name}"])
+    optimizer.state = {k.removeprefix("state/"): v for k, v in stored.items() if k.startswith("state/")}
+    return int(stored["step"])
+
+
+def _save(saved: Path, named: dict[str, nn.Parameter], average: dict[str, Tensor], optimizer: Muon, step: int) -> None:
+    tensors = {f"weight/{n}": p.detach() for n, p in named.items()}
+    tensors |= {f"average/{n}": p for n, p in average.items()}
+    tensors |= {f"state/{n}": p for n, p in optimizer.state.items()}
+    save_file({k: v.contiguous() for k, v in tensors.items()} | {"step": torch.tensor(step)}, f"{saved}.part")
+    os.replace(f"{saved}.part", saved)
+
+
 def train(
     stage: str,
     module: nn.Module,
@@ -101,14 +119,8 @@ def train(
         dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     named = {n: p for n, p in module.named_parameters() if p.requires_grad}
     optimizer, average = Muon(named, lr), {n: p.detach().clone() for n, p in named.items()}
-    saved, start = out / f"{stage}.safetensors", 0
-    if saved.exists():
-        stored = load_file(saved, device=str(DEVICE))
-        start = int(stored.pop("step"))
-        for name, weight in named.items():
-            weight.data.copy_(stored[f"weight/{name}"])
-            average[name].copy_(stored[f"average/{name}"])
-        optimizer.state = {k.removeprefix("state/"): v for k, v in stored.items() if k.startswith("state/")}
+    saved = out / f"{stage}.safetensors"
+    start = _load(saved, named, average, optimizer) if saved.exists() else 0
     began, seen = time.time(), 0.0
     for step in range(start, steps):
         value = loss(random.Random(f"{stage}/{step}/{RANK}"))
@@ -122,11 +134,7 @@ def train(
         seen += (value.item() - seen) * max(0.02, 1 / (step - start + 1))
         done = step + 1
         if RANK == 0 and (done % every == 0 or done == steps):
-            tensors = {f"weight/{n}": p.detach() for n, p in named.items()}
-            tensors |= {f"average/{n}": p for n, p in average.items()}
-            tensors |= {f"state/{n}": p for n, p in optimizer.state.items()}
-            save_file({k: v.contiguous() for k, v in tensors.items()} | {"step": torch.tensor(done)}, f"{saved}.part")
-            os.replace(f"{saved}.part", saved)
+            _save(saved, named, average, optimizer, done)
             row = {"step": done, "loss": round(seen, 5), "minutes": round((time.time() - began) / 60, 2)}
             if check:
                 with swapped(named, average):
