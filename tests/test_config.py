@@ -140,6 +140,12 @@ def test_settings_and_their_options_together_are_refused():
         cr.distill(None, Distillation(), out="nowhere", lr=1.0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("weight", [2.0, 0.5, 1 / 3, 1e-9 / 7, 12345678.9])
+def test_a_reward_is_recorded_with_its_exact_weight(weight):
+    reward = weight * cr.rewards.Symmetry() + weight * cr.rewards.Target(cr.rewards.RotationalAnticorrelation(), weight)
+    assert cr.rewards.parse(reward.name) == reward
+
+
 # The same run again
 
 

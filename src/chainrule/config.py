@@ -17,7 +17,7 @@ import os
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import BeforeValidator, Field, field_validator
@@ -177,10 +177,15 @@ class SteerConfig(RunConfig):
         return (self.reward,) if self.reward else ()
 
 
-KINDS: dict[str, type[RunConfig]] = {"finetune": FinetuneConfig, "distill": DistillConfig, "steer": SteerConfig}
+AnyConfig: TypeAlias = FinetuneConfig | DistillConfig | SteerConfig
+KINDS: dict[str, type[FinetuneConfig] | type[DistillConfig] | type[SteerConfig]] = {
+    "finetune": FinetuneConfig,
+    "distill": DistillConfig,
+    "steer": SteerConfig,
+}
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path) -> AnyConfig:
     """The config in a file, of the kind that it says. Raises UserError naming the file and what is wrong with it."""
     values = read_yaml(path)
     kind = values.get("kind", "finetune")

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from chainrule.config import RunConfig, difference, plain, read_config
+from chainrule.config import AnyConfig, RunConfig, difference, plain, read_config
 from chainrule.errors import UserError
 
 PACKAGES = ("chainrule", "torch", "diffusers", "transformers", "peft", "accelerate")
@@ -89,7 +89,7 @@ class Run:
         return self.folder / "samples"
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> AnyConfig:
         """The resolved config, read from `config.yaml`: a `FinetuneConfig`, `DistillConfig` or `SteerConfig`."""
         path = self.folder / "config.yaml"
         if not path.is_file():

@@ -17,8 +17,7 @@ from pydantic.fields import FieldInfo
 from chainrule.errors import UserError, unknown
 from chainrule.size import size_of, written
 
-Number = Annotated[float, Field(ge=0, le=100)]
-GuidanceSpec = Number
+GuidanceSpec = Annotated[float, Field(ge=0, le=100)]
 """How guidance is written in settings: a number."""
 Memory = Literal["recompute", "blocks", "keep"]
 

@@ -1,4 +1,4 @@
-"""Commands that look: `plan`, `analyze`, `methods`, `rewards`, `models`."""
+"""Commands that show or measure something: `plan`, `analyze`, `doctor`, `methods`, `rewards`, `models`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from chainrule.settings import Opening, Sampling
 def plan(
     method: Annotated[str, typer.Argument(help="One of `chainrule methods`, or path/to/file.py:Class.")],
     sample_steps: ChainSteps = 50,
-    stage: Annotated[int | None, typer.Option(help="Of a method with stages; default: all of them.")] = None,
+    stage: Annotated[int | None, typer.Option(help="Stage to draw, counted from 1; default: all of them.")] = None,
     method_option: Options = None,
-    seed: Annotated[int, typer.Option(help="Of the method's random choices.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the method's random choices.")] = 0,
 ) -> None:
     """Draw what a method backpropagates through, and forecast its cost."""
     from chainrule.methods import needs, stages
@@ -68,7 +68,7 @@ analyses = typer.Typer(no_args_is_help=True, help="Measurements the papers rest 
 @with_options
 def analyze_shortcut(
     model: Annotated[str, typer.Argument(help="Bundled model, diffusers folder or hub id.")] = "tiny-emoji",
-    student: Annotated[str | None, typer.Option(help="Its student; default: the model's own.")] = None,
+    student: Annotated[str | None, typer.Option(help="The model's student; default: the one that ships with it.")] = None,
     student_steps: Annotated[
         int | None, typer.Option(help="Network calls the student makes an image with; default: its own.")
     ] = None,

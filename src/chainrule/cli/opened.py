@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainrule.config import DistillConfig, FinetuneConfig, RunConfig, SteerConfig
+from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
 from chainrule.settings import Opening, Sampling, merged
 
@@ -60,7 +60,7 @@ def source_of(named: str | Path, opening: Opening = Opening(), sampling: Samplin
     return source
 
 
-def source_of_run(config: RunConfig) -> Source:
+def source_of_run(config: AnyConfig) -> Source:
     """The model of a run, as it was opened and sampled there, with the adapters that the run's own was put on top of."""
     match config:
         case FinetuneConfig(settings=settings) | SteerConfig(settings=settings):
@@ -68,7 +68,6 @@ def source_of_run(config: RunConfig) -> Source:
             return Source(config.model, config.opening, config.adapter, sampling)
         case DistillConfig(settings=distilled):
             return Source(config.model, config.opening, sampling=Sampling(guidance=distilled.guidance))
-    raise TypeError(f"{type(config).__name__} is not a kind of config")
 
 
 def is_run(named: str | Path) -> bool:

@@ -69,7 +69,7 @@ def _options(name: str, field: FieldInfo) -> list[inspect.Parameter]:
     if choices := _choices(field.annotation):
         text = f"{text} ({' | '.join(choices)})"
     text += f".{_default(field.default)}" + "".join(f" Also --{other}." for other in others)
-    parse: dict[str, Any] = {"parser": yaml.safe_load, "metavar": "<str>"} if kind is None else {}
+    parse: dict[str, Any] = {"parser": _as_in_a_file, "metavar": "<str>"} if kind is None else {}
     found = []
     for spelling in (name, *others):
         option = typer.Option(help=text, show_default=False, hidden=spelling != name, **parse)
@@ -98,10 +98,21 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _kind(annotation: Any) -> Any:
-    """What typer reads for a field: a simple kind, or a list of one. None: text that is read as YAML."""
+    """What typer reads for a field: a simple kind, or a list of one. None: text that is read as YAML, as in a file."""
     members = _members(annotation)
-    if _choices(annotation) or str in members:  # pydantic checks the value
-        return str | None
-    if len(members) > 1 or get_origin(members[0]) is dict:
+    if _choices(annotation):  # pydantic checks the value
+        return str
+    if any(get_origin(member) is dict for member in members) or len({*members} & {int, float, str}) > 1:
         return None
-    return list[get_args(members[0])[0]] | None if get_origin(members[0]) in (list, tuple) else members[0] | None  # type: ignore[misc]
+    if str in members:
+        return str
+    (member,) = members
+    return list[get_args(member)[0]] if get_origin(member) in (list, tuple) else member  # type: ignore[misc]
+
+
+def _as_in_a_file(text: str) -> Any:
+    """The value of a text as YAML has it; the text itself if it is not YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

@@ -11,7 +11,7 @@ from chainrule.cli.app import Prompts, progress
 from chainrule.cli.arguments import at_least_one, prompts_of, weights
 from chainrule.cli.opened import check_adapter, source_of, source_of_run
 from chainrule.cli.options import with_options
-from chainrule.config import RunConfig
+from chainrule.config import AnyConfig
 from chainrule.errors import UserError
 from chainrule.runs import Run
 from chainrule.settings import Opening, Sampling
@@ -95,7 +95,7 @@ def evaluate(
         table.save(runs[0] / "evaluation.json")
 
 
-def _of_one_model(runs: list[Path]) -> RunConfig:
+def _of_one_model(runs: list[Path]) -> AnyConfig:
     """The config of the first of these runs. Raises UserError unless all were made from one model, opened in one way."""
     configs = [Run(folder).config for folder in runs]
     first, one = configs[0], source_of_run(configs[0])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chainrule.config import DistillConfig, FinetuneConfig, RunConfig, SteerConfig
+from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
 from chainrule.report.words import duration, measured, phrase
@@ -26,7 +26,7 @@ class Material:
     """All that the page shows. A part that the folder does not hold is empty."""
 
     folder: Path
-    config: RunConfig | None
+    config: AnyConfig | None
     environment: Mapping[str, Any]
     rows: Sequence[Row]
     plan: str

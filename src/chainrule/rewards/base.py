@@ -86,6 +86,12 @@ class Reward(ABC):
         return self * -1
 
 
+def _written(value: float) -> str:
+    """The shortest text that is read as exactly this number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
 @dataclass(frozen=True)
 class Sum(Reward):
     """sum_i weight_i * reward_i. Made by the algebra, where equal rewards have been merged into one term."""
@@ -94,7 +100,7 @@ class Sum(Reward):
 
     @property
     def name(self) -> str:
-        signed = [("-" if w < 0 else "+", "" if abs(w) == 1 else f"{abs(w):g}*", r.name) for w, r in self.parts]
+        signed = [("-" if w < 0 else "+", "" if abs(w) == 1 else f"{_written(abs(w))}*", r.name) for w, r in self.parts]
         text = " ".join(f"{sign} {weight}{name}" for sign, weight, name in signed)
         return text.removeprefix("+ ") if text.startswith("+") else text.replace("- ", "-", 1)
 
@@ -126,7 +132,7 @@ class Target(Reward):
 
     @property
     def name(self) -> str:
-        return f"{self.reward.name}->{self.value:g}"
+        return f"{self.reward.name}->{_written(self.value)}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -(checked(self.reward, images, prompts) - self.value).abs()
