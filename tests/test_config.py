@@ -97,6 +97,7 @@ def test_a_config_of_an_earlier_version_is_read(values, config, tmp_path):
         (FinetuneConfig, "updates: 4\nstage_steps: [1, 2]", "stage_steps is [1, 2], but must be numbers of at least 1 that sum to"),
         (FinetuneConfig, "kind: steer\nover: latent", "kind is 'steer'; this config is for chainrule steer"),
         (SteerConfig, "kind: student", "kind is 'distill'; this config is for chainrule distill"),
+        (SteerConfig, "model: sd\nunder: []\nstudent: null", "kind is 'finetune'; this config is for chainrule train"),
         (SteerConfig, "seeds: 3", "seeds is 3, but must be a list"),
         (DistillConfig, "kind: nothing", "kind is 'nothing', but must be 'distill'"),
         (DistillConfig, "steps: 12", "teacher_steps is 20, but must be at least twice the student's 12 steps"),

@@ -217,6 +217,8 @@ def _renamed(values: dict[str, Any], path: Path) -> dict[str, Any]:
     for old, new in OLD_KEYS.items():
         if old in values and new in values:
             raise UserError(f"{old} and {new} are the same key in {path}; leave one out")
+    if "kind" not in values and "under" in values:
+        values["kind"] = "finetune"  # which was not written then
     if values.get("kind") in OLD_KINDS:
         values["kind"] = OLD_KINDS[values["kind"]]
         values.pop("method", None)  # steering wrote "sdo over latent" beside the gradient and the variable

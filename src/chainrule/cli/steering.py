@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 @with_options
 def steer(
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts, prompt sets or prompt files; or a YAML file with any of the options below.")
+        list[str] | None,
+        typer.Argument(help="Prompts, prompt sets or prompt files; or a .yaml file with any of the options below."),
     ] = None,
     given: Annotated[Given, SteerConfig] = NOTHING,
     style: Annotated[Path | None, typer.Option(help="A picture whose style to come close to.")] = None,

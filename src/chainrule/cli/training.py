@@ -20,7 +20,9 @@ from chainrule.settings import check_tracker
 
 @with_options
 def train(
-    config: Annotated[Path | None, typer.Argument(help="YAML file with any of the options below, as config.yaml of a run.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="A .yaml file with any of the options below, such as a run's config.yaml.")
+    ] = None,
     given: Annotated[Given, FinetuneConfig] = NOTHING,
     method_option: Options = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
@@ -78,7 +80,7 @@ def _student(config: FinetuneConfig, method: methods.Method) -> bool:
 @with_options
 def distill(
     model: Annotated[
-        str, typer.Argument(help="Bundled model, diffusers folder or hub id; or a YAML file with any of the options below.")
+        str, typer.Argument(help="Bundled model, diffusers folder or hub id; or a .yaml file with any of the options below.")
     ],
     given: Annotated[Given, DistillConfig] = NOTHING,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
