@@ -16,6 +16,7 @@ from chainrule.errors import UserError
 from chainrule.estimate import Estimate
 from chainrule.guidance import Guidance
 from chainrule.models import Model
+from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import Reward, RewardFunction, checked, reward_of
 
@@ -71,8 +72,11 @@ def evaluate(
     guidance: float | Guidance | None = None,
     batch: int = 16,
     on_call: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> Table:
     """Score every model on every prompt with every seed. The first model is the one others are compared with.
+
+    Each of several `processes` makes and scores a share of the images and returns the whole table.
 
     Intervals are over prompts (the seeds of one prompt are averaged first), so they say how far the result carries to
     other prompts of the same kind. Raises UserError for no model, prompt, seed or reward, two rewards of one name, and a
@@ -87,15 +91,15 @@ def evaluate(
     said = [prompt for prompt in prompts for _ in seeds]
     per_prompt: dict[str, dict[str, list[float]]] = {}
     for name, model in models.items():
-        images = model.render(said, seeds * len(prompts), steps, guidance, batch, on_call)
+        images = model.render(said, seeds * len(prompts), steps, guidance, batch, on_call, processes)
         columns: dict[str, list[float]] = {}
         for scorer in scorers:
             scorer.to(model.device)
-            parts = [
-                checked(scorer, images[i : i + batch].to(model.device), said[i : i + batch]).float().cpu()
-                for i in range(0, len(said), batch)
-            ]
-            columns[scorer.name] = torch.cat(parts).view(len(prompts), len(seeds)).mean(1).tolist()
+            mine, values = processes.share(range(len(said))), []
+            for i in range(0, len(mine), batch):
+                some = mine[i : i + batch]
+                values += checked(scorer, images[some].to(model.device), [said[k] for k in some]).float().tolist()
+            columns[scorer.name] = torch.tensor(processes.gather(values)).view(len(prompts), len(seeds)).mean(1).tolist()
         if len(seeds) > 1:
             columns["diversity"] = [diversity(part) for part in images.split(len(seeds))]
         per_prompt[name] = columns

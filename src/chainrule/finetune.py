@@ -48,30 +48,29 @@ def finetune(
     sample grids. The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
     Ctrl-C and SIGTERM save what is there and return. Raises UserError for bad input before anything is written.
     """
-    settings, said = chosen(Finetuning, settings, options), read_prompts(prompts)
-    model = model.guided(settings.guidance)
-    scorer, judge = reward_of(reward), reward_of(held_out) if held_out else None
-    if settings.patience and not judge:
+    settings, texts = chosen(Finetuning, settings, options), read_prompts(prompts)
+    scorer, watched = reward_of(reward), reward_of(held_out) if held_out else None
+    if settings.patience and not watched:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
     order, grid = Stages.of(method, settings), model.grid(settings.sample_steps)
     for stage in order.methods:
         check_members(needs(stage, grid).members, model.cast())
         stage.plan(grid, Random(0))  # a method that does not fit this grid says so before anything is written
-    for each in filter(None, (scorer, judge)):
+    for each in filter(None, (scorer, watched)):
         probe(each.to(model.device), model.size)
     config = FinetuneConfig(
         model=model.name, opening=Opening(**model.opening), adapter=model.under, student=model.student_name,
-        method=spelled(method), reward=scorer.name, held_out=judge.name if judge else None,
-        prompts=prompts if isinstance(prompts, str) else tuple(said),
+        method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
+        prompts=prompts if isinstance(prompts, str) else tuple(texts),
         settings=settings.model_copy(update={"stage_steps": list(order.lengths) if len(order) > 1 else None}),
     )  # fmt: skip
     processes = Processes.here(model.device)
     processes.check_batch(settings.batch, settings.accumulate)
     sent = [tracker(settings.tracker, config.values(), out, model.device)] if settings.tracker != "none" else []
     run = open_run(out, config, processes, resume=resume, overwrite=overwrite)
-    task = FinetuneTask.start(model, method, scorer, said, settings, processes)
+    task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
     try:
-        listeners = [*_shown(run, task, judge, watch), *sent, *told(on_update)]
+        listeners = [*_shown(run, task, watched, watch), *sent, *told(on_update)]
         complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
     finally:
         task.remove()
@@ -79,16 +78,16 @@ def finetune(
 
 
 def _shown(run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str] | None) -> list[Listener]:
-    """What the main process shows in the folder: the plans, grids while the run trains, and a report at the end."""
-    if not task.processes.main:
-        return []
-    settings, levels = task.settings, task.model.grid(task.settings.sample_steps)
-    plans = [stage.plan(levels, Random(derive(settings.seed, "plan", i))) for stage in task.stages.methods for i in range(3)]
-    run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
+    """What the folder shows: the plans, grids while the run trains, and a report at the end."""
+    settings, main = task.settings, task.processes.main
+    plans = [stage.plan(task.grid, Random(derive(settings.seed, "plan", i))) for stage in task.stages.methods for i in range(3)]
     prompts = list(watch) if watch else task.prompts[:: max(1, len(task.prompts) // 8)][:8]
-    grids = SampleGrids(run, task.model, prompts, settings, held_out, task.save_adapter)
+    grids = SampleGrids(run, task.model, prompts, settings, held_out, task.save_adapter, task.processes)
+
+    def write_plans() -> None:
+        run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
 
     def write_report(reason: str) -> None:
         report(run.folder)
 
-    return [grids.listener, Listener(finished=write_report)]
+    return [grids.listener, *([Listener(started=write_plans, finished=write_report)] if main else [])]

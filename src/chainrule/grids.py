@@ -12,6 +12,7 @@ from torch import Tensor
 from chainrule.loop import Listener, Row
 from chainrule.models import Model
 from chainrule.models.pictures import pictures
+from chainrule.processes import ALONE, Processes
 from chainrule.report import before_after, grid
 from chainrule.rewards import Reward
 from chainrule.runs import Run
@@ -20,7 +21,7 @@ from chainrule.settings import Finetuning
 
 @dataclass(slots=True)
 class SampleGrids:
-    """Grids in the run's `samples`: before, every so many updates, and after.
+    """Grids in the run's `samples`: before, every so many updates, and after. Every process makes its share of the images.
 
     With a held-out reward `best` gets the adapter of the best grid by `keep_best`, and the run stops after
     `settings.patience` grids without a better one.
@@ -32,6 +33,7 @@ class SampleGrids:
     settings: Finetuning
     held_out: Reward | None
     keep_best: Callable[[Path], None]
+    processes: Processes = ALONE
     seen: list[float] = field(default_factory=list)  # held-out rewards
     first: Tensor | None = None  # the images before the first update
 
@@ -62,7 +64,7 @@ class SampleGrids:
         with torch.no_grad():
             row["held_out"] = float(self.held_out(images.to(self.model.device), self.prompts).mean())
         self.seen.append(row["held_out"])
-        if self.stale == 0:
+        if self.stale == 0 and self.processes.main:
             self.keep_best(self.run.folder / "best")
         return "held-out reward stopped rising" if s.patience and self.stale >= s.patience else None
 
@@ -71,14 +73,17 @@ class SampleGrids:
             return
         images = self._images()
         self._save(images, "after")
-        if self.first is not None:
+        if self.first is not None and self.processes.main:
             shown = before_after(pictures(self.first), pictures(images), self.prompts)
             shown.save(self.run.samples / "before_after.png")
 
     def _images(self) -> Tensor:
         s = self.settings
-        return self.model.render(self.prompts, range(len(self.prompts)), s.sample_steps, s.guidance, s.micro_batch or 8)
+        return self.model.render(
+            self.prompts, range(len(self.prompts)), s.sample_steps, s.guidance, s.micro_batch or 8, processes=self.processes
+        )
 
     def _save(self, images: Tensor, name: str) -> None:
-        self.run.samples.mkdir(exist_ok=True)
-        grid(pictures(images), 4, self.prompts).save(self.run.samples / f"{name}.png")
+        if self.processes.main:
+            self.run.samples.mkdir(exist_ok=True)
+            grid(pictures(images), 4, self.prompts).save(self.run.samples / f"{name}.png")

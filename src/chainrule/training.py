@@ -102,7 +102,7 @@ class FinetuneTask:
         processes: Processes = ALONE,
     ) -> FinetuneTask:  # fmt: skip
         """Put the method's fresh adapters into the model; `remove` takes them out again."""
-        order = Stages.of(method, settings)
+        order, model = Stages.of(method, settings), model.guided(settings.guidance)
         bands = needs(method, model.grid(settings.sample_steps)).adapters
         adapters = {
             name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels)

@@ -21,11 +21,11 @@ Prompts = Annotated[list[str], typer.Option(help="A prompt, a prompt set or a pr
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+def progress(label: str, total: int, shown: bool = True) -> Iterator[Callable[[], None]]:
     """A progress bar on stderr. Calling what it yields moves it on by one. A total of 0 means that the total is not known."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(transient=True, console=Console(stderr=True)) as bar:
+    with Progress(transient=True, console=Console(stderr=True, quiet=not shown)) as bar:
         task = bar.add_task(label, total=total or None)
         yield lambda: bar.advance(task)

@@ -49,10 +49,14 @@ def sample(
     model = base.load()
     for place in places:
         model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
-    with progress("sampling", -(-len(every) // 16) * len(model.grid(steps)[1:])) as advance:
-        images = model.sample([p for p, _ in every], [s for _, s in every], steps, guidance, on_call=advance)
+    from chainrule.processes import Processes
     from chainrule.report.pictures import grid
 
+    processes = Processes.here(model.device)
+    with progress("sampling", -(-len(processes.share(every)) // 16) * len(model.grid(steps)[1:]), processes.main) as advance:
+        images = model.sample([p for p, _ in every], [s for _, s in every], steps, guidance, on_call=advance, processes=processes)
+    if not processes.main:
+        return
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(out / f"{i:04d}.png")
@@ -85,11 +89,19 @@ def evaluate(
         parts(folder)
     labels = _labels(runs)
     from chainrule.evaluate import evaluate as measure
+    from chainrule.processes import Processes
 
     base, steps = source.load(), source.sampling.sample_steps
     models = {"before": base} | {name: base.using(folder, scale=scale) for name, folder in zip(labels, runs, strict=True)}
-    with progress("evaluating", len(models) * -(-len(shown) * seeds // 16) * (len(base.grid(steps)) - 1)) as advance:
-        table = measure(models, shown, scorers, seeds=range(seeds), steps=steps, guidance=source.sampling.guidance, on_call=advance)
+    processes = Processes.here(base.device)
+    count = len(processes.share(range(len(shown) * seeds)))
+    with progress("evaluating", len(models) * -(-count // 16) * (len(base.grid(steps)) - 1), processes.main) as advance:
+        table = measure(
+            models, shown, scorers, seeds=range(seeds), steps=steps, guidance=source.sampling.guidance, on_call=advance,
+            processes=processes,
+        )  # fmt: skip
+    if not processes.main:
+        return
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
     if len(runs) == 1:
         table.save(runs[0] / "evaluation.json")

@@ -132,8 +132,10 @@ def _device(name: str | None) -> str:
     """The device by name, or the GPU if there is one. UserError for one that is not there."""
     import torch
 
+    from chainrule.processes import default_device
+
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -29,6 +29,7 @@ from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
 from chainrule.noise import Noise
 from chainrule.plan import Grid, Levels, walk
+from chainrule.processes import ALONE, Processes
 from chainrule.size import Size, written
 from chainrule.solve import Solver
 
@@ -269,27 +270,30 @@ class Model:
 
     @torch.no_grad()
     def render(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None,
-        guidance: float | Guidance | None = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: float | Guidance | None = None,
+        batch: int = 16, on_call: Callable[[], None] = lambda: None, processes: Processes = ALONE,
     ) -> Tensor:  # fmt: skip
-        """Images as (n, 3, h, w) in [0, 1] on the CPU. Image k does not depend on the batch it is made in."""
-        parts = []
+        """Images as (n, 3, h, w) in [0, 1] on the CPU. Image k depends neither on its batch nor on the number of processes."""
+        prompts, seeds = processes.share(prompts), processes.share(seeds)
+        images: list[Tensor] = []
         for i in range(0, len(prompts), batch):
             for latents in self.states(prompts[i : i + batch], seeds[i : i + batch], steps, guidance, on_call):
                 final = latents
             # Decoding takes far more memory than a call without a graph: large images one after the other.
-            parts += [self.codec.decode(some).float().cpu() for some in final.split(max(1, PIXELS // prod(self.size)))]
-        return torch.cat(parts)
+            for some in final.split(max(1, PIXELS // prod(self.size))):
+                images += self.codec.decode(some).float().cpu()
+        return torch.stack(processes.gather(images))
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int] | None = None, steps: int | None = None,
         guidance: float | Guidance | None = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
+        processes: Processes = ALONE,
     ) -> list[Image.Image]:  # fmt: skip
-        """Images of these prompts; seeds default to 0, 1, 2, ... One PIL image per prompt."""
+        """A PIL image per prompt; seeds default to 0, 1, 2, ... Each of several `processes` makes a share and returns all."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompts: give at least one")
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
-        return pictures(self.render(prompts, list(seeds), steps, guidance, batch, on_call))
+        return pictures(self.render(prompts, list(seeds), steps, guidance, batch, on_call, processes))
