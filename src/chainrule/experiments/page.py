@@ -136,8 +136,8 @@ def _cell(results: Results, label: str, column: Column) -> str:
     there = _values(results, column.over, column.of)
     pairs = [(value, there.get(seed, there.get(None))) for seed, value in here.items()]
     both = [(a, b) for a, b in pairs if b is not None]
-    if not both:
-        return f"{column.over} not run"
+    if not both:  # either the other row is missing, or the two share no seed
+        return "" if there else f"{column.over} not run"
     if column.show == "share":
         return f"{statistics.fmean(b for _, b in both) / statistics.fmean(a for a, _ in both):.{column.digits}%}"
     if column.show == "wins":
