@@ -111,6 +111,16 @@ def test_the_student_as_the_model_starts_where_the_base_does_and_ends_with_its_s
     assert source == "tiny" and student.grid(4) == (base.grid(50)[0], 750, 500, 250, 0)
 
 
+def test_a_reward_in_units_of_before_is_one_in_size_before_steering():
+    model, reward = tasks.load("tiny-emoji"), tasks.Symmetry()
+    part, how = {"prompts": ["a fox", "a cat"], "seeds": [3, 4]}, {"sample_steps": 5, "guidance": 3.0}
+    images = model.render(part["prompts"], part["seeds"], 5, 3.0)
+    size = float(reward(images, part["prompts"]).mean())
+    scaled = tasks._in_units(model, reward, {"unit": "before", "settings": how}, part)
+    assert float(scaled(images, part["prompts"]).mean()) == pytest.approx(size / abs(size), rel=0.01)  # pictures have 8 bits
+    assert tasks._in_units(model, reward, {"unit": "one", "settings": how}, part) is reward
+
+
 def test_a_cost_is_measured(tmp_path):
     place = tmp_path / "cost.yaml"
     place.write_text(

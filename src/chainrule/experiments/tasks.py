@@ -33,6 +33,7 @@ from chainrule.plan import segment_ends, walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import Reward, Symmetry, parse
 from chainrule.runs import Run
+from chainrule.settings import Finetuning, Steering
 from chainrule.steer import steer
 from chainrule.steer.gradients import gradient_of
 from chainrule.steer.problem import Problem
@@ -84,14 +85,15 @@ def _train(unit: Unit, folder: Path) -> Table | None:
     own = unit.settings
     model, source = _model(own)
     method = read_method(own["method"])
-    if "student" in needs(method, model.grid(own["settings"].get("sample_steps"))).members:
+    settings = Finetuning(**{"sample_every": 0, "save_every": SAVE_EVERY, **own["settings"]})
+    if "student" in needs(method, model.grid(settings.sample_steps)).members:
         model = model.with_student(own["student"])
     resume = (folder / "config.yaml").is_file()
     if folder.is_dir() and not resume:
         shutil.rmtree(folder)  # cut before it began
-    settings = {"sample_every": 0, "save_every": SAVE_EVERY, **own["settings"]}
     watch = read_prompts(unit.measure["prompts"])[:1]
-    run = finetune(model, method, parse(own["reward"], source), own["prompts"], out=folder, resume=resume, watch=watch, **settings)
+    reward = parse(own["reward"], source)
+    run = finetune(model, method, reward, own["prompts"], settings, out=folder, resume=resume, watch=watch)
     return None if _interrupted(folder) else _evaluated(unit, model.using(run.folder), source)
 
 
@@ -121,7 +123,9 @@ def _steer(unit: Unit, folder: Path) -> Table | None:
         reward, place = _in_units(model, parse(part["reward"], source), own, part), folder
         if len(own["parts"]) > 1:
             place = folder / f"part-{number}"
-        found = steer(model, part["prompts"], reward, seeds=part["seeds"], images=part.get("images"), out=place, **own["settings"])
+        found = steer(
+            model, part["prompts"], reward, Steering(**own["settings"]), seeds=part["seeds"], images=part.get("images"), out=place
+        )
         if _interrupted(place):
             return None
         pair = measures.Pair(measures.tensors(found.before), measures.tensors(found.images), found.prompts)
@@ -139,8 +143,8 @@ def _in_units(model: Model, reward: Reward, own: Values, part: Values) -> Reward
     """The reward as it is, or with `unit: before` divided by its size on the images before steering."""
     if own["unit"] == "one":
         return reward
-    steps, guidance = (own["settings"].get(key) for key in ("steps", "guidance"))
-    plain = measures.tensors(model.sample(part["prompts"], part["seeds"], steps, guidance))
+    how = Steering(**own["settings"])
+    plain = measures.tensors(model.sample(part["prompts"], part["seeds"], how.sample_steps, how.guidance))
     with torch.no_grad():
         return (1 / float(reward(plain, part["prompts"]).mean().abs())) * reward
 

@@ -28,18 +28,10 @@ RESULT = "evaluation.json"
 OPENING = {"model": "tiny-emoji", "tunes": "model"}
 OWN: dict[str, Values] = {  # what a task takes besides the library's settings, and what stands for what is not given
     "finetune": {**OPENING, "student": None, "method": "draft-lv", "reward": None, "prompts": "animals:train"},
-    "steer": {
-        **OPENING,
-        "reward": None,
-        "prompts": [""],
-        "seeds": None,
-        "images": None,
-        "unit": "one",
-        "counts": None,
-        "parts": None,
-    },
+    "steer": {**OPENING, "reward": None, "prompts": [""], "seeds": None, "images": None, "unit": "one", "counts": None,
+              "parts": None},
     "cost": {"model": "tiny-emoji", "gradient": "sdo", "prompts": [""], "sample_steps": 50, "rounds": 3},
-}
+}  # fmt: skip
 OWN["evaluate"] = OWN["finetune"]
 MEASURED: Values = {"prompts": "animals:test", "rewards": None, "seeds": [0, 1, 2, 3], "sample_steps": None, "guidance": None}
 # Settings that change no number, so that they are no part of a key.
