@@ -31,6 +31,11 @@ class Learned(Protocol):
         """Its learning rate, as a factor on the run's."""
         ...
 
+    @property
+    def decay(self) -> float:
+        """Its weight decay, as a factor on the run's: 0 for parts that zero means nothing to."""
+        ...
+
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its parameters, by names that are the same in every run."""
         ...
@@ -57,6 +62,7 @@ class GuidanceWeights:
     weights: nn.Parameter
     inner: Scaled = field(default_factory=CFG)
     rate: float = 50.0
+    decay: float = 0.0
 
     @classmethod
     def start(cls, levels: Sequence[float], scale: float, *, inner: Scaled | None = None, rate: float = 50.0) -> GuidanceWeights:
@@ -94,6 +100,7 @@ class NegativeEmbedding:
 
     network: nn.Module
     rate: float = 1.0
+    decay: float = 1.0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.network.named_parameters())

@@ -27,8 +27,11 @@ class Learner:
     @classmethod
     def of(cls, parts: Mapping[str, Learned], weight_decay: float) -> Learner:
         """A learner before its first update."""
-        groups = [{"params": [*part.named_parameters().values()], "rate": part.rate} for part in parts.values()]
-        found = cls(parts, torch.optim.AdamW(groups, weight_decay=weight_decay), {})
+        groups = [
+            {"params": [*part.named_parameters().values()], "rate": part.rate, "weight_decay": weight_decay * part.decay}
+            for part in parts.values()
+        ]
+        found = cls(parts, torch.optim.AdamW(groups), {})
         found.average = {name: weight.detach().clone() for name, weight in found.named_parameters().items()}
         return found
 

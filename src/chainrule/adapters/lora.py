@@ -29,12 +29,16 @@ TARGETS = (
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One named LoRA inside one network, which its pipeline calls `part`. `rate` is a factor on the run's learning rate."""
+    """One named LoRA inside one network, which its pipeline calls `part`.
+
+    `rate` and `decay` are factors on the run's learning rate and weight decay.
+    """
 
     name: str
     network: nn.Module
     part: str = "unet"
     rate: float = 1.0
+    decay: float = 1.0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its matrices, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank), in the network's order."""
