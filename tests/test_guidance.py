@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 from conftest import make_pipeline
 from diffusers import QwenImagePipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from safetensors.torch import load_file
 from torch import Tensor
 
 import chainrule as cr
+from chainrule import rewards
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.guidance import CFG, GUIDANCES, ByLevel, Embedded, Guidance, Interval, NormRescaled, Rescaled, both, reads_negative
+from chainrule.methods import DRaFT
 
 PROMPTS, SEEDS, LEVEL = ["a fox", "two bees"], [4, 9], 500.0
 
@@ -224,3 +228,38 @@ def test_what_is_wrong_with_a_guidance_is_one_line() -> None:
     for call, message in wrong:
         with pytest.raises(cr.UserError, match=message):
             call()
+
+
+def test_a_run_keeps_its_guidance_and_is_trained_again_with_it(tmp_path: Path, chainrule: Callable[..., Any]) -> None:
+    options = {"updates": 1, "batch": 2, "rank": 2, "sample_steps": 3, "sample_every": 0, "save_every": 0}
+    model, reward = cr.load("tiny-emoji"), rewards.parse("symmetry")
+    for name, given, kept in (
+        ("value", Rescaled(3.0, 0.5), {"name": "rescaled", "scale": 3.0, "rescale": 0.5}),
+        ("number", 2.5, 2.5),
+        ("default", None, None),
+    ):
+        run = cr.finetune(model, DRaFT(1), reward, ["a painting of a fox"], out=tmp_path / name, guidance=given, **options)
+        assert run.config.settings.guidance == kept
+    again = chainrule("train", tmp_path / "value" / "config.yaml", "--out", tmp_path / "again")
+    assert not again.code, again.err
+    first, second = (load_file(tmp_path / name / "adapter" / "pytorch_lora_weights.safetensors") for name in ("value", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    plain = load_file(tmp_path / "number" / "adapter" / "pytorch_lora_weights.safetensors")
+    assert not all(torch.equal(first[key], plain[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "named"),
+    [
+        ("rescalde", "unknown guidance 'rescalde'"),
+        ("{name: rescaled, rescal: 1}", "rescal"),
+        ("-1", "guidance is -1"),
+        ("{scale: 3}", "scale"),
+    ],
+)
+def test_a_wrong_guidance_on_the_command_line_is_one_line(
+    spelled: str, named: str, tmp_path: Path, chainrule: Callable[..., Any]
+) -> None:
+    found = chainrule("train", "--reward", "symmetry", "--guidance", spelled, "--out", tmp_path / "run")
+    assert found.code == 2 and len(found.err.strip().splitlines()) == 1 and named in found.err
+    assert not (tmp_path / "run").exists()

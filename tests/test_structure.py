@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "errors": "",
     "named": "errors",
     "size": "errors",
-    "settings": "errors size",
+    "settings": "errors named size",
     "config": "errors named settings",
     "runs": "errors config",
     "estimate": "",
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "training": "errors plan settings processes loop methods noise adapters rewards models objective gradient learner",
     "grids": "runs processes settings loop rewards models report",
     "trackers": "errors loop",
-    "finetune": "errors config runs settings processes loop methods noise rewards chain models prompts report training "
+    "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
     "grids trackers",
     "evaluate": "errors processes estimate rewards guidance models prompts",
     "analyze": "errors estimate plan methods rewards guidance chain objective models gradient prompts report",
@@ -61,8 +61,8 @@ MAY_IMPORT = {
     "analyze",
     "experiments": "errors estimate plan runs loop settings methods meters rewards chain objective models gradient prompts report "
     "evaluate finetune steer",
-    "cli": "errors processes named config plan runs settings methods adapters rewards models prompts report finetune steer doctor "
-    "distill evaluate analyze experiments",
+    "cli": "errors processes named config plan runs settings methods adapters rewards guidance models prompts report finetune steer "
+    "doctor distill evaluate analyze experiments",
 }
 WITHOUT_TORCH = (
     "errors", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods", "prompts", "report", "cli",

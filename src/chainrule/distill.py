@@ -25,7 +25,7 @@ from chainrule.analyze import save, shortcut
 from chainrule.cast import Member
 from chainrule.config import DistillConfig
 from chainrule.errors import UserError
-from chainrule.guidance import of_number
+from chainrule.guidance import of_number, value_among
 from chainrule.learner import Learner, gradients
 from chainrule.loop import Row, complete, open_run, told
 from chainrule.models import Model
@@ -53,7 +53,7 @@ class DistillTask:
     @classmethod
     def start(cls, model: Model, prompts: Sequence[str], settings: Distillation, processes: Processes = ALONE) -> DistillTask:
         """Put a fresh student into the model's network; `remove` takes it out again."""
-        network = model.network
+        model, network = model.guided(settings.guidance), model.network
         adapter = inject(network, "student", rank=settings.rank, seed=settings.seed, targets=every_layer(network), part=model.part)
         learner = Learner.of({adapter.name: adapter}, weight_decay=0.0)
         student = Member(model.denoiser, of_number(model.denoiser, 1.0), Active({adapter.name: Band()}))
@@ -110,7 +110,7 @@ class DistillTask:
 
     def _backward(self, grid: Grid, picked: list[tuple[int, int]], prompts: list[str], seeds: list[int]) -> float:
         """Add the gradient of the mean loss over the picked states of these trajectories; returns that loss."""
-        chain = self.model.guided(self.settings.guidance).chain(prompts, seeds)
+        chain = self.model.chain(prompts, seeds)
         states = [self.model.noise(seeds), *chain.states(self.model.noise(seeds), walk(grid))]
         losses = []
         for i, end in picked:
@@ -169,14 +169,17 @@ def distill(
     Ctrl-C and SIGTERM save what is there and return. The run says how faithful the student is: `shortcut.md`, `shortcut.png`
     (see `chainrule.analyze`). Raises UserError for bad input before anything is written.
     """
+    guidance, options = value_among(options)
     settings, said = chosen(Distillation, settings, options), read_prompts(prompts)
+    model = model.guided(guidance or settings.guidance)
+    recorded = settings.model_copy(update={"guidance": model.guidance_spec})
     if getattr(model.network, "peft_config", None):
         raise UserError("distill needs the model without adapters; load it again")
     if model.solver.stochastic:
         name = model.sampler.name
         raise UserError(f"a student follows its model's trajectories, and {name} draws noise on the way; take the solver ddim")
     source = prompts if isinstance(prompts, str) else tuple(said)
-    config = DistillConfig(model=model.name, opening=Opening(**model.opening), prompts=source, settings=settings)
+    config = DistillConfig(model=model.name, opening=Opening(**model.opening), prompts=source, settings=recorded)
     processes = Processes.here(model.device)
     processes.check_batch(settings.batch)
     run = open_run(out, config, processes, resume=resume, overwrite=overwrite)
@@ -187,7 +190,7 @@ def distill(
             shown = said[:: max(1, len(said) // 6)][:6]
             taught = model.with_member("student", task.student)
             with task.learner.averaged():
-                save(shortcut(taught, shown, student_steps=settings.student_steps, guidance=settings.guidance), run.folder)
+                save(shortcut(taught, shown, student_steps=settings.student_steps), run.folder)
     finally:
         task.remove()
     return run

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
-from chainrule.guidance import Guidance
+from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
@@ -69,7 +69,7 @@ def evaluate(
     *,
     seeds: Sequence[int] = range(4),
     steps: int | None = None,
-    guidance: float | Guidance | None = None,
+    guidance: AnyGuidance = None,
     batch: int = 16,
     on_call: Callable[[], None] = lambda: None,
     processes: Processes = ALONE,

@@ -11,6 +11,7 @@ from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
 from chainrule.grids import SampleGrids
+from chainrule.guidance import value_among
 from chainrule.loop import Listener, Row, complete, open_run, told
 from chainrule.methods import Method, needs, spelled
 from chainrule.models import Model
@@ -48,7 +49,9 @@ def finetune(
     sample grids. The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
     Ctrl-C and SIGTERM save what is there and return. Raises UserError for bad input before anything is written.
     """
+    guidance, options = value_among(options)
     settings, texts = chosen(Finetuning, settings, options), read_prompts(prompts)
+    model = model.guided(guidance or settings.guidance)
     scorer, watched = reward_of(reward), reward_of(held_out) if held_out else None
     if settings.patience and not watched:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
@@ -62,7 +65,9 @@ def finetune(
         model=model.name, opening=Opening(**model.opening), adapter=model.under, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
         prompts=prompts if isinstance(prompts, str) else tuple(texts),
-        settings=settings.model_copy(update={"stage_steps": list(order.lengths) if len(order) > 1 else None}),
+        settings=settings.model_copy(
+            update={"stage_steps": list(order.lengths) if len(order) > 1 else None, "guidance": model.guidance_spec}
+        ),
     )  # fmt: skip
     processes = Processes.here(model.device)
     processes.check_batch(settings.batch, settings.accumulate)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chainrule.chain import Chain, Memory
-from chainrule.guidance import Guidance
+from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.objective import Call, Decode, Objective, Reading, read
 from chainrule.plan import Jump, Plan
@@ -32,7 +32,7 @@ class Result:
 
 def gradient(
     model: Model, plan: Plan, reward: Objective | Reward | RewardFunction, prompts: Sequence[str], seeds: Sequence[int], *,
-    guidance: float | Guidance | None = None, memory: str = "recompute", micro_batch: int | None = None, scale: float = 1.0,
+    guidance: AnyGuidance = None, memory: str = "recompute", micro_batch: int | None = None, scale: float = 1.0,
 ) -> Result:  # fmt: skip
     """Add the gradient of the objective's mean over these prompts to `.grad` of the model's trainable leaves.
 

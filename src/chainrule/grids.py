@@ -79,9 +79,8 @@ class SampleGrids:
 
     def _images(self) -> Tensor:
         s = self.settings
-        return self.model.render(
-            self.prompts, range(len(self.prompts)), s.sample_steps, s.guidance, s.micro_batch or 8, processes=self.processes
-        )
+        batch = s.micro_batch or 8
+        return self.model.render(self.prompts, range(len(self.prompts)), s.sample_steps, batch=batch, processes=self.processes)
 
     def _save(self, images: Tensor, name: str) -> None:
         if self.processes.main:

@@ -8,8 +8,9 @@ the size, u first, as in diffusers. A guidance of one's own is a frozen dataclas
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class Guidance(Protocol):
     """One answer of the network, guided: x (b, c, h, w) at a level -> (b, c, h, w), in whatever the network predicts."""
 
     def __call__(self, ask: Denoiser, x: Tensor, level: float, condition: Condition) -> Tensor: ...
+
+
+AnyGuidance: TypeAlias = float | str | Mapping[str, Any] | Guidance | None
 
 
 class Scaled(Guidance, Protocol):
@@ -209,6 +213,31 @@ def of_number(denoiser: Denoiser, scale: float) -> Guidance:
     if not 0 <= scale <= 100:
         raise UserError(f"guidance is {scale}, but must be between 0 and 100")
     return Embedded(scale) if guidance_is_input(denoiser) else CFG(scale)
+
+
+def read(denoiser: Denoiser, given: AnyGuidance) -> Guidance:
+    """A guidance for a network: a value, a number as `of_number` reads it, or a name or name with options as a config has it."""
+    if isinstance(given, str | Mapping):
+        return GUIDANCES.read(given)
+    return given if callable(given) else of_number(denoiser, given)  # type: ignore[arg-type]
+
+
+def value_among(options: Mapping[str, Any]) -> tuple[Guidance | None, dict[str, Any]]:
+    """The guidance value among a function's keywords, if it is one, and the keywords that settings can hold."""
+    given = options.get("guidance")
+    return (
+        (given, {key: value for key, value in options.items() if key != "guidance"}) if callable(given) else (None, dict(options))
+    )
+
+
+def specification(guidance: Guidance) -> float | dict[str, Any]:
+    """How a config holds a guidance: a number for classifier-free guidance and for one that is read, else name and options.
+
+    One that is neither here nor from a file is written as its repr. Raises UserError for a learned one.
+    """
+    if isinstance(guidance, CFG | Embedded) and not isinstance(guidance.scale, Tensor):
+        return guidance.scale
+    return GUIDANCES.spelled(guidance)
 
 
 # The values by name, for configs and the command line.

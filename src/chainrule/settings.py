@@ -11,21 +11,31 @@ from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from chainrule.errors import UserError, unknown
+from chainrule.named import name_and_options
 from chainrule.size import size_of, written
 
-GuidanceSpec = Annotated[float, Field(ge=0, le=100)]
-"""How guidance is written in settings: a number."""
+
+def _guidance(value: Any) -> Any:
+    """A name stands for the guidance with no options."""
+    if isinstance(value, str | Mapping):
+        name, options = name_and_options(value, "guidance")
+        return {"name": name, **options}
+    return value
+
+
+GuidanceSpec = Annotated[Annotated[float, Field(ge=0, le=100)] | dict[str, Any], BeforeValidator(_guidance)]
+"""How guidance is written in settings: a number, or a value of `chainrule.guidance` by its name, with options."""
 Memory = Literal["recompute", "blocks", "keep"]
 
 # What pydantic says of a wrong type, in plain words.
 KINDS = {
     "string_type": "text", "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
     "float_type": "a number", "float_parsing": "a number", "bool_type": "true or false", "bool_parsing": "true or false",
-    "list_type": "a list", "tuple_type": "a list",
+    "list_type": "a list", "tuple_type": "a list", "dict_type": "a name with options",
 }  # fmt: skip
 
 
@@ -111,7 +121,9 @@ class Sampling(Checked):
         default=None, ge=1, validation_alias=AliasChoices("sample_steps", "steps"),
         description="network calls per image; default: the model's best",
     )  # fmt: skip
-    guidance: GuidanceSpec | None = Field(default=None, description="classifier-free guidance; default: the model's best")
+    guidance: GuidanceSpec | None = Field(
+        default=None, description="classifier-free guidance, or another by name; default: the model's best"
+    )
 
 
 class Distillation(Checked):
@@ -164,7 +176,9 @@ class Steering(Checked):
         default=None, ge=1, validation_alias=AliasChoices("sample_steps", "steps"),
         description="network calls of a sampling chain; default: the model's",
     )  # fmt: skip
-    guidance: GuidanceSpec | None = Field(default=None, description="classifier-free guidance; default: the model's")
+    guidance: GuidanceSpec | None = Field(
+        default=None, description="classifier-free guidance, or another by name; default: the model's"
+    )
     rank: int = Field(default=8, ge=1, description="rank of the LoRA that is optimized over weights")
     strength: float = Field(
         default=0.2, gt=0, description="strength of freedom and universal, as a share of the sampler's step or noise"
@@ -190,7 +204,9 @@ class Finetuning(Checked):
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the average of the adapter that is saved; 0: no average")
     kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last call")
     sample_steps: int | None = Field(default=None, ge=1, description="network calls of a sampling chain; default: the model's")
-    guidance: GuidanceSpec | None = Field(default=None, description="classifier-free guidance; default: the model's")
+    guidance: GuidanceSpec | None = Field(
+        default=None, description="classifier-free guidance, or another by name; default: the model's"
+    )
     memory: Memory = Field(
         default="recompute", description="how activations are held; recompute: one call's graph at a time; blocks: one block's"
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from chainrule.chain import Chain
 from chainrule.estimate import Estimate
 from chainrule.gradient import backpropagate
-from chainrule.guidance import Guidance
+from chainrule.guidance import AnyGuidance
 from chainrule.methods import DRaFT
 from chainrule.models import Model
 from chainrule.plan import Grad, Jump, Plan, walk
@@ -46,7 +46,7 @@ class Depths:
 
 
 def gradients(
-    model: Model, prompts: Sequence[str], reward: RewardFunction, *, steps: int = 50, guidance: float | Guidance | None = None,
+    model: Model, prompts: Sequence[str], reward: RewardFunction, *, steps: int = 50, guidance: AnyGuidance = None,
     depths: Sequence[int] = (1, 2, 5, 10, 20, 35, 50), batches: int = 4, batch: int = 4, rank: int = 8,
     on_call: Callable[[], None] = lambda: None,
 ) -> Depths:  # fmt: skip

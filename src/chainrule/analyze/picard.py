@@ -18,7 +18,7 @@ from torch import Tensor
 from chainrule.chain import Chain
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
-from chainrule.guidance import Guidance
+from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.objective import Objective, read
 from chainrule.plan import Grad, Jump, Plan, walk
@@ -56,7 +56,7 @@ class Picard:
 
 def picard(
     model: Model, prompts: Sequence[str], reward: RewardFunction, *, steps: int = 50,
-    guidance: float | Guidance | None = None, seeds: int = 1,
+    guidance: AnyGuidance = None, seeds: int = 1,
     tolerance: float = 1e-2, powers: int = 8, on_call: Callable[[], None] = lambda: None,
 ) -> Picard:  # fmt: skip
     """Iterate every trajectory to its fixed point, measure the contraction, and compare SDO's gradient with the exact one.

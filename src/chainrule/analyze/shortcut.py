@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
-from chainrule.guidance import Guidance
+from chainrule.guidance import AnyGuidance
 from chainrule.models import BUNDLED, Model
 from chainrule.models.pictures import pictures
 from chainrule.plan import Path as Jumps
@@ -59,7 +59,7 @@ def shortcut(
     seeds: int = 2,
     steps: int = 50,
     student_steps: int = 4,
-    guidance: float | Guidance | None = None,
+    guidance: AnyGuidance = None,
     points: int = 5,
     batch: int = 16,
     shown: int = 4,

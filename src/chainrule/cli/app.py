@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from chainrule.cli.options import as_in_a_file
+
 app = typer.Typer(
     name="chainrule", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Align and steer diffusion models by backpropagating rewards through the sampling chain.",
@@ -15,7 +17,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 ChainSteps = Annotated[int, typer.Option("--sample-steps", "--steps", help="Network calls of the sampling chain.")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the model's best.")]
+Guidance = Annotated[
+    str | None, typer.Option(help="Classifier-free guidance, or another by name; default: the model's best.", parser=as_in_a_file)
+]
 Options = Annotated[list[str] | None, typer.Option("--method-option", help="An option of the method, as k=5. May be repeated.")]
 Prompts = Annotated[list[str], typer.Option(help="A prompt, a prompt set or a prompt file. May be repeated.")]
 

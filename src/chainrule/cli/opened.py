@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
@@ -53,6 +54,7 @@ def source_of(named: str | Path, opening: Opening = Opening(), sampling: Samplin
 
     source = replace(source_of_run(Run(Path(named)).config), run=str(named)) if is_run(named) else Source(str(named))
     source = replace(source, opening=merged(source.opening, opening), sampling=merged(source.sampling, sampling))
+    check_guidance(source.sampling.guidance)
     check_solver(source.opening.solver)
     check(source.model, source.opening.solver)
     for place in source.adapters:
@@ -73,6 +75,14 @@ def source_of_run(config: AnyConfig) -> Source:
 def is_run(named: str | Path) -> bool:
     """Whether this names a run folder rather than a model."""
     return (Path(named) / "config.yaml").is_file()
+
+
+def check_guidance(given: float | Mapping[str, Any] | None) -> None:
+    """Raises UserError for a guidance by a name that is not there, or with options it has not."""
+    if isinstance(given, Mapping):
+        from chainrule.guidance import GUIDANCES
+
+        GUIDANCES.read(given)
 
 
 def check_adapter(place: str | Path, model: str = "", solver: str | None = None) -> None:

@@ -69,7 +69,7 @@ def _options(name: str, field: FieldInfo) -> list[inspect.Parameter]:
     if choices := _choices(field.annotation):
         text = f"{text} ({' | '.join(choices)})"
     text += f".{_default(field.default)}" + "".join(f" Also --{other}." for other in others)
-    parse: dict[str, Any] = {"parser": _as_in_a_file, "metavar": "<str>"} if kind is None else {}
+    parse: dict[str, Any] = {"parser": as_in_a_file, "metavar": "<str>"} if kind is None else {}
     found = []
     for spelling in (name, *others):
         option = typer.Option(help=text, show_default=False, hidden=spelling != name, **parse)
@@ -110,7 +110,7 @@ def _kind(annotation: Any) -> Any:
     return list[get_args(member)[0]] if get_origin(member) in (list, tuple) else member  # type: ignore[misc]
 
 
-def _as_in_a_file(text: str) -> Any:
+def as_in_a_file(text: str) -> Any:
     """The value of a text as YAML has it; the text itself if it is not YAML."""
     try:
         return yaml.safe_load(text)

@@ -10,7 +10,7 @@ import typer
 from chainrule import methods
 from chainrule.cli.app import Options
 from chainrule.cli.arguments import is_config, method_of, place_of
-from chainrule.cli.opened import Source, check_adapter, is_run, source_of
+from chainrule.cli.opened import Source, check_adapter, check_guidance, is_run, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import DistillConfig, FinetuneConfig
 from chainrule.errors import UserError
@@ -47,6 +47,7 @@ def train(
         raise UserError(f"{read.model} is a run; give its model, and the run as --adapter to train on top of it")
     out = place_of(read, resume=resume, overwrite=overwrite)
     source = source_of(read.model, read.opening)
+    check_guidance(read.settings.guidance)
     reward = rewards.parse(read.reward, source.reward_source)
     held_out = rewards.parse(read.held_out, source.reward_source) if read.held_out else None
     student = _student(read, method)
@@ -93,6 +94,7 @@ def distill(
     read_prompts(config.prompts)
     out = place_of(config, resume=resume, overwrite=overwrite)
     source = source_of(config.model, config.opening)
+    check_guidance(config.settings.guidance)
     from chainrule.distill import distill as distilled
 
     run = distilled(source.load(), config.settings, out=out, prompts=config.prompts, resume=resume, overwrite=overwrite)

@@ -19,7 +19,7 @@ from chainrule.cast import Answerer, Cast, Member, networks_of
 from chainrule.chain import Chain, Memory
 from chainrule.denoise import Condition, Denoiser
 from chainrule.errors import UserError
-from chainrule.guidance import Guidance, of_number
+from chainrule.guidance import AnyGuidance, Guidance, of_number, read, specification
 from chainrule.learned import Learned
 from chainrule.models import loras, published, solvers, students
 from chainrule.models.blocks import recomputed
@@ -138,15 +138,20 @@ class Model:
         """How the base member is guided."""
         return self.asked or of_number(self.denoiser, self.defaults.guidance)
 
-    def guided(self, guidance: float | Guidance | None) -> Model:
-        """This model with another guidance: a value of `chainrule.guidance`, or a number. None: as it is.
+    @property
+    def guidance_spec(self) -> float | dict[str, Any] | None:
+        """How a config holds the guidance this model was given; None if it was given none."""
+        return None if self.asked is None else specification(self.asked)
+
+    def guided(self, guidance: AnyGuidance) -> Model:
+        """This model with another guidance: a value of `chainrule.guidance`, one as a config has it, or a number. None: as it is.
 
         A number is classifier-free guidance, or what the network reads where it reads its guidance. Raises UserError for a
-        number outside [0, 100].
+        number outside [0, 100] and for an unknown name.
         """
         if guidance is None:
             return self
-        asked = guidance if callable(guidance) else of_number(self.denoiser, guidance)
+        asked = read(self.denoiser, guidance)
         return replace(self, active=dict(self.active), asked=asked)
 
     def with_member(self, name: str, member: Answerer) -> Model:
@@ -257,7 +262,7 @@ class Model:
 
     def states(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None,
-        guidance: float | Guidance | None = None, on_call: Callable[[], None] = lambda: None,
+        guidance: AnyGuidance = None, on_call: Callable[[], None] = lambda: None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """The latents after every step of one batch, (b, c, h, w) each; the last one is the finished image's."""
         chain, levels = self.guided(guidance).chain(prompts, seeds, on_call=on_call), self.grid(steps)
@@ -270,7 +275,7 @@ class Model:
 
     @torch.no_grad()
     def render(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: float | Guidance | None = None,
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None,
         batch: int = 16, on_call: Callable[[], None] = lambda: None, processes: Processes = ALONE,
     ) -> Tensor:  # fmt: skip
         """Images as (n, 3, h, w) in [0, 1] on the CPU. Image k depends neither on its batch nor on the number of processes."""
@@ -286,7 +291,7 @@ class Model:
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int] | None = None, steps: int | None = None,
-        guidance: float | Guidance | None = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
+        guidance: AnyGuidance = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
         processes: Processes = ALONE,
     ) -> list[Image.Image]:  # fmt: skip
         """A PIL image per prompt; seeds default to 0, 1, 2, ... Each of several `processes` makes a share and returns all."""
