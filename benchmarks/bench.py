@@ -37,7 +37,7 @@ import chainrule as cr
 from chainrule.adapters import selected
 from chainrule.meters import peak_bytes
 from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method, ShortFT, spelled
-from chainrule.models.model import Defaults
+from chainrule.models.defaults import Defaults
 from chainrule.plan import Forecast
 from chainrule.report.tables import markdown
 from chainrule.rewards import Reward, Symmetry, parse

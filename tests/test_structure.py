@@ -61,8 +61,8 @@ MAY_IMPORT = {
     "analyze",
     "experiments": "errors estimate plan runs loop settings methods meters rewards chain objective models gradient prompts report "
     "evaluate finetune steer",
-    "cli": "errors processes named config plan runs settings methods adapters rewards guidance models prompts report finetune steer "
-    "doctor distill evaluate analyze experiments",
+    "cli": "errors processes named config plan runs settings methods adapters rewards guidance models prompts report finetune "
+    "steer doctor distill evaluate analyze experiments",
 }
 WITHOUT_TORCH = (
     "errors", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods", "prompts", "report", "cli",

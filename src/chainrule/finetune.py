@@ -55,10 +55,7 @@ def finetune(
     scorer, watched = reward_of(reward), reward_of(held_out) if held_out else None
     if settings.patience and not watched:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
-    order, grid = Stages.of(method, settings), model.grid(settings.sample_steps)
-    for stage in order.methods:
-        check_members(needs(stage, grid).members, model.cast())
-        stage.plan(grid, Random(0))  # a method that does not fit this grid says so before anything is written
+    order = _order(model, method, settings)
     for each in filter(None, (scorer, watched)):
         probe(each.to(model.device), model.size)
     config = FinetuneConfig(
@@ -80,6 +77,15 @@ def finetune(
     finally:
         task.remove()
     return run
+
+
+def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
+    """The method's stages. Raises UserError for one that needs a member the model does not have, or does not fit its grid."""
+    order, grid = Stages.of(method, settings), model.grid(settings.sample_steps)
+    for stage in order.methods:
+        check_members(needs(stage, grid).members, model.cast())
+        stage.plan(grid, Random(0))
+    return order
 
 
 def _shown(run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str] | None) -> list[Listener]:

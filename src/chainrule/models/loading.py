@@ -14,8 +14,9 @@ from chainrule.adapters.files import PARTS
 from chainrule.errors import UserError, unknown
 from chainrule.models import bundled
 from chainrule.models.bundled import BUNDLED
+from chainrule.models.defaults import Defaults
 from chainrule.models.families import FAMILIES, class_of, index
-from chainrule.models.model import Defaults, Model
+from chainrule.models.model import Model
 from chainrule.models.pipeline import usual
 from chainrule.models.published import refusal
 from chainrule.models.quantize import check as check_quantization

@@ -24,6 +24,7 @@ from chainrule.learned import Learned
 from chainrule.models import loras, published, solvers, students
 from chainrule.models.blocks import recomputed
 from chainrule.models.codec import Codec
+from chainrule.models.defaults import Defaults
 from chainrule.models.pictures import pictures
 from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
@@ -34,16 +35,6 @@ from chainrule.size import Size, written
 from chainrule.solve import Solver
 
 PIXELS = 2**20  # decoded at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Defaults:
-    """Sampling settings a model is at its best with."""
-
-    steps: int = 50
-    guidance: float = 7.5
-    labels: tuple[str, ...] = ()  # names of the classes of a class-conditional model
-    size: Size | None = None  # height and width of its images in pixels; None: the pipeline's own
 
 
 @dataclass(slots=True)

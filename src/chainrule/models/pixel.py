@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.errors import UserError, unknown
 from chainrule.models.codec import Pixels
-from chainrule.models.model import Defaults, Model
+from chainrule.models.defaults import Defaults
+from chainrule.models.model import Model
 from chainrule.models.pipeline import freeze, weight_type
 from chainrule.models.solvers import made
 from chainrule.size import Size, written

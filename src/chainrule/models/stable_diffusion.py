@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import kl_autoencoder
-from chainrule.models.model import Defaults, Model
+from chainrule.models.defaults import Defaults
+from chainrule.models.model import Model
 from chainrule.models.pipeline import freeze, weight_type
 from chainrule.models.solvers import made
 

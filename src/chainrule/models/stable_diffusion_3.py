@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.errors import UserError
 from chainrule.models.codec import kl_autoencoder
-from chainrule.models.model import Defaults, Model
+from chainrule.models.defaults import Defaults
+from chainrule.models.model import Model
 from chainrule.models.pipeline import freeze, usual, weight_type
 from chainrule.models.solvers import made, shifted
 from chainrule.size import written
