@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -130,11 +129,11 @@ def test_a_student_learns_and_leaves_the_model_as_it_was(tmp_path):
     net = fresh()
     before = net.render(PROMPTS, SEEDS, 5, 2.0)
     run = cr.distill(
-        net, out=tmp_path / "run", prompts=PROMPTS, **{**SMALL, "updates": 60, "rank": 8, "ema": 0.8, "guidance": 7.0, "lr": 2e-2}
+        net, out=tmp_path / "run", prompts=PROMPTS, **{**SMALL, "updates": 24, "rank": 8, "ema": 0.8, "guidance": 7.0, "lr": 0.1}
     )
     assert torch.equal(net.render(PROMPTS, SEEDS, 5, 2.0), before) and not hasattr(net.network, "peft_config")
     losses = [row["loss"] for row in run.metrics()]
-    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])
+    assert sum(losses[-8:]) < 0.6 * sum(losses[:8])
     assert facts(run.folder) == {"base": net.name, "steps": 4, "prediction": "v_prediction"}
 
 
@@ -189,7 +188,10 @@ def test_the_analysis_is_a_table_and_a_picture(tmp_path):
     assert end.rows[2]["ddim"]["latent"].mean == pytest.approx(0, abs=1e-6)
 
 
-def tuned(folder: Path) -> cr.Run:
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> cr.Run:
+    """A run of ShortFT with three adapters, on a student that learned a little."""
+    folder = tmp_path_factory.mktemp("tuned")
     run = cr.distill(fresh(), out=folder / "student", prompts=PROMPTS, **{**SMALL, "updates": 1})
     gray = lambda images, prompts: -(images - 0.2).square().mean((1, 2, 3))
     return cr.finetune(
@@ -198,33 +200,32 @@ def tuned(folder: Path) -> cr.Run:
     )  # fmt: skip
 
 
-def test_attached_adapters_are_the_same_in_a_plain_pipeline_and_leave_no_trace(tmp_path):
-    run = tuned(tmp_path)
-    *_, ours = fresh().using(run.folder).states(PROMPTS, SEEDS, 10, 2.0)
+def test_attached_adapters_are_the_same_in_a_plain_pipeline_and_leave_no_trace(tuned):
+    *_, ours = fresh().using(tuned.folder).states(PROMPTS, SEEDS, 10, 2.0)
     pipe = make_pipeline("v_prediction", torch.float32)
     call = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "latent"}
     image = lambda: pipe(PROMPTS, generator=[torch.Generator().manual_seed(s) for s in SEEDS], **call).images
     before, modules = image(), [type(m) for m in pipe.unet.modules()]
-    with cr.attach(pipe, run.folder) as attached:
+    with cr.attach(pipe, tuned.folder) as attached:
         found = image()
         with pytest.raises(cr.UserError, match="adapters already"):
-            cr.attach(pipe, run.folder)
+            cr.attach(pipe, tuned.folder)
     assert attached.loaded == [] and torch.equal(image(), before) and [type(m) for m in pipe.unet.modules()] == modules
     torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, before, atol=1e-4)
     with pytest.raises(cr.UserError, match="no unet or transformer"):
-        cr.attach(pipe.vae, run.folder)
+        cr.attach(pipe.vae, tuned.folder)
 
 
-def test_attached_adapters_work_no_more_than_one_lora_would(tmp_path):
+def test_attached_adapters_work_no_more_than_one_lora_would(tuned):
     """Counted in LoRA layers that ran, over a whole chain, against one adapter on in every call."""
-    run, pipe = tuned(tmp_path), make_pipeline("v_prediction", torch.float32)
+    pipe = make_pipeline("v_prediction", torch.float32)
     ran = []
-    with cr.attach(pipe, run.folder):
+    with cr.attach(pipe, tuned.folder):
         for name, module in pipe.unet.named_modules():
             if ".lora_A." in name:
                 module.register_forward_hook(lambda *_, name=name: ran.append(name))
         pipe(PROMPTS, num_inference_steps=10, guidance_scale=2.0, output_type="latent")
-    bands = json.loads((run.adapter / "bands.json").read_text())
-    per_adapter = len([k for k in load_file(run.adapter / "lora1/pytorch_lora_weights.safetensors") if ".lora_A." in k])
+    bands = json.loads((tuned.adapter / "bands.json").read_text())
+    per_adapter = len([k for k in load_file(tuned.adapter / "lora1/pytorch_lora_weights.safetensors") if ".lora_A." in k])
     assert len(bands) == 3 and 0 < len(ran) < 10 * per_adapter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from random import Random
 
@@ -42,14 +41,13 @@ def test_a_few_updates_raise_the_reward(name: str, over: str) -> None:
 def test_the_adjoint_of_a_flow_approaches_the_full_gradient_at_first_order(name: str) -> None:
     case, errors = CASES[name], []
     model = cr.load(case.pipe(dtype=torch.float64), size=case.size)
-    for steps in (10, 20, 40):
+    for steps in (20, 40):
         grid = (*(1000 - 980 * i / steps for i in range(steps)), 0)
         chain = model.guided(case.guidances[-1]).chain(PROMPTS, SEEDS, Memory.RECOMPUTE)
         given = Problem(chain, grid, model.decode, PROMPTS, Objective.of(bright))
         mine, full = (gradient_of(way, "latent")(given, model.noise(SEEDS), Random(0)).gradient for way in ("adjoint", "full"))
         errors.append(float((mine - full).norm() / full.norm()))
-    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert errors[-1] < 0.1 and 0.6 < orders[-1] < 1.5, (errors, orders)
+    assert errors[1] < 0.1 and 0.6 < math.log2(errors[0] / errors[1]) < 1.5, errors
 
 
 @pytest.mark.parametrize("gradient", ["sdo", "adjoint", "invertible", "freedom"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from random import Random
@@ -216,9 +215,9 @@ def test_the_adjoints_way_there_is_ddim(prediction: str) -> None:
 
 @pytest.mark.parametrize("over", ["latent", "prompt"])
 def test_the_adjoint_approaches_the_full_gradient_at_first_order(over: str) -> None:
-    """Euler's method both ways: twice the steps, half the error. Measured orders over 20, 40, 80 and 160 steps."""
+    """Euler's method both ways: twice the steps, half the error. The order is measured over 40 and 160 steps."""
     model = cr.load(make_pipeline("v_prediction"))
-    every = {n: (*(round(951 - 950 * i / n) for i in range(n)), 0) for n in (20, 40, 80, 160)}
+    every = {n: (*(round(951 - 950 * i / n) for i in range(n)), 0) for n in (40, 160)}
     errors = []
     for grid in every.values():
         found = []
@@ -231,9 +230,9 @@ def test_the_adjoint_approaches_the_full_gradient_at_first_order(over: str) -> N
             seen = way(given, x, Random(0))
             found.append(leaf.grad if over == "prompt" else seen.gradient)
         errors.append(float((found[0] - found[1]).norm() / found[1].norm()))
-    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
-    assert errors[-1] < 0.05
-    assert 0.7 < orders[-1] < 1.4, (errors, orders)
+    order = math.log2(errors[0] / errors[1]) / 2
+    assert errors[1] < 0.05
+    assert 0.7 < order < 1.4, errors
 
 
 # The invertible chain
@@ -340,8 +339,8 @@ def test_memory_does_not_grow_with_the_steps(gradient: str) -> None:
     """At most one latent per further call: what a chain that remembers where it was has to hold."""
     model = cr.load(make_pipeline(dtype=torch.float32))
     peaks = {}
-    for steps in (4, 20):
+    for steps in (4, 12):
         given, x = problem(model, steps=steps)
         peaks[steps] = peak_bytes(lambda given=given, x=x: gradient_of(gradient, "latent")(given, x, Random(0)))
     latent = x.numel() * x.element_size()
-    assert peaks[20] - peaks[4] <= (16 * latent if gradient == "full" else 0) + latent, peaks
+    assert peaks[12] - peaks[4] <= (8 * latent if gradient == "full" else 0) + latent, peaks

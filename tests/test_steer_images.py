@@ -33,7 +33,7 @@ def test_inversion_approaches_the_exact_inverse() -> None:
         mine = (mine - (s2 * a - a2 * s) * call(mine, torch.tensor(t))) / (a2 * a + s2 * s)
     close(invert(given.chain, image, given.grid), mine)
     model, far = cr.load(make_pipeline("v_prediction")), []
-    for steps in (25, 50, 100, 200):
+    for steps in (25, 50, 100):
         grid = (*(round(951 - 950 * i / steps) for i in range(steps)), 0)
         given, x = problem(replace(model, sampler=replace(model.sampler, levels=lambda steps, grid=grid: grid)))
         image = given.chain.end(x, walk(grid))
