@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
@@ -116,11 +116,11 @@ class RunConfig(Checked, ABC):
         found = self.model_dump()
         for name in reversed(self.sections()):
             found |= found.pop(name)
-        return plain(found, "config")  # type: ignore[no-any-return]
+        return plain(found, "config")
 
     def text(self) -> str:
         """The config as YAML."""
-        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)  # type: ignore[no-any-return]
+        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)
 
 
 class FinetuneConfig(RunConfig):

@@ -57,7 +57,7 @@ class Adapter:
     @property
     def config(self) -> LoraConfig:
         """peft's own: rank, alpha, target layers."""
-        return self.network.peft_config[self.name]  # type: ignore[no-any-return, index, union-attr]
+        return self.network.peft_config[self.name]  # type: ignore[index]
 
     def weights(self) -> Weights:
         """A copy of its matrices."""

@@ -8,7 +8,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-import yaml  # type: ignore[import-untyped]
+import yaml
 from pydantic.fields import FieldInfo
 
 from chainrule.config import RunConfig

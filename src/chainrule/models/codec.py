@@ -71,7 +71,7 @@ class KLAutoencoder:
         scale, shift = self._units(latents)
         dtype = next(self.network.parameters()).dtype
         image = self.network.decode((latents / scale + shift).to(dtype), return_dict=False)[0]
-        return (image.to(latents.dtype) / 2 + 0.5).clamp(0, 1)  # type: ignore[no-any-return]
+        return (image.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class KLAutoencoder:
         found = self.network.encode((images * 2 - 1).to(weight.device, weight.dtype)).latent_dist.mean
         found = found.to(torch.promote_types(weight.dtype, torch.float32))
         scale, shift = self._units(found)
-        return (found - shift) * scale  # type: ignore[no-any-return]
+        return (found - shift) * scale
 
     def _units(self, latents: Tensor) -> tuple[Any, Any]:
         """Scale and shift: numbers, or (c, 1, 1)."""

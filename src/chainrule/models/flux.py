@@ -38,7 +38,7 @@ class Transformer:
             pooled_projections=embedding.pooled.to(dtype), encoder_hidden_states=embedding.states.to(dtype),
             txt_ids=torch.zeros(embedding.states.shape[1], 3, device=x.device, dtype=dtype), img_ids=places, return_dict=False,
         )[0]  # fmt: skip
-        return FluxPipeline._unpack_latents(found, h, w, 1).to(x.dtype)  # type: ignore[no-any-return]
+        return FluxPipeline._unpack_latents(found, h, w, 1).to(x.dtype)
 
 
 def spaced(scheduler: Any, steps: int, **options: Any) -> None:

@@ -107,7 +107,7 @@ def load(
     device = _device(device)
     if not isinstance(source, (str, Path)):
         family = _family(type(source).__name__)
-        return family.build(type(source).__name__, source, replace(_usual(source), size=pixels), solver)  # type: ignore[no-any-return]
+        return family.build(type(source).__name__, source, replace(_usual(source), size=pixels), solver)
     check(source, solver)
     name = str(source)
     if name in BUNDLED:

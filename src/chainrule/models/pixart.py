@@ -39,7 +39,7 @@ class DiT:
             x.to(dtype), encoder_hidden_states=embedding.states.to(dtype), encoder_attention_mask=embedding.mask, timestep=t,
             added_cond_kwargs=told, return_dict=False,
         )[0]  # fmt: skip
-        return found[:, : x.shape[1]].to(x.dtype)  # type: ignore[no-any-return]
+        return found[:, : x.shape[1]].to(x.dtype)
 
 
 def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model:

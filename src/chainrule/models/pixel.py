@@ -32,7 +32,7 @@ class UNet:
     def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         dtype, classes = weight_type(self.network), embedding.states if self.network.config.num_class_embeds else None  # type: ignore[union-attr]
         t = torch.tensor(level - 1, device=x.device)
-        return self.network(x.to(dtype), t, class_labels=classes, return_dict=False)[0].to(x.dtype)  # type: ignore[no-any-return]
+        return self.network(x.to(dtype), t, class_labels=classes, return_dict=False)[0].to(x.dtype)
 
 
 def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model:

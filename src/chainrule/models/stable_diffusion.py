@@ -34,7 +34,7 @@ class UNet:
 
     def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding, scale: float | Tensor = 1.0) -> Tensor:
         dtype, t = weight_type(self.network), torch.tensor(level - 1, device=x.device)
-        return self.network(  # type: ignore[no-any-return]
+        return self.network(
             x.to(dtype), t, encoder_hidden_states=embedding.states.to(dtype), timestep_cond=self.embedded(x, scale),
             return_dict=False,
         )[0].to(x.dtype)  # fmt: skip

@@ -28,7 +28,7 @@ class MMDiT:
     def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
         dtype, t = weight_type(self.network), torch.full((len(x),), level, device=x.device)
         assert embedding.pooled is not None
-        return self.network(  # type: ignore[no-any-return]
+        return self.network(
             hidden_states=x.to(dtype), timestep=t, encoder_hidden_states=embedding.states.to(dtype),
             pooled_projections=embedding.pooled.to(dtype), return_dict=False,
         )[0].to(x.dtype)  # fmt: skip

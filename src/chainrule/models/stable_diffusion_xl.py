@@ -30,7 +30,7 @@ class UNet:
         assert embedding.pooled is not None
         sizes = torch.tensor([[self.height, self.width, 0, 0, self.height, self.width]], device=x.device, dtype=dtype)
         added = {"text_embeds": embedding.pooled.to(dtype), "time_ids": sizes.expand(len(x), -1)}
-        return self.network(  # type: ignore[no-any-return]
+        return self.network(
             x.to(dtype), t, encoder_hidden_states=embedding.states.to(dtype), added_cond_kwargs=added, return_dict=False
         )[0].to(x.dtype)
 

@@ -81,7 +81,7 @@ class Network:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (b, classes) of images (b, 3, h, w) in [0, 1]."""
         logits = self.model(pixel_values=self.look(images).to(self.model.dtype)).logits
-        return logits.to(torch.promote_types(images.dtype, torch.float32))  # type: ignore[no-any-return]
+        return logits.to(torch.promote_types(images.dtype, torch.float32))
 
     @property
     def labels(self) -> list[str]:

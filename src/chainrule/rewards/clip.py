@@ -92,7 +92,7 @@ class Clip:
     @property
     def scale(self) -> Tensor:
         """exp(logit_scale), the learned inverse temperature; 100 for most models."""
-        return self.model.logit_scale.exp()  # type: ignore[no-any-return]
+        return self.model.logit_scale.exp()
 
     def embed(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Normalized pixels (b, 3, size, size) and n prompts -> unit image (b, d) and text (n, d) embeddings.

@@ -50,7 +50,7 @@ class Diversity(Reward):
     def _between(self, first: Tensor, second: Tensor) -> Tensor:
         if self.features != PIXELS:
             return perceptual(first, second, self.features)
-        return torch.linalg.vector_norm(first - second, dim=(1, 2, 3)) / first[0].numel() ** 0.5  # type: ignore[no-any-return]
+        return torch.linalg.vector_norm(first - second, dim=(1, 2, 3)) / first[0].numel() ** 0.5
 
     def to(self, device: torch.device | str) -> Reward:
         if self.features != PIXELS:

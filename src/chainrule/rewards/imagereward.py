@@ -81,7 +81,7 @@ class Blip:
             attention_mask=tokens["attention_mask"].to(images.device),
             encoder_hidden_states=seen,
         )
-        return (self.head(read.last_hidden_state[:, 0])[:, 0] - MEAN) / STD  # type: ignore[no-any-return]
+        return (self.head(read.last_hidden_state[:, 0])[:, 0] - MEAN) / STD
 
 
 def crop(images: Tensor, size: int) -> Tensor:

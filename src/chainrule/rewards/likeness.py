@@ -66,7 +66,7 @@ class Encoder:
     def __call__(self, images: Tensor) -> Tensor:
         """(b, width), in float32 or better."""
         states = self.model(pixel_values=self.look(images).to(self.model.dtype)).last_hidden_state
-        return states[:, 0].to(torch.promote_types(images.dtype, torch.float32))  # type: ignore[no-any-return]
+        return states[:, 0].to(torch.promote_types(images.dtype, torch.float32))
 
 
 def load_encoder(source: str, device: torch.device | str = "cpu") -> Encoder:
@@ -104,7 +104,7 @@ class LPIPS(Beside):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         network = _lpips(self.source, full_name(images.device))
-        return -network(images * 2 - 1, self.before(images) * 2 - 1).flatten()  # type: ignore[no-any-return]
+        return -network(images * 2 - 1, self.before(images) * 2 - 1).flatten()
 
     def to(self, device: torch.device | str) -> Reward:
         _lpips(self.source, full_name(device))

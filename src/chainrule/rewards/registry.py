@@ -28,7 +28,7 @@ class Entry:
 
     def load(self) -> type[Reward]:
         module, _, name = self.where.rpartition(".")
-        return getattr(importlib.import_module(f"chainrule.rewards.{module}"), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"chainrule.rewards.{module}"), name)
 
 
 REGISTRY: Mapping[str, Entry] = {

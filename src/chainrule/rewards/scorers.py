@@ -163,7 +163,7 @@ class Aesthetic(Reward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image, head = aesthetic_parts(self, images)
-        return head(image)[:, 0]  # type: ignore[no-any-return]
+        return head(image)[:, 0]
 
     def to(self, device: torch.device | str) -> Reward:
         load_clip(self.eye, "clip", device)

@@ -47,7 +47,7 @@ class SigLIP(Reward):
         tokens = tokenizer(said, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         pixels = normalize(resize(images, (side, side)), HALF, HALF)
         out = model(input_ids=tokens["input_ids"].to(images.device), pixel_values=pixels.float())
-        return (out.image_embeds * out.text_embeds).sum(-1)  # type: ignore[no-any-return]
+        return (out.image_embeds * out.text_embeds).sum(-1)
 
     def to(self, device: torch.device | str) -> Reward:
         load_siglip(self.source, device)

@@ -118,7 +118,7 @@ def fit_aesthetic(clip: CLIPModel, out: Path, steps: int, batch: int = 256) -> n
     head = aesthetic_head(clip.config.projection_dim).to(DEVICE)
     features, ratings = _rated(clip, random.Random("aesthetic"), 16384)
     held_features, held_ratings = _rated(clip, random.Random("held-out aesthetic"), 1024)
-    head[-1].bias.data.fill_(float(ratings.mean()))  # type: ignore[union-attr, operator]
+    head[-1].bias.data.fill_(float(ratings.mean()))  # type: ignore[operator]
 
     def loss(rng: random.Random) -> Tensor:
         picked = [rng.randrange(len(features)) for _ in range(batch)]

@@ -98,7 +98,7 @@ def sample(unet: UNet2DModel, names: list[str], seed: int, steps: int = 50) -> n
         with torch.autocast(DEVICE.type, torch.bfloat16):
             answer = unet(x, t, class_labels=labels).sample
         x = ddim.step(answer.float(), t, x).prev_sample
-    return ((x.clamp(-1, 1) / 2 + 0.5) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # type: ignore[no-any-return]
+    return ((x.clamp(-1, 1) / 2 + 0.5) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.no_grad()
