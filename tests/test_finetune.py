@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,23 +154,6 @@ def test_an_update_does_not_depend_on_accumulation_or_micro_batches(tmp_path):
         torch.testing.assert_close(other, found[0], rtol=1e-7, atol=1e-9)
 
 
-def _one_of_several(folder: str) -> None:
-    torch.set_num_threads(1)
-    run(Path(folder), SDO(), batch=4, steps=3)
-
-
-def test_two_processes_are_one_process_with_the_same_global_batch(tmp_path):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    subprocess.run([*launch, str(tmp_path / "two")], env=environment, check=True, timeout=120)
-    one = run(tmp_path / "one", SDO(), batch=4, steps=3)
-    first, second = (load_file(f / "adapter/pytorch_lora_weights.safetensors") for f in (one.folder, tmp_path / "two"))
-    for key in first:
-        torch.testing.assert_close(second[key], first[key], rtol=1e-3, atol=1e-6)
-    rows = [json.loads(line)["reward"] for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert rows == pytest.approx([row["reward"] for row in one.metrics()], rel=1e-4)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -207,7 +187,3 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
         run(tmp_path / "run", DRaFT(1), steps=3, resume=True, rank=4)
     with pytest.raises(cr.UserError, match="not empty"):
         run(tmp_path / "run", DRaFT(1), steps=3)
-
-
-if __name__ == "__main__":  # one of the processes of test_two_processes_...
-    _one_of_several(sys.argv[1])

@@ -1,0 +1,140 @@
+"""N processes are one process: fine-tuning, distilling, sampling and evaluating, in two processes and in one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import chainrule as cr
+from chainrule.cli import app
+from chainrule.loop import Row
+from chainrule.methods import SDO
+from chainrule.processes import ALONE, Processes
+
+PROMPTS = ["a fox", "two bees", "a cat"]
+
+
+def gray(images: torch.Tensor, prompts: object) -> torch.Tensor:
+    return -(images - 0.5).square().mean((1, 2, 3))
+
+
+def work(folder: Path) -> None:
+    """What every process does; only the main one writes. Three images in two processes are not shared equally."""
+    torch.set_num_threads(1)
+    small = {"batch": 4, "sample_steps": 4, "guidance": 2.0, "rank": 2, "updates": 3, "sample_every": 1, "patience": 9}
+    net = cr.load(make_pipeline("v_prediction", torch.float32))
+    cr.finetune(net, SDO(), gray, PROMPTS, held_out=gray, out=folder / "tuned", **small)
+
+    def terminate(row: Row) -> None:
+        if row["step"] == 2 and os.environ.get("RANK", "1") == "1":  # only one of the processes is told to stop
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cr.finetune(net, SDO(), gray, PROMPTS, out=folder / "stopped", on_update=terminate, **{**small, "updates": 9, "patience": 0})
+    net = cr.load(make_pipeline("v_prediction"))
+    few = {"updates": 2, "batch": 2, "starts": 4, "teacher_steps": 8, "rank": 2, "guidance": 2.0}
+    cr.distill(net, prompts=PROMPTS, out=folder / "student", **few)
+    processes = Processes.here(net.device)
+    images = {str(n): net.render(PROMPTS[:n], range(n), 3, 2.0, processes=processes) for n in (1, 3)}
+    table = cr.evaluate({"base": net}, PROMPTS, [gray], seeds=range(3), steps=3, guidance=2.0, batch=2, processes=processes)
+    if processes.main:
+        save_file(images, folder / "images.safetensors")
+        table.save(folder / "table.json")
+    options = ["--prompts", "a fox", "--seeds", "3", "--steps", "2", "--out", str(folder / "samples")]
+    app(["sample", str(folder.parent / "sd"), *options], standalone_mode=False)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What one process wrote, and what two did."""
+    folder = tmp_path_factory.mktemp("processes")
+    make_pipeline(dtype=torch.float32).save_pretrained(folder / "sd")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    two = subprocess.Popen(
+        [*launch, str(folder / "two")], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    work(folder / "one")
+    _, errors = two.communicate(timeout=300)
+    assert two.returncode == 0, errors
+    return folder / "one", folder / "two"
+
+
+def test_fine_tuning(folders):
+    first, second = (load_file(folder / "tuned/adapter/pytorch_lora_weights.safetensors") for folder in folders)
+    for key in first:
+        torch.testing.assert_close(second[key], first[key], rtol=1e-3, atol=1e-6)
+    rows = [[json.loads(line) for line in (folder / "tuned/metrics.jsonl").read_text().splitlines()] for folder in folders]
+    assert len(rows[1]) == 3
+    for one, two in zip(*rows, strict=True):
+        assert {key: two[key] for key in ("step", "skipped")} == {key: one[key] for key in ("step", "skipped")}
+        assert two["reward"] == pytest.approx(one["reward"], rel=1e-4) and two["terms"] == pytest.approx(one["terms"], rel=1e-4)
+    assert [row["held_out"] for row in rows[1][:2]] == pytest.approx([row["held_out"] for row in rows[0][:2]], rel=1e-4)
+    assert files(folders[0] / "tuned") == files(folders[1] / "tuned")
+
+
+def test_all_processes_stop_when_one_is_asked_to(folders):
+    for folder in folders:
+        assert (folder / "stopped/stopped.txt").read_text() == "interrupted at update 2\n"
+    assert files(folders[0] / "stopped") == files(folders[1] / "stopped")
+
+
+def test_distilling(folders):
+    first, second = (load_file(folder / "student/checkpoints/step-000002/state.safetensors") for folder in folders)
+    for key in first:
+        torch.testing.assert_close(second[key], first[key], rtol=1e-6, atol=1e-9)
+    losses = [[json.loads(line)["loss"] for line in (f / "student/metrics.jsonl").read_text().splitlines()] for f in folders]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and files(folders[0] / "student") == files(folders[1] / "student")
+
+
+def test_sampling_and_evaluating(folders):
+    first, second = (load_file(folder / "images.safetensors") for folder in folders)
+    assert len(first["1"]) == 1 and len(first["3"]) == 3
+    for key in first:
+        torch.testing.assert_close(second[key], first[key], rtol=0, atol=1e-6)
+    one, two = (json.loads((folder / "table.json").read_text())["rows"][0]["metrics"] for folder in folders)
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-5)
+
+
+def test_the_command_line_writes_once(folders):
+    one, two = (folder / "samples" for folder in folders)
+    assert files(one) == files(two) == ["0000.png", "0001.png", "0002.png", "grid.png"]
+    for name in files(one):
+        pixels = [np.asarray(Image.open(folder / name)).astype(int) for folder in (one, two)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_one_process_starts_nothing(folders):
+    assert not torch.distributed.is_initialized() and Processes.here() == ALONE
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shares_are_everything_once(count):
+    items = list("abcdefg")
+    shares = [Processes(index, count).share(items) for index in range(count)]
+    assert sorted(itertools.chain(*shares)) == items and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(cr.UserError, match="batch is 6, but must be divisible by 2 processes x accumulate"):
+        Processes(0, 2).check_batch(6, 2)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":  # one of the two processes
+    work(Path(sys.argv[1]))
