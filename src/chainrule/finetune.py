@@ -62,9 +62,7 @@ def finetune(
         model=model.name, opening=Opening(**model.opening), adapter=model.under, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
         prompts=prompts if isinstance(prompts, str) else tuple(texts),
-        settings=settings.model_copy(
-            update={"stage_steps": list(order.lengths) if len(order) > 1 else None, "guidance": model.guidance_spec}
-        ),
+        settings=settings.model_copy(update={"stage_steps": order.recorded, "guidance": model.guidance_spec}),
     )  # fmt: skip
     processes = Processes.here(model.device)
     processes.check_batch(settings.batch, settings.accumulate)

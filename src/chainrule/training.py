@@ -72,6 +72,11 @@ class Stages:
         return len(self.methods)
 
     @property
+    def recorded(self) -> list[int] | None:
+        """The lengths as a run's config holds them; None for a method of one stage."""
+        return list(self.lengths) if len(self) > 1 else None
+
+    @property
     def method(self) -> Method:
         """The stage's method."""
         return self.methods[self.now.number]
