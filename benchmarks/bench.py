@@ -348,7 +348,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     apart = max(float((ours - bench.sample(which).float().cpu()).abs().max()) for which in bench.pipes)
     time_rows = times(bench, rewards(model.device))
     sampling = {which: median([s for row in time_rows for s in row["seconds"][which]]) for which in bench.pipes}
-    latent = torch.Size((scope.memory_batch, *model.latent_shape)).numel() * model.dtype.itemsize
+    latent = torch.Size((scope.memory_batch, *model.codec.latent_shape)).numel() * model.dtype.itemsize
     settings = {
         "steps": scope.steps, "batch": scope.batch, "rounds": scope.rounds, "guidance": bench.guidance,
         "rank": bench.adapter.config.r, "memory_batch": scope.memory_batch, "latent_bytes": latent,

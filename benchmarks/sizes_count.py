@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chainrule.denoise import Condition, Member
+from chainrule.cast import Member
+from chainrule.denoise import Condition
 from chainrule.meters import LiveBytes
 
 

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 import chainrule as cr
-from chainrule.denoise import Condition, PromptEmbedding
+from chainrule.denoise import Condition, PromptEmbedding, guidance_is_input
 from chainrule.rewards import RewardFunction
 from chainrule.rewards.clip import Clip, normalize, resize_and_crop
 
@@ -210,7 +210,7 @@ def load(shape: Architecture, device: torch.device, dtype: torch.dtype) -> cr.Mo
         return PromptEmbedding(torch.zeros(count, *shape.words, device=device, dtype=dtype), pooled)
 
     def embed(prompts: Sequence[str]) -> Condition:
-        if model.distilled:
+        if guidance_is_input(model.denoiser):
             both = words(len(prompts))
             return Condition(both, both)
         return Condition(words(len(prompts)), words(len(prompts)))

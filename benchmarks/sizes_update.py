@@ -68,7 +68,7 @@ class Bench:
             chain = replace(chain, cast=cast)
         noise = self.model.noise(seeds)
         with self.model.blockwise(Memory(memory)):
-            backpropagate(chain, plan, noise, self.model.decode, self.score, prompts, micro_batch=MICRO_BATCH)
+            backpropagate(chain, plan, noise, self.model.codec.decode, self.score, prompts, micro_batch=MICRO_BATCH)
         self.learner.update(weights, gradients(weights), 0.0, lr=0.0, clip=1.0, ema=0.99)
 
     def fixed(self) -> dict[str, int]:
@@ -98,7 +98,7 @@ def adapted(model: cr.Model, judge: nn.Module, score: RewardFunction, method: Me
             name: model.adapt(name, rank=RANK, seed=i, levels=levels) for i, (name, levels) in enumerate(own.adapters.items())
         }
         if "student" in own.members:
-            student = adapters.inject(model.network, "student", rank=STUDENT_RANK, part=model.part)
+            student = adapters.inject(model.network, "student", rank=STUDENT_RANK, component=model.component)
             for weight in student.parameters():
                 weight.requires_grad_(False)
             member = Member(model.denoiser, of_number(model.denoiser, 1.0), Active({"student": Band()}))
@@ -133,7 +133,7 @@ def pieces(bench: Bench) -> dict[str, int]:
                 answer.backward(torch.empty_like(answer))
 
     def image(score: RewardFunction) -> None:
-        read(model.decode, Objective.of(score), x, prompts, MICRO_BATCH)
+        read(model.codec.decode, Objective.of(score), x, prompts, MICRO_BATCH)
 
     def peak(run: Callable[[], None]) -> int:
         bench.learner.optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ import chainrule as cr
 from chainrule import methods
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import Pixels
-from chainrule.models.solvers import made
+from chainrule.models.solvers import sampler_of
 
 
 class Network(nn.Module):
@@ -68,7 +68,7 @@ def model() -> cr.Model:
         name="two-colors",
         pipe=SimpleNamespace(scheduler=scheduler),
         denoiser=Denoiser(trained()),
-        sampler=made(scheduler),
+        sampler=sampler_of(scheduler),
         embed=lambda prompts: Condition(unread(prompts), unread(prompts)),
         codec=Pixels(4, 4),
     )

@@ -30,7 +30,7 @@ def score(images: Tensor, prompts: object) -> Tensor:
 def problem(model: cr.Model, over: str = "latent", steps: int = STEPS, memory: str = "recompute") -> tuple[Problem, Tensor]:
     chain = model.guided(GUIDANCE).chain(PROMPTS, SEEDS, Memory(memory))
     grid = Over.parse(over).grid(model.grid(steps))
-    return Problem(chain, grid, model.decode, PROMPTS, Objective.of(score)), model.noise(SEEDS)
+    return Problem(chain, grid, model.codec.decode, PROMPTS, Objective.of(score)), model.noise(SEEDS)
 
 
 def network(model: cr.Model, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
@@ -52,7 +52,7 @@ def paper_loop(
         with torch.set_grad_enabled(live(i)):
             answer = call(x, t)
         x = scheduler.step(answer, t, x).prev_sample
-    return -score(model.decode(x), PROMPTS).sum()
+    return -score(model.codec.decode(x), PROMPTS).sum()
 
 
 def near(ours: Tensor, theirs: Tensor, solver: str) -> None:

@@ -92,7 +92,7 @@ def test_picard_measures_what_the_theorem_is_about() -> None:
                 with torch.set_grad_enabled(every or i == 0):
                     answer = model.pipe.unet(state, jump.start - 1, encoder_hidden_states=chain.condition.positive.states).sample
                 state = a * state + b * answer
-            grads.append(torch.autograd.grad(score(model.decode(state), "").sum(), leaf)[0])
+            grads.append(torch.autograd.grad(score(model.codec.decode(state), "").sum(), leaf)[0])
         apart.append(float((grads[1] - grads[0]).norm() / grads[0].norm()))
     assert figures["their distance over the exact one's norm"] == pytest.approx(sum(apart) / 2, rel=1e-6)
     if figures["operator norm of dF/dy"] < 1:

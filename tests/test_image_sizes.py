@@ -21,7 +21,7 @@ from chainrule.errors import UserError
 from chainrule.methods import DRaFTLV
 from chainrule.rewards import probe
 from chainrule.settings import Opening
-from chainrule.size import size_of, written
+from chainrule.size import config_size, size_of
 from chainrule.steer.images import read_image
 
 SIZE = (24, 16)
@@ -39,7 +39,7 @@ def dark(images: Tensor, prompts: list[str]) -> Tensor:
     ],
 )  # fmt: skip
 def test_a_size_is_read_as_it_is_written(given: Any, size: tuple[int, int], text: int | str) -> None:
-    assert size_of(given) == size and written(size) == text and size_of(written(size)) == size
+    assert size_of(given) == size and config_size(size) == text and size_of(config_size(size)) == size
     assert Opening(size=given).size == text
 
 

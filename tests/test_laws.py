@@ -234,7 +234,7 @@ def test_sdo_on_weights_is_equation_20():
     found, _ = gradients(model, adapter, plan)
     states = _states(model, path)
     latent = states[-1].requires_grad_()
-    (v,) = torch.autograd.grad(-score(model.decode(latent), PROMPTS).mean(), latent)
+    (v,) = torch.autograd.grad(-score(model.codec.decode(latent), PROMPTS).mean(), latent)
     pairs = [model.solver.process.coefficients(j.start, j.stop, j.finish) for j in path]
     answer = model.guided(GUIDANCE).cast()["base"](states[i].detach(), path[i].start, model.embed(PROMPTS))
     pulled = v * pairs[i][1] * math.prod(a for a, _ in pairs[i + 1 :])
@@ -263,7 +263,7 @@ def test_drtune_is_its_closed_sum():
     found, _ = gradients(model, adapter, plan, "recompute")
     states = _states(model, path)
     latent = states[-1].requires_grad_()
-    (v,) = torch.autograd.grad(-score(model.decode(latent), PROMPTS).mean(), latent)
+    (v,) = torch.autograd.grad(-score(model.codec.decode(latent), PROMPTS).mean(), latent)
     pairs = [model.solver.process.coefficients(j.start, j.stop, j.finish) for j in path]
     named, total = adapter.named_parameters(), {}
     for i, jump in enumerate(path):
@@ -289,7 +289,7 @@ def test_reward_micro_batches_do_not_change_the_gradient():
     chain = model.guided(GUIDANCE).chain(PROMPTS, SEEDS, Memory.RECOMPUTE)
     found = []
     for part in (1, 2):
-        backpropagate(chain, plan, model.noise(SEEDS), model.decode, score, PROMPTS, micro_batch=part)
+        backpropagate(chain, plan, model.noise(SEEDS), model.codec.decode, score, PROMPTS, micro_batch=part)
         found.append({k: w.grad.clone() for k, w in adapter.named_parameters().items()})
         for weight in adapter.parameters():
             weight.grad = None

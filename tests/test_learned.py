@@ -109,7 +109,7 @@ def plain_loss(model: cr.Model, part: Learned, case: Case, plan: Plan) -> Tensor
     for number, branch in enumerate(plan.branches):
         latent = run(first.detach() if number and branch[0].start == 0 else trunk, branch, number)
         first = latent if not number else first
-        total = total - score(model.decode(latent), PROMPTS).mean()
+        total = total - score(model.codec.decode(latent), PROMPTS).mean()
     return total
 
 
@@ -134,7 +134,7 @@ def test_it_answers_when_sampling(case: Case, tmp_path: Path) -> None:
     with torch.no_grad():
         loss = plain_loss(model, part, case, DRaFT().plan(model.grid(STEPS), Random(0)))
         *_, latent = model.states(PROMPTS, SEEDS, STEPS)
-        assert float(-score(model.decode(latent), PROMPTS).mean()) == pytest.approx(float(loss), rel=1e-9)
+        assert float(-score(model.codec.decode(latent), PROMPTS).mean()) == pytest.approx(float(loss), rel=1e-9)
         *_, without = replace(model, learned={}).states(PROMPTS, SEEDS, STEPS)
     assert not torch.allclose(latent, without, atol=1e-4)
 

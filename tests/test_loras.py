@@ -110,7 +110,7 @@ def test_a_published_adapter_is_sampled_as_its_authors_say(name: str, tmp_path: 
         "huggingface_hub.hf_hub_download", lambda repository, file_name: asked.append((repository, file_name)) or file
     )
     model = loaded(case).using(name)
-    assert set(asked) == {tuple(known.where.split(":"))} and model.under == (name,)
+    assert set(asked) == {tuple(known.where.split(":"))} and model.base_adapters == (name,)
     ours = model.render(PROMPTS, SEEDS)
 
     pipe = case.pipe()

@@ -203,7 +203,7 @@ def test_a_vae_that_overflows_in_half_precision_is_copied_to_float32():
     latents = torch.randn(1, 4, 8, 8)
     expected = pipe.vae.float().decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
     pipe.vae.half()
-    torch.testing.assert_close(cr.load(pipe, size=16).decode(latents), expected.clamp(0, 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(cr.load(pipe, size=16).codec.decode(latents), expected.clamp(0, 1), rtol=0, atol=1e-6)
     assert {w.dtype for w in pipe.vae.parameters()} == {torch.float16}
 
 
@@ -260,10 +260,10 @@ def test_latents_with_a_mean_and_deviation_of_their_own_are_those_of_the_pipelin
     theirs = case.run(pipe, PROMPTS, SEEDS, 3.0, 3, output_type="np").images
     model = cr.load(pipe, size=16)
     assert np.abs(model.render(PROMPTS, SEEDS, 3, 3.0).permute(0, 2, 3, 1).numpy() - theirs).max() < 2e-5
-    latents = model.encode(torch.rand(2, 3, 16, 16))
+    latents = model.codec.encode(torch.rand(2, 3, 16, 16))
     mean, deviation = (torch.tensor(pipe.vae.config[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
     expected = pipe.vae.decode(latents * deviation / 0.13025 + mean).sample / 2 + 0.5
-    torch.testing.assert_close(model.decode(latents), expected.clamp(0, 1))
+    torch.testing.assert_close(model.codec.decode(latents), expected.clamp(0, 1))
 
 
 def test_a_place_that_stable_diffusion_3_does_not_have_is_refused():

@@ -54,9 +54,9 @@ ON_CALLS: dict[str, tuple[Any, Callable[[Tensor, Tensor], Tensor]]] = {
 def test_a_term_on_images_is_its_formula(name: str, micro_batch: int) -> None:
     (term, formula), model = ON_IMAGES[name], cr.load(make_pipeline())
     latents = model.noise(SEEDS)
-    reading, gradient = read(model.decode, Objective((term,)), latents, PROMPTS, micro_batch)
+    reading, gradient = read(model.codec.decode, Objective((term,)), latents, PROMPTS, micro_batch)
     leaf = latents.clone().requires_grad_()
-    values = formula(model.decode(leaf))
+    values = formula(model.codec.decode(leaf))
     (expected,) = torch.autograd.grad(term.weight * values.sum(), leaf)
     torch.testing.assert_close(reading.terms[term.name], values.detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(reading.loss, term.weight * values.detach(), rtol=1e-9, atol=1e-12)

@@ -19,7 +19,7 @@ import chainrule as cr
 from chainrule.cast import Member
 from chainrule.chain import Chain
 from chainrule.denoise import Condition, PromptEmbedding
-from chainrule.models.plain import plain
+from chainrule.models.compared import pipeline_images
 from chainrule.noise import Diffusion, Flow, Noise
 from chainrule.plan import Jump, walk
 from chainrule.solve import DDIM, TCD, Ancestral, DPMSolver, Prediction, Process
@@ -220,7 +220,7 @@ def test_every_solver_serves_every_diffusion_pipeline(solver: str) -> None:
             pipe.scheduler.register_to_config(final_sigmas_type="sigma_min" if solver != "euler" else "zero")
         model = cr.load(pipe, solver=solver)
         assert model.sampler.name == solver
-        theirs = plain(model, PROMPTS, SEEDS, 4, 2.0)
+        theirs = pipeline_images(model, PROMPTS, SEEDS, 4, 2.0)
         assert float((model.render(PROMPTS, SEEDS, 4, 2.0) - theirs).abs().max()) < 5e-5
 
 

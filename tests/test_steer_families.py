@@ -44,7 +44,7 @@ def test_the_adjoint_of_a_flow_approaches_the_full_gradient_at_first_order(name:
     for steps in (20, 40):
         grid = (*(1000 - 980 * i / steps for i in range(steps)), 0)
         chain = model.guided(case.guidances[-1]).chain(PROMPTS, SEEDS, Memory.RECOMPUTE)
-        given = Problem(chain, grid, model.decode, PROMPTS, Objective.of(bright))
+        given = Problem(chain, grid, model.codec.decode, PROMPTS, Objective.of(bright))
         mine, full = (gradient_of(way, "latent")(given, model.noise(SEEDS), Random(0)).gradient for way in ("adjoint", "full"))
         errors.append(float((mine - full).norm() / full.norm()))
     assert errors[1] < 0.1 and 0.6 < math.log2(errors[0] / errors[1]) < 1.5, errors
@@ -73,6 +73,6 @@ def test_float16_keeps_the_direction_of_a_small_rewards_gradient(way: str) -> No
         model = cr.load(CASES["sd"].pipe(dtype=dtype), size=16)
         chain = model.guided(1.0).chain(PROMPTS, SEEDS, Memory.RECOMPUTE)
         faint = reward_of(lambda images, prompts: 1e-5 * images.square().mean((1, 2, 3)), "faint")
-        given = Problem(chain, model.grid(4), model.decode, PROMPTS, Objective.of(faint))
+        given = Problem(chain, model.grid(4), model.codec.decode, PROMPTS, Objective.of(faint))
         found.append(gradient_of(way, "latent")(given, model.noise(SEEDS), Random(0)).gradient.flatten())
     assert torch.cosine_similarity(*found, dim=0, eps=1e-30) > 0.95

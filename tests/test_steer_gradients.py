@@ -80,7 +80,7 @@ def test_sdo_at_a_latent_is_one_jacobian_times_the_linear_coefficients(predictio
 
     carry = math.prod(float(step(i)[0]) for i in range(1, STEPS))
     leaf = given.chain.end(x, walk(given.grid)).requires_grad_()
-    (g,) = torch.autograd.grad(-score(model.decode(leaf), PROMPTS).sum(), leaf)
+    (g,) = torch.autograd.grad(-score(model.codec.decode(leaf), PROMPTS).sum(), leaf)
     start = x.clone().requires_grad_()
     answer = network(model, given.chain.condition)(start, torch.tensor(given.grid[0] - 1))
     (jacobian,) = torch.autograd.grad(answer, start, g)
@@ -126,7 +126,7 @@ def test_controls_get_the_gradient_of_a_plain_loop(gradient: str) -> None:
         with torch.set_grad_enabled(gradient == "full"):
             answer = call(state, t)
         state = scheduler.step(answer + control, t, state).prev_sample
-    loss = -score(model.decode(state), PROMPTS).sum()
+    loss = -score(model.codec.decode(state), PROMPTS).sum()
     for a, b in zip(mine.values(), torch.autograd.grad(loss, theirs), strict=True):
         close(a.grad, b)
 
@@ -150,7 +150,7 @@ def test_consistency_sampling_is_diffusers_and_keeps_one_call() -> None:
             if i < 3:
                 a2 = scheduler.alphas_cumprod[scheduler.timesteps[i + 1]].double()
                 state = a2.sqrt() * clean + (1 - a2).sqrt() * noise.stream(i)
-        loss = -score(model.decode(clean), PROMPTS).sum()
+        loss = -score(model.codec.decode(clean), PROMPTS).sum()
         torch.testing.assert_close(seen.gradient, torch.autograd.grad(loss, leaf)[0], rtol=1e-5, atol=1e-9)  # its float32 scales
 
 
@@ -270,7 +270,7 @@ def test_the_coupled_chains_gradient_is_that_of_plain_autograd(over: str) -> Non
             second = a * b_state + b * call(first, t)
             a_state = p * first + (1 - p) * second
             b_state = p * second + (1 - p) * a_state
-        loss = -score(model.decode(a_state), PROMPTS).sum()
+        loss = -score(model.codec.decode(a_state), PROMPTS).sum()
         close(seen.losses.sum(), loss.detach())
         (found[who],) = torch.autograd.grad(loss, words if over == "prompt" else leaf)
     torch.testing.assert_close(found["ours"], found["theirs"], rtol=1e-7, atol=1e-11)
@@ -282,7 +282,7 @@ def test_the_coupled_chains_gradient_is_that_of_plain_autograd(over: str) -> Non
 def test_weak_guidance_is_plain_sampling() -> None:
     model = cr.load(make_pipeline())
     given, x = problem(model)
-    plain = model.decode(given.chain.end(x, walk(given.grid)))
+    plain = model.codec.decode(given.chain.end(x, walk(given.grid)))
     for guide in (FreeDoM(strength=1e-12, repeats=1), Universal(strength=1e-12, repeats=1)):
         torch.testing.assert_close(guide(given, x).images, plain, rtol=0, atol=1e-9)
 
@@ -297,11 +297,11 @@ def test_freedom_is_its_algorithm() -> None:
         leaf = state.clone().requires_grad_()
         answer = call(leaf, t)
         out = scheduler.step(answer, t, leaf)
-        (g,) = torch.autograd.grad(-score(model.decode(out.pred_original_sample), PROMPTS).sum(), leaf)
+        (g,) = torch.autograd.grad(-score(model.codec.decode(out.pred_original_sample), PROMPTS).sum(), leaf)
         moved = (out.prev_sample - leaf).detach()
         size = 0.3 * moved.square().mean((1, 2, 3), keepdim=True).sqrt() / g.square().mean((1, 2, 3), keepdim=True).sqrt()
         state = (out.prev_sample - size * g).detach()
-    torch.testing.assert_close(seen.images, model.decode(state), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(seen.images, model.codec.decode(state), rtol=1e-7, atol=1e-9)
 
 
 def test_universal_guidance_is_its_algorithm() -> None:
@@ -319,16 +319,16 @@ def test_universal_guidance_is_its_algorithm() -> None:
         leaf = state.clone().requires_grad_()
         epsilon = call(leaf, t)
         clean = (leaf - (1 - a2).sqrt() * epsilon) / a2.sqrt()
-        (g,) = torch.autograd.grad(-score(model.decode(clean), PROMPTS).sum(), leaf)
+        (g,) = torch.autograd.grad(-score(model.codec.decode(clean), PROMPTS).sum(), leaf)
         epsilon = epsilon.detach()
         epsilon = epsilon + 0.3 * (1 - a2).sqrt() * rms(epsilon) * g / rms(g)
         clean = ((state - (1 - a2).sqrt() * epsilon) / a2.sqrt()).requires_grad_()
-        (g,) = torch.autograd.grad(-score(model.decode(clean), PROMPTS).sum(), clean)
+        (g,) = torch.autograd.grad(-score(model.codec.decode(clean), PROMPTS).sum(), clean)
         clean = (clean - 0.1 * rms(clean) * g / rms(g)).detach()
         epsilon = (state - a2.sqrt() * clean) / (1 - a2).sqrt()
         b2 = scheduler.alphas_cumprod[then].double()
         state = b2.sqrt() * clean + (1 - b2).sqrt() * epsilon
-    torch.testing.assert_close(seen.images, model.decode(state), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(seen.images, model.codec.decode(state), rtol=1e-6, atol=1e-8)
 
 
 # Memory

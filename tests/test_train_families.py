@@ -17,7 +17,7 @@ from test_families import PROMPTS, SEEDS, images_of, said, shaken
 
 import chainrule as cr
 from chainrule.models import attach
-from chainrule.size import written
+from chainrule.size import config_size
 
 METHODS = ["draft-lv", "drtune", "sdo", "shortft"]
 OPTIONS = {"drtune": ["--method-option", "k=2", "--method-option", "m=2"], "shortft": ["--method-option", "k=2"]}
@@ -44,7 +44,7 @@ def test_a_student_is_distilled_from_every_family_and_lies_in_its_own_keys(place
         model = model.solving("ddim")
     run = cr.distill(model, out=tmp_path / "run", prompts=PROMPTS, **small)
     keys = load_file(run.adapter / "pytorch_lora_weights.safetensors").keys()
-    assert keys and all(key.startswith(f"{model.part}.") for key in keys)
+    assert keys and all(key.startswith(f"{model.component}.") for key in keys)
     student = cr.load(folder / "model", size=case.size).with_student(run.folder).members["student"]
     assert student is not None and student(model.noise(SEEDS), 500, model.embed(said(case))).isfinite().all()
 
@@ -59,7 +59,7 @@ def test_two_updates_and_the_adapter_in_plain_diffusers(
     words = ["train", "--model", str(folder / "model"), "--method", method, *OPTIONS.get(method, []), "--reward", "symmetry"]
     words += ["--prompts", prompts, "--steps", "2", "--batch", "2", "--sample-steps", "4", "--rank", "2", "--lr", "0.05"]
     words += ["--guidance", str(case.guidances[-1]), "--out", str(run), "--sample-every", "0"]
-    words += ["--size", str(written(case.size))] if case.size else []
+    words += ["--size", str(config_size(case.size))] if case.size else []
     words += ["--student", str(folder / "student")] if method == "shortft" else []
     found = chainrule(*words)
     assert found.code == 0, found.err

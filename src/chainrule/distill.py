@@ -54,7 +54,9 @@ class DistillTask:
     def start(cls, model: Model, prompts: Sequence[str], settings: Distillation, processes: Processes = ALONE) -> DistillTask:
         """Put a fresh student into the model's network; `remove` takes it out again."""
         model, network = model.guided(settings.guidance), model.network
-        adapter = inject(network, "student", rank=settings.rank, seed=settings.seed, targets=every_layer(network), part=model.part)
+        adapter = inject(
+            network, "student", rank=settings.rank, seed=settings.seed, targets=every_layer(network), component=model.component
+        )
         learner = Learner.of({adapter.name: adapter}, weight_decay=0.0)
         student = Member(model.denoiser, of_number(model.denoiser, 1.0), Active({adapter.name: Band()}))
         return cls(model, learner, adapter, student, prompts, settings, processes)

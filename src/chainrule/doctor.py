@@ -98,11 +98,11 @@ def _parts(model: Any) -> str:
 
 
 def _samples(model: Any, prompts: Sequence[str], steps: int, allowed: float) -> Check:
-    from chainrule.models.plain import plain
+    from chainrule.models.compared import pipeline_images
 
     seeds, guidance = list(range(len(prompts))), model.defaults.guidance
     try:
-        theirs = plain(model, prompts, seeds, steps, guidance)
+        theirs = pipeline_images(model, prompts, seeds, steps, guidance)
     except UserError as error:
         return Check("samples", str(error))
     apart = float((model.render(prompts, seeds, steps, guidance) - theirs).abs().max())
@@ -121,8 +121,8 @@ def _gradient(model: Any, judge: Any, prompts: Sequence[str], steps: int, exact:
     try:
         plan = DRaFT().plan(model.grid(steps), Random(0))
         chain = model.chain(prompts, seeds)
-        value = lambda: float(judge(model.decode(chain.end(model.noise(seeds), plan.branches[0])), prompts).mean())
-        backpropagate(chain, plan, model.noise(seeds), model.decode, judge, prompts)
+        value = lambda: float(judge(model.codec.decode(chain.end(model.noise(seeds), plan.branches[0])), prompts).mean())
+        backpropagate(chain, plan, model.noise(seeds), model.codec.decode, judge, prompts)
         weights = [weight for weight in adapter.parameters() if weight.grad is not None]
         slopes = [-weight.grad.clone() for weight in weights]  # of the reward; the loss is minus it
         size = float(sum((s**2).sum() for s in slopes)) ** 0.5
@@ -161,7 +161,7 @@ def _memory(model: Any, judge: Any, prompts: Sequence[str]) -> Check:
         x, level = model.noise([0]), model.grid(2)[0]
         there = storages(model.device)
         call = saved_bytes(lambda: member(x.clone().requires_grad_(), level, condition), there)
-        image = saved_bytes(lambda: judge(model.decode(x.clone().requires_grad_()), [prompts[0]]), there)
+        image = saved_bytes(lambda: judge(model.codec.decode(x.clone().requires_grad_()), [prompts[0]]), there)
         fixed = sum(there.values()) + sum(weight.numel() for weight in adapter.parameters()) * 12  # gradient, two moments
     finally:
         model.drop(adapter)

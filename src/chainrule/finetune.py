@@ -59,7 +59,7 @@ def finetune(
     for each in filter(None, (scorer, watched)):
         probe(each.to(model.device), model.size)
     config = FinetuneConfig(
-        model=model.name, opening=Opening(**model.opening), adapter=model.under, student=model.student_name,
+        model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
         prompts=prompts if isinstance(prompts, str) else tuple(texts),
         settings=settings.model_copy(update={"stage_steps": order.recorded, "guidance": model.guidance_spec}),

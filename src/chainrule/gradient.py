@@ -45,7 +45,7 @@ def gradient(
     chain = model.chain(prompts, seeds, Memory(memory))
     with model.blockwise(Memory(memory)):
         return backpropagate(
-            chain, plan, model.noise(seeds), model.decode, reward, prompts,
+            chain, plan, model.noise(seeds), model.codec.decode, reward, prompts,
             micro_batch=micro_batch or model.micro_batch, scale=scale,
         )  # fmt: skip
 

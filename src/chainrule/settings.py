@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from chainrule.errors import UserError, unknown
 from chainrule.named import name_and_options
-from chainrule.size import size_of, written
+from chainrule.size import config_size, size_of
 
 
 def _guidance(value: Any) -> Any:
@@ -111,7 +111,7 @@ class Opening(Checked):
     @field_validator("size", mode="before")
     @classmethod
     def _size(cls, value: Any) -> int | str | None:
-        return None if value is None else written(size_of(value))
+        return None if value is None else config_size(size_of(value))
 
 
 class Sampling(Checked):

@@ -30,7 +30,7 @@ def size_of(value: int | str | Sequence[int]) -> Size:
     return height, width
 
 
-def written(size: Size) -> int | str:
+def config_size(size: Size) -> int | str:
     """A size as configurations write it: 512 for a square, otherwise "768x1024". `size_of` reads it back."""
     height, width = size
     return height if height == width else f"{height}x{width}"

@@ -1,7 +1,7 @@
 """LoRA adapters: peft's layers and file formats, selected ambiently instead of by flipping flags."""
 
 from chainrule.adapters.bands import Active, Band, check_calls
-from chainrule.adapters.files import Weights, mix, parts, save_bands
+from chainrule.adapters.files import Weights, adapter_files, mix, save_bands
 from chainrule.adapters.lora import Adapter, inject, lease, load, unused_name
 from chainrule.adapters.select import recompute, selected
 
@@ -10,12 +10,12 @@ __all__ = [
     "Adapter",
     "Band",
     "Weights",
+    "adapter_files",
     "check_calls",
     "inject",
     "lease",
     "load",
     "mix",
-    "parts",
     "recompute",
     "save_bands",
     "selected",

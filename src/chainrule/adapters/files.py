@@ -18,17 +18,20 @@ from chainrule.errors import UserError
 
 FILE = "pytorch_lora_weights.safetensors"
 BANDS = "bands.json"  # of several adapters: which is on at which levels
-PARTS = ("unet", "transformer")  # what a pipeline calls the network that denoises: the first word of every key
+COMPONENTS = ("unet", "transformer")  # what a pipeline calls the network that denoises: the first word of every key
 Spans = tuple[tuple[float, float | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A LoRA as tensors, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank), for a pipeline's `part`."""
+    """A LoRA as tensors, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank).
+
+    `component` is the name the pipeline has for the network they belong to.
+    """
 
     tensors: Mapping[str, Tensor]
     alpha: float
-    part: str = "unet"
+    component: str = "unet"
 
     @property
     def rank(self) -> int:
@@ -48,8 +51,8 @@ class Weights:
         path.mkdir(parents=True, exist_ok=True)
         meta = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.targets), "peft_type": "LORA"}
         meta |= {"rank_pattern": {}, "alpha_pattern": {}}  # older diffusers looks for them
-        header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"{self.part}.{k}": v for k, v in meta.items()})}
-        tensors = {f"{self.part}.{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
+        header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"{self.component}.{k}": v for k, v in meta.items()})}
+        tensors = {f"{self.component}.{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
         partial = path / (FILE + ".part")
         save_file(tensors, partial, header)
         partial.replace(path / FILE)
@@ -61,7 +64,7 @@ def save_bands(folder: str | Path, bands: Mapping[str, Spans | None]) -> None:
     (Path(folder) / BANDS).write_text(json.dumps({name: {"levels": spans} for name, spans in bands.items()}, indent=2) + "\n")
 
 
-def parts(source: str | Path) -> dict[Path, Spans | None]:
+def adapter_files(source: str | Path) -> dict[Path, Spans | None]:
     """The files of one adapter, or of several by level, with their levels (None: all). UserError if there is none."""
     for folder in (Path(source), Path(source) / "adapter"):
         if (folder / BANDS).is_file():
@@ -101,9 +104,9 @@ def read(source: str | Path) -> Weights:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
-    part = next((part for part in PARTS if all(key.startswith(f"{part}.") for key in tensors)), PARTS[0])
+    component = next((name for name in COMPONENTS if all(key.startswith(f"{name}.") for key in tensors)), COMPONENTS[0])
     tensors = {
-        k.removeprefix(f"{part}.").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): v
+        k.removeprefix(f"{component}.").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): v
         for k, v in tensors.items()
     }
     if not tensors or not all(".lora_A." in k or ".lora_B." in k for k in tensors):
@@ -112,11 +115,11 @@ def read(source: str | Path) -> Weights:
         raise UserError(f"{path} has a LoRA with biases, which is not supported")
     if any(f"{layer}.lora_{half}.weight" not in tensors for layer in layers(tensors) for half in "AB"):
         raise UserError(f"{path} is damaged: it holds half of a LoRA for some layer")
-    scales = {layer: _scale(layer, tensors[f"{layer}.lora_A.weight"].shape[0], meta, part) for layer in layers(tensors)}
+    scales = {layer: _scale(layer, tensors[f"{layer}.lora_A.weight"].shape[0], meta, component) for layer in layers(tensors)}
     ranks = {value.shape[0] for key, value in tensors.items() if ".lora_A." in key}
     if len(ranks) == 1 and len(set(scales.values())) == 1:
-        return Weights(tensors, ranks.pop() * next(iter(scales.values())), part)
-    return one_rank(tensors, scales, part)
+        return Weights(tensors, ranks.pop() * next(iter(scales.values())), component)
+    return one_rank(tensors, scales, component)
 
 
 def layers(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -124,16 +127,16 @@ def layers(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted({key.split(".lora_")[0] for key in tensors})
 
 
-def _scale(layer: str, rank: int, meta: Mapping[str, Any], part: str) -> float:
+def _scale(layer: str, rank: int, meta: Mapping[str, Any], component: str) -> float:
     """alpha / rank of a layer, as the header's LoraConfig says: patterns of layers may have an alpha of their own."""
-    header = {key.removeprefix(f"{part}."): value for key, value in meta.items()}
+    header = {key.removeprefix(f"{component}."): value for key, value in meta.items()}
     alphas = header.get("alpha_pattern") or {}
     own = next((alpha for pattern, alpha in alphas.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)), None)
     alpha = float(own if own is not None else header.get("lora_alpha", rank))
     return alpha / (rank**0.5 if header.get("use_rslora") else rank)
 
 
-def one_rank(tensors: Mapping[str, Tensor], scales: Mapping[str, float], part: str) -> Weights:
+def one_rank(tensors: Mapping[str, Tensor], scales: Mapping[str, float], component: str) -> Weights:
     """Layers of different rank and scale as one adapter of scale 1: scales go into the up matrices, zeros fill up ranks."""
     rank = max(value.shape[0] for key, value in tensors.items() if ".lora_A." in key)
     filled = {}
@@ -142,7 +145,7 @@ def one_rank(tensors: Mapping[str, Tensor], scales: Mapping[str, float], part: s
         scaled = value if axis == 0 else value * scales.get(key.split(".lora_")[0], 1.0)
         missing = [rank - value.shape[i] if i == axis else value.shape[i] for i in range(value.ndim)]
         filled[key] = torch.cat([scaled, value.new_zeros(missing)], axis) if missing[axis] else scaled
-    return Weights(filled, float(rank), part)
+    return Weights(filled, float(rank), component)
 
 
 def mix(weights: Mapping[str, float] | Mapping[Path, float]) -> Weights:
@@ -163,4 +166,4 @@ def mix(weights: Mapping[str, float] | Mapping[Path, float]) -> Weights:
         down, up = f"{target}.lora_A.weight", f"{target}.lora_B.weight"
         tensors[down] = torch.cat([w.tensors[down] for w, _, _ in loaded])
         tensors[up] = torch.cat([w.tensors[up] * (scale * w.alpha / w.rank) for w, scale, _ in loaded], 1)
-    return Weights(tensors, float(sum(w.rank for w, _, _ in loaded)), first.part)
+    return Weights(tensors, float(sum(w.rank for w, _, _ in loaded)), first.component)

@@ -29,14 +29,14 @@ TARGETS = (
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One named LoRA inside one network, which its pipeline calls `part`.
+    """One named LoRA inside one network, which its pipeline calls `component`.
 
     `rate` and `decay` are factors on the run's learning rate and weight decay.
     """
 
     name: str
     network: nn.Module
-    part: str = "unet"
+    component: str = "unet"
     rate: float = 1.0
     decay: float = 1.0
 
@@ -62,7 +62,7 @@ class Adapter:
     def weights(self) -> Weights:
         """A copy of its matrices."""
         tensors = {key: value.detach().clone() for key, value in self.named_parameters().items()}
-        return Weights(tensors, float(self.config.lora_alpha), self.part)
+        return Weights(tensors, float(self.config.lora_alpha), self.component)
 
     def into(self, chain: T) -> T:
         """The chain as it is: an adapter answers inside the network it is in."""
@@ -97,7 +97,7 @@ def unused_name(network: nn.Module, stem: str) -> str:
 
 
 def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None = None, seed: int = 0,
-           targets: tuple[str, ...] = TARGETS, part: str = "unet") -> Adapter:  # fmt: skip
+           targets: tuple[str, ...] = TARGETS, component: str = "unet") -> Adapter:  # fmt: skip
     """Add a LoRA of this rank, an identity until trained, in float32 (float64 in a float64 network).
 
     `alpha` defaults to the rank, so the scale is 1. Raises UserError for a rank below 1, a name in use, or a network
@@ -108,10 +108,10 @@ def inject(network: nn.Module, name: str, *, rank: int = 8, alpha: float | None 
     if name in getattr(network, "peft_config", {}):
         raise UserError(f"an adapter named {name!r} is already there; remove it first or choose another name")
     with unchanged(network):
-        return _inject(network, name, rank, alpha or rank, seed, targets, part)
+        return _inject(network, name, rank, alpha or rank, seed, targets, component)
 
 
-def _inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, targets: tuple[str, ...], part: str) -> Adapter:
+def _inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, targets: tuple[str, ...], component: str) -> Adapter:
     kept = {id(weight): weight.requires_grad for weight in network.parameters()}
     on = {id(layer): layer._active_adapter for layer in layers_of(network)}
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
@@ -123,7 +123,7 @@ def _inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, t
         except ValueError as error:
             raise UserError(f"no layer of {type(network).__name__} takes a LoRA on {', '.join(targets)}") from error
     forget(network)
-    adapter = Adapter(name, network, part)
+    adapter = Adapter(name, network, component)
     for layer in layers_of(network):
         layer._active_adapter = on.get(id(layer), [])
     for weight in network.parameters():  # peft freezes whatever else is there
@@ -174,7 +174,7 @@ def load(network: nn.Module, name: str, source: str | Path | Weights) -> Adapter
     for target in stored.targets:
         if target not in modules:
             raise UserError(f"the adapter was made for another model: {type(network).__name__} has no layer {target}")
-    adapter = inject(network, name, rank=stored.rank, alpha=stored.alpha, targets=stored.targets, part=stored.part)
+    adapter = inject(network, name, rank=stored.rank, alpha=stored.alpha, targets=stored.targets, component=stored.component)
     here = adapter.named_parameters()
     for key, value in stored.tensors.items():
         if key not in here or here[key].shape != value.shape:

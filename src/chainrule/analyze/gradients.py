@@ -57,7 +57,7 @@ def gradients(
     norms: dict[str, dict[int, list[float]]] = {name: {k: [] for k in depths} for name in ("draft", "cosine", "sdo")}
 
     def gradient(chain: Chain, plan: Plan, x: Tensor, said: list[str]) -> Tensor:
-        backpropagate(chain, plan, x, model.decode, reward, said)
+        backpropagate(chain, plan, x, model.codec.decode, reward, said)
         parts = [w.grad.flatten() if w.grad is not None else torch.zeros(w.numel(), device=w.device) for w in adapter.parameters()]
         for weight in adapter.parameters():
             weight.grad = None

@@ -122,7 +122,7 @@ def _gradient(
     path = walk(model.grid(steps))
     live = tuple(Jump(j.start, j.stop, j.via, Grad.FULL if every or not i else Grad.NONE, j.finish) for i, j in enumerate(path))
     (branch,) = chain.walk(Plan((), (live,)), x)
-    _, gradient = read(model.decode, Objective.of(reward), branch.image, prompts)
+    _, gradient = read(model.codec.decode, Objective.of(reward), branch.image, prompts)
     return gradient if every is None else branch.pull(gradient)
 
 

@@ -119,7 +119,7 @@ def shortcut(
 
 def _seen(model: Model, latent: Tensor, prompts: Sequence[str], scorers: Sequence[Reward], eye: Clip | None) -> dict[str, Tensor]:
     """Everything that is compared: latents, pixels, CLIP's embeddings, rewards."""
-    images = model.decode(latent)
+    images = model.codec.decode(latent)
     found = {"latent": latent, "pixels": images}
     if eye:
         found["perceptual"] = eye.embed(normalize(resize_and_crop(images, eye.size)), prompts)[0]

@@ -90,7 +90,7 @@ def check_adapter(place: str | Path, model: str = "", solver: str | None = None)
 
     A published one is downloaded now. It is sampled by its own solver, so another `solver` is refused.
     """
-    from chainrule.adapters.files import parts
+    from chainrule.adapters.files import adapter_files
     from chainrule.models.families import family_of
     from chainrule.models.published import find, local
 
@@ -98,4 +98,4 @@ def check_adapter(place: str | Path, model: str = "", solver: str | None = None)
     known = find(place, family) if family else None
     if known and known.solver and solver not in (None, known.solver):
         raise UserError(f"solver is {solver!r}, but {place} is sampled by {known.solver}; leave the solver out")
-    parts(local(place))
+    adapter_files(local(place))

@@ -76,7 +76,7 @@ def evaluate(
 ) -> None:
     """Compare runs with their base model: rewards with 95% intervals, and diversity."""
     from chainrule import rewards
-    from chainrule.adapters.files import parts
+    from chainrule.adapters.files import adapter_files
     from chainrule.prompts import prompts as read_prompts
 
     at_least_one(seeds=seeds)
@@ -86,7 +86,7 @@ def evaluate(
     if not scorers:
         raise UserError(f"{runs[0]} does not say its reward; pass --reward")
     for folder in runs:
-        parts(folder)
+        adapter_files(folder)
     labels = _labels(runs)
     from chainrule.evaluate import evaluate as measure
     from chainrule.processes import Processes

@@ -154,7 +154,7 @@ def _cost(unit: Unit, folder: Path) -> Table:
     own = unit.settings
     model, seeds = load(str(own["model"])), list(range(len(own["prompts"])))
     chain = model.chain(own["prompts"], seeds)
-    problem = Problem(chain, model.grid(own["sample_steps"]), model.decode, own["prompts"], Objective.of(Symmetry()))
+    problem = Problem(chain, model.grid(own["sample_steps"]), model.codec.decode, own["prompts"], Objective.of(Symmetry()))
     x, path = model.noise(seeds), walk(problem.grid)
     ways: dict[str, Callable[[], object]] = {
         "sampling": partial(chain.end, x, path),

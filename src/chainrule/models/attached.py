@@ -10,7 +10,7 @@ from torch import nn
 
 from chainrule import adapters
 from chainrule.adapters import Active, Adapter, Band, selected
-from chainrule.adapters.files import PARTS
+from chainrule.adapters.files import COMPONENTS
 from chainrule.errors import UserError
 from chainrule.models import loras
 from chainrule.models.families import TIMES
@@ -48,19 +48,19 @@ def attach(pipe: Any, source: str | Path, *, scale: float = 1.0) -> Attached:
     adapters of that level, at `scale`; calls without any cost what they cost without adapters. Raises UserError for a
     pipeline without a denoiser, with adapters on it already, or of another architecture.
     """
-    network = next((getattr(pipe, part) for part in PARTS if getattr(pipe, part, None) is not None), None)
+    network = next((getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name, None) is not None), None)
     if network is None:
-        raise UserError(f"{type(pipe).__name__} has no {' or '.join(PARTS)} to attach adapters to")
+        raise UserError(f"{type(pipe).__name__} has no {' or '.join(COMPONENTS)} to attach adapters to")
     if getattr(network, "peft_config", None):
         raise UserError(f"the pipeline has adapters already ({', '.join(network.peft_config)}); remove them first")
-    made, bands = Attached(network, vars(network).get("forward")), {}
+    attached, bands = Attached(network, vars(network).get("forward")), {}
     try:
-        for i, (file, spans) in enumerate(adapters.parts(source).items()):
+        for i, (file, spans) in enumerate(adapters.adapter_files(source).items()):
             name = f"attached{i}"
-            made.loaded.append(adapters.load(network, name, loras.read(file, type(pipe).__name__)))
+            attached.loaded.append(adapters.load(network, name, loras.read(file, type(pipe).__name__)))
             bands[name] = Band(scale, spans)
     except UserError:
-        made.remove()
+        attached.remove()
         raise
     active, forward, (unit, offset) = Active(bands), network.forward, TIMES.get(type(network).__name__, (1.0, 1))
 
@@ -73,4 +73,4 @@ def attach(pipe: Any, source: str | Path, *, scale: float = 1.0) -> Attached:
             return forward(*args, **kwargs)
 
     network.forward = answer
-    return made
+    return attached

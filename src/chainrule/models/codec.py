@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chainrule.errors import UserError
-from chainrule.size import Size, written
+from chainrule.size import Size, config_size
 
 
 class Codec(Protocol):
@@ -126,7 +126,7 @@ def kl_autoencoder(pipe: Any, channels: int, size: Size | None, default: Any, pa
     unit = factor * patch
     if size is not None and any(side < unit or side % unit for side in size):
         advice = "must be a multiple of" if size[0] == size[1] else "both must be multiples of"
-        raise UserError(f"size is {written(size)}, but {advice} {unit} for {type(pipe).__name__}")
+        raise UserError(f"size is {config_size(size)}, but {advice} {unit} for {type(pipe).__name__}")
     if size is not None:
         height, width = (side // factor for side in size)
     else:

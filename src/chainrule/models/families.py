@@ -15,14 +15,14 @@ from chainrule.models.bundled import BUNDLED
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The module that builds a pipeline's `Model`, the part of it that denoises, and all parts with weights.
+    """The module that builds a pipeline's `Model`, the component that denoises, and all components with weights.
 
     LoRA files begin their keys with `network`.
     """
 
     module: str
     network: str
-    parts: tuple[str, ...]
+    components: tuple[str, ...]
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -43,7 +43,7 @@ TIMES: Mapping[str, tuple[float, int]] = {"SD3Transformer2DModel": (1.0, 0), "Fl
 
 
 def index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's folder says its parts are. UserError for another folder."""
+    """What a pipeline's folder says its components are. UserError for another folder."""
     file = folder / "model_index.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a diffusers folder: it has no model_index.json")

@@ -15,8 +15,8 @@ from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import kl_autoencoder
 from chainrule.models.defaults import Defaults
 from chainrule.models.model import Model
-from chainrule.models.pipeline import freeze, usual, weight_type
-from chainrule.models.solvers import made, shifted
+from chainrule.models.pipeline import call_default, freeze, weight_type
+from chainrule.models.solvers import sampler_of, shifted
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Transformer:
         return FluxPipeline._unpack_latents(found, h, w, 1).to(x.dtype)
 
 
-def spaced(scheduler: Any, steps: int, **options: Any) -> None:
+def flux_spacing(scheduler: Any, steps: int, **options: Any) -> None:
     """FLUX's own spacing: sigma from 1 to 1 / steps, then shifted."""
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **options)
 
@@ -49,7 +49,7 @@ def spaced(scheduler: Any, steps: int, **options: Any) -> None:
 def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model:
     """The family's `Model` around a live pipeline. Freezes every weight; changes nothing else in it."""
     freeze(pipe, "transformer", "vae", "text_encoder", "text_encoder_2")
-    length = usual(pipe, "max_sequence_length", 512)
+    length = call_default(pipe, "max_sequence_length", 512)
 
     @torch.no_grad()
     def embed(prompts: Sequence[str]) -> Condition:
@@ -61,7 +61,7 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     codec = kl_autoencoder(pipe, pipe.transformer.config.in_channels // 4, defaults.size, pipe.default_sample_size, 2)
     _, height, width = codec.latent_shape
     return Model(
-        name=name, pipe=pipe, part="transformer", denoiser=Transformer(pipe.transformer),
-        sampler=made(pipe.scheduler, solver, shifted((height // 2) * (width // 2), 1.15, spaced)),
+        name=name, pipe=pipe, component="transformer", denoiser=Transformer(pipe.transformer),
+        sampler=sampler_of(pipe.scheduler, solver, shifted((height // 2) * (width // 2), 1.15, flux_spacing)),
         embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

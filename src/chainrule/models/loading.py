@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chainrule.adapters.files import PARTS
+from chainrule.adapters.files import COMPONENTS
 from chainrule.errors import UserError, unknown
 from chainrule.models import bundled
 from chainrule.models.bundled import BUNDLED
 from chainrule.models.defaults import Defaults
 from chainrule.models.families import FAMILIES, class_of, index
 from chainrule.models.model import Model
-from chainrule.models.pipeline import usual
+from chainrule.models.pipeline import call_default
 from chainrule.models.published import refusal
 from chainrule.models.quantize import check as check_quantization
 from chainrule.models.quantize import quantization
@@ -25,7 +25,7 @@ from chainrule.models.solvers import check as check_solver
 from chainrule.models.solvers import check_scheduler
 from chainrule.size import size_of
 
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that are not asked for anything
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are not asked for anything
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -38,11 +38,11 @@ def _family(class_name: str) -> Any:
     return importlib.import_module(f"chainrule.models.{FAMILIES[class_name].module}")
 
 
-def _check_parts(folder: Path, solver: str | None) -> None:
-    """Every part the pipeline says it has is there, and its scheduler is one that can be reproduced or replaced."""
-    for part, kind in index(folder).items():
-        if isinstance(kind, list) and kind[0] and part not in UNUSED and not (folder / part).is_dir():
-            raise UserError(f"{folder} is incomplete: it has no {part} folder")
+def _check_components(folder: Path, solver: str | None) -> None:
+    """Every component the pipeline says it has is there, and its scheduler is one that can be reproduced or replaced."""
+    for component, kind in index(folder).items():
+        if isinstance(kind, list) and kind[0] and component not in UNUSED and not (folder / component).is_dir():
+            raise UserError(f"{folder} is incomplete: it has no {component} folder")
     settings = folder / "scheduler" / "scheduler_config.json"
     if settings.is_file():
         try:
@@ -52,15 +52,15 @@ def _check_parts(folder: Path, solver: str | None) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    for part in FAMILIES[class_of(folder)].parts:
-        place = folder / part
+    for component in FAMILIES[class_of(folder)].components:
+        place = folder / component
         if not place.is_dir():
-            raise UserError(f"{folder} is incomplete: it has no {part} folder")
+            raise UserError(f"{folder} is incomplete: it has no {component} folder")
         if not any(place.glob("*.safetensors")):
             pickled = [p.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for p in place.glob(pattern)]
             if pickled:
                 raise UserError(f"{place / pickled[0]} is a pickle, which can run code; convert it to safetensors first")
-            raise UserError(f"{folder} is incomplete: {part} has no .safetensors weights")
+            raise UserError(f"{folder} is incomplete: {component} has no .safetensors weights")
 
 
 def check(source: str | Path, solver: str | None = None) -> None:
@@ -71,7 +71,7 @@ def check(source: str | Path, solver: str | None = None) -> None:
     if folder.is_dir():
         _family(class_of(folder))
         _check_weights(folder)
-        _check_parts(folder, solver)
+        _check_components(folder, solver)
     elif folder.exists():
         raise UserError(f"{folder} is a file; give a diffusers folder, a hub id or one of {', '.join(BUNDLED)}")
     elif str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
@@ -107,7 +107,7 @@ def load(
     device = _device(device)
     if not isinstance(source, (str, Path)):
         family = _family(type(source).__name__)
-        return family.build(type(source).__name__, source, replace(_usual(source), size=pixels), solver)
+        return family.build(type(source).__name__, source, replace(_defaults_of(source), size=pixels), solver)
     check(source, solver)
     name = str(source)
     if name in BUNDLED:
@@ -120,13 +120,13 @@ def load(
     family = _family(type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
-    defaults = defaults or _usual(pipe)
+    defaults = defaults or _defaults_of(pipe)
     return replace(family.build(name, pipe, replace(defaults, size=pixels or defaults.size), solver), quantize=quantize)
 
 
-def _usual(pipe: Any) -> Defaults:
+def _defaults_of(pipe: Any) -> Defaults:
     """What the pipeline itself does when it is not told: its call's own defaults."""
-    return Defaults(usual(pipe, "num_inference_steps", 50), usual(pipe, "guidance_scale", 1.0))
+    return Defaults(call_default(pipe, "num_inference_steps", 50), call_default(pipe, "guidance_scale", 1.0))
 
 
 def _device(name: str | None) -> str:
@@ -163,7 +163,7 @@ def _open(source: Path, name: str, dtype: str, quantize: str | None) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             return DiffusionPipeline.from_pretrained(
                 str(source), torch_dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=local, **options,
-                **quantization(quantize, dtype, [FAMILIES[class_of(source)].network] if local else PARTS),
+                **quantization(quantize, dtype, [FAMILIES[class_of(source)].network] if local else COMPONENTS),
             )  # fmt: skip
     except RuntimeError as error:
         if not quantize:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chainrule.adapters import Weights
-from chainrule.adapters.files import PARTS, layers, one_rank
+from chainrule.adapters.files import COMPONENTS, layers, one_rank
 from chainrule.adapters.files import read as own
 from chainrule.errors import UserError
 
@@ -54,20 +54,20 @@ def read(file: Path, pipeline: str) -> Weights:
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{file} is no LoRA that {pipeline} can load: {str(error).splitlines()[0]}") from error
     state, alphas = found if isinstance(found, tuple) else (found, None)
-    part = next((part for part in PARTS if any(key.startswith(f"{part}.") for key in state)), PARTS[0])
-    tensors, scales = _peft(state, part), _peft({key: torch.tensor(float(a)) for key, a in (alphas or {}).items()}, part)
+    component = next((name for name in COMPONENTS if any(key.startswith(f"{name}.") for key in state)), COMPONENTS[0])
+    tensors, scales = _peft(state, component), _peft({key: torch.tensor(float(a)) for key, a in (alphas or {}).items()}, component)
     if not tensors or not all(".lora_A." in key or ".lora_B." in key for key in tensors):
         raise UserError(f"{file} holds no LoRA for the denoiser")
     alphas = {key.removesuffix(".alpha").removesuffix(".lora_A.weight"): float(value) for key, value in scales.items()}
     ranks = {layer: tensors[f"{layer}.lora_A.weight"].shape[0] for layer in layers(tensors)}
-    return one_rank(tensors, {layer: alphas.get(layer, rank) / rank for layer, rank in ranks.items()}, part)
+    return one_rank(tensors, {layer: alphas.get(layer, rank) / rank for layer, rank in ranks.items()}, component)
 
 
-def _peft(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """Without the part's name, in peft's spelling."""
+def _peft(state: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+    """Without the component's name, in peft's spelling."""
     from diffusers.utils import convert_unet_state_dict_to_peft as renamed
 
-    return dict(renamed({key.removeprefix(f"{part}."): value for key, value in state.items()}))
+    return dict(renamed({key.removeprefix(f"{component}."): value for key, value in state.items()}))
 
 
 def save_kohya(weights: Weights, file: Path) -> Path:
@@ -77,7 +77,7 @@ def save_kohya(weights: Weights, file: Path) -> Path:
     """
     from diffusers.utils import convert_state_dict_to_kohya as renamed
 
-    if weights.part != "unet":
+    if weights.component != "unet":
         raise UserError("there is no kohya spelling for transformers; ComfyUI reads the adapter's own file")
     scale = weights.alpha / weights.rank
     tensors = {f"unet.{k}": v * scale if ".lora_B." in k else v for k, v in weights.tensors.items()}

@@ -31,7 +31,7 @@ from chainrule.models.solvers import Sampler
 from chainrule.noise import Noise
 from chainrule.plan import Grid, Levels, walk
 from chainrule.processes import ALONE, Processes
-from chainrule.size import Size, written
+from chainrule.size import Size, config_size
 from chainrule.solve import Solver
 
 PIXELS = 2**20  # decoded at a time
@@ -50,7 +50,7 @@ class Model:
     sampler: Sampler
     embed: Callable[[Sequence[str]], Condition]
     codec: Codec
-    part: str = "unet"  # what the pipeline calls the network that denoises
+    component: str = "unet"  # what the pipeline calls the network that denoises
     defaults: Defaults = field(default_factory=Defaults)
     active: dict[str, Band] = field(default_factory=dict)
     asked: Guidance | None = None  # what `guided` was given; None: the default scale, as a plain number
@@ -58,7 +58,7 @@ class Model:
     learned: Mapping[str, Learned] = field(default_factory=dict)  # what is in its chains besides adapters, by name
     student_name: str | None = None
     quantize: str | None = None  # how its base weights are held, if in fewer bits
-    under: tuple[str, ...] = ()  # the adapters of `using`, as they were named
+    base_adapters: tuple[str, ...] = ()  # the adapters of `using`, as they were named
 
     @property
     def network(self) -> nn.Module:
@@ -68,18 +68,6 @@ class Model:
     def size(self) -> Size:
         """Height and width of its images, in pixels."""
         return self.codec.height, self.codec.width
-
-    @property
-    def decode(self) -> Callable[[Tensor], Tensor]:
-        return self.codec.decode
-
-    @property
-    def encode(self) -> Callable[[Tensor], Tensor]:
-        return self.codec.encode
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.codec.latent_shape
 
     @property
     def solver(self) -> Solver:
@@ -99,7 +87,7 @@ class Model:
     def opening(self) -> dict[str, Any]:
         """What `chainrule.load` has to be told to open it like this again."""
         dtype = str(weight_type(self.network)).removeprefix("torch.")
-        return {"dtype": dtype, "solver": self.sampler.name, "size": written(self.size), "quantize": self.quantize}
+        return {"dtype": dtype, "solver": self.sampler.name, "size": config_size(self.size), "quantize": self.quantize}
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +175,7 @@ class Model:
         self, name: str = "default", *, rank: int = 8, alpha: float | None = None, seed: int = 0, levels: Levels | None = None,
     ) -> Adapter:  # fmt: skip
         """Add a trainable LoRA and switch it on, for these levels or for all. It is an identity until trained."""
-        adapter = adapters.inject(self.network, name, rank=rank, alpha=alpha, seed=seed, part=self.part)
+        adapter = adapters.inject(self.network, name, rank=rank, alpha=alpha, seed=seed, component=self.component)
         self.active[name] = Band(spans=levels)
         return adapter
 
@@ -208,21 +196,22 @@ class Model:
         is taken out again when nothing is left that can switch it on: no model, member or chain.
         """
         known = published.find(source, self.family)
-        pairs = [(source, None)] if isinstance(source, adapters.Weights) else list(adapters.parts(published.local(source)).items())
+        files = {} if isinstance(source, adapters.Weights) else adapters.adapter_files(published.local(source))
         spans: Levels | None = None
         if adapter_steps:
             grid, (first, last) = self.grid(steps), adapter_steps
             if not 0 <= first < last <= len(grid) - 1:
                 raise UserError(f"adapter_steps is {adapter_steps}, but must satisfy 0 <= first < last <= {len(grid) - 1}")
-            if any(own is not None for _, own in pairs):
+            if any(own is not None for own in files.values()):
                 raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
             spans = ((grid[last], grid[first]),)
+        loaded = [(loras.read(file, self.family), own) for file, own in files.items()]
         active = dict(self.active)
-        for each, own in pairs:
+        for weights, own in [(source, None)] if isinstance(source, adapters.Weights) else loaded:
             name = adapters.unused_name(self.network, "loaded")
-            lease = adapters.lease(self.network, name, loras.read(each, self.family) if isinstance(each, Path) else each)
+            lease = adapters.lease(self.network, name, weights)
             active[name] = Band(scale * (known.scale if known else 1.0), own or spans, lease)
-        model = replace(self, active=active, under=(*self.under, str(source)))
+        model = replace(self, active=active, base_adapters=(*self.base_adapters, str(source)))
         if not known:
             return model
         defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)
@@ -246,8 +235,8 @@ class Model:
 
         `settings` change the scheduler's configuration, {"timestep_spacing": "trailing"} say.
         """
-        made = solvers.made(self.pipe.scheduler, solver, self.sampler.spaced, settings)
-        return replace(self, active=dict(self.active), sampler=made)
+        sampler = solvers.sampler_of(self.pipe.scheduler, solver, self.sampler.spacing, settings)
+        return replace(self, active=dict(self.active), sampler=sampler)
 
     # Sampling
 

@@ -19,7 +19,7 @@ def freeze(pipe: Any, *names: str) -> None:
         component.requires_grad_(False).eval()
 
 
-def usual(pipe: Any, option: str, otherwise: Any) -> Any:
+def call_default(pipe: Any, option: str, otherwise: Any) -> Any:
     """The default of an option of the pipeline's own call."""
     found = inspect.signature(type(pipe).__call__).parameters.get(option)
     return otherwise if found is None or found.default in (None, inspect.Parameter.empty) else found.default

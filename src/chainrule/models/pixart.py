@@ -13,8 +13,8 @@ from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.codec import kl_autoencoder
 from chainrule.models.defaults import Defaults
 from chainrule.models.model import Model
-from chainrule.models.pipeline import freeze, usual, weight_type
-from chainrule.models.solvers import made
+from chainrule.models.pipeline import call_default, freeze, weight_type
+from chainrule.models.solvers import sampler_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     Prompts are lowercased and stripped, as the pipeline does; its cleaning of captions from the web is left out.
     """
     freeze(pipe, "transformer", "vae", "text_encoder")
-    length, config = usual(pipe, "max_sequence_length", 120), pipe.transformer.config
+    length, config = call_default(pipe, "max_sequence_length", 120), pipe.transformer.config
 
     @torch.no_grad()
     def embed(prompts: Sequence[str]) -> Condition:
@@ -60,6 +60,6 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
 
     codec = kl_autoencoder(pipe, config.in_channels, defaults.size, config.sample_size, config.patch_size)
     return Model(
-        name=name, pipe=pipe, part="transformer", denoiser=DiT(pipe.transformer, codec.height, codec.width),
-        sampler=made(pipe.scheduler, solver), embed=embed, codec=codec, defaults=defaults,
+        name=name, pipe=pipe, component="transformer", denoiser=DiT(pipe.transformer, codec.height, codec.width),
+        sampler=sampler_of(pipe.scheduler, solver), embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

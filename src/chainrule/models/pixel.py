@@ -1,7 +1,7 @@
 """Pixel-space diffusion: `DDPMPipeline` or `DDIMPipeline` with a `UNet2DModel`, unconditional or by class.
 
 A prompt is the name of a class, or its number. Names come from `labels` in the folder's `chainrule.json`; where the network has
-one class more than there are names, the last one is that of nothing said, the empty prompt's and the one guidance leads away from.
+one class more than there are names, the last one stands for the empty prompt, and guidance leads away from it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from chainrule.models.codec import Pixels
 from chainrule.models.defaults import Defaults
 from chainrule.models.model import Model
 from chainrule.models.pipeline import freeze, weight_type
-from chainrule.models.solvers import made
-from chainrule.size import Size, written
+from chainrule.models.solvers import sampler_of
+from chainrule.size import Size, config_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     freeze(pipe, "unet")
     config, names = pipe.unet.config, defaults.labels
     count = config.num_class_embeds or 0
-    nothing = bool(names) and count == len(names) + 1  # the last class is that of nothing said
+    has_empty = bool(names) and count == len(names) + 1
     if (config.in_channels, config.out_channels) != (3, 3):
         counts = f"{config.in_channels} channels and answers {config.out_channels}"
         raise UserError(f"{name} reads {counts}; color images without learned variance (3 and 3) are supported")
@@ -50,7 +50,7 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
             return names.index(prompt)
         if prompt.isdecimal() and int(prompt) < count:
             return int(prompt)
-        if not prompt and nothing:
+        if not prompt and has_empty:
             return count - 1
         raise unknown("class", prompt, names or [f"0 to {count - 1}"])
 
@@ -58,15 +58,15 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         if not count:
             unread = torch.zeros(len(prompts), dtype=torch.long, device=pipe.unet.device)
             return Condition(PromptEmbedding(unread), PromptEmbedding(unread))
-        said = torch.tensor([index(prompt) for prompt in prompts], device=pipe.unet.device)
+        classes = torch.tensor([index(prompt) for prompt in prompts], device=pipe.unet.device)
         return Condition(
-            PromptEmbedding(said), PromptEmbedding(torch.full_like(said, count - 1) if nothing else said)
+            PromptEmbedding(classes), PromptEmbedding(torch.full_like(classes, count - 1) if has_empty else classes)
         )  # else guidance changes nothing
 
     own: Size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
     if defaults.size not in (None, own):
-        raise UserError(f"size is {written(defaults.size)}, but {name} is a model of {written(own)} pixels")
+        raise UserError(f"size is {config_size(defaults.size)}, but {name} is a model of {config_size(own)} pixels")
     return Model(
         name=name, pipe=pipe, denoiser=UNet(pipe.unet),
-        sampler=made(pipe.scheduler, solver), embed=embed, codec=Pixels(*own), defaults=defaults,
+        sampler=sampler_of(pipe.scheduler, solver), embed=embed, codec=Pixels(*own), defaults=defaults,
     )  # fmt: skip

@@ -24,7 +24,7 @@ class Sampler:
     solver: Solver
     levels: Callable[[int], Grid]
     scheduler: Any  # diffusers' own, which this equals
-    spaced: Spacing
+    spacing: Spacing
     start: float = 1.0
 
 
@@ -76,7 +76,8 @@ def check(name: str | None) -> None:
         raise unknown("solver", name, SOLVERS)
 
 
-def plain(scheduler: Any, steps: int, **options: Any) -> None:
+def own_spacing(scheduler: Any, steps: int, **options: Any) -> None:
+    """The timesteps the scheduler itself takes for a number of steps."""
     scheduler.set_timesteps(steps, **options)
 
 
@@ -89,7 +90,7 @@ def check_scheduler(scheduler: str, name: str | None) -> None:
         raise UserError(f"the scheduler {scheduler} is not supported; sample with the nearest solver, {nearest}")
 
 
-def shifted(tokens: int, top: float, spaced: Callable[..., None] | None = None) -> Spacing:
+def shifted(tokens: int, top: float, spacing: Callable[..., None] | None = None) -> Spacing:
     """Timesteps of a flow, shifted by the number of the image's tokens where the scheduler is configured so.
 
     The shift grows linearly from `base_shift` at `base_image_seq_len` tokens to `max_shift` (`top` where it is not said) at
@@ -102,15 +103,17 @@ def shifted(tokens: int, top: float, spaced: Callable[..., None] | None = None) 
             few, many = own.get("base_image_seq_len", 256), own.get("max_image_seq_len", 4096)
             low, high = own.get("base_shift", 0.5), own.get("max_shift", top)
             options = {"mu": low + (high - low) * (tokens - few) / (many - few)}
-        (spaced or plain)(scheduler, steps, **options)
+        (spacing or own_spacing)(scheduler, steps, **options)
 
     return set_timesteps
 
 
-def made(scheduler: Any, name: str | None = None, spaced: Spacing = plain, settings: Mapping[str, object] | None = None) -> Sampler:
+def sampler_of(
+    scheduler: Any, name: str | None = None, spacing: Spacing = own_spacing, settings: Mapping[str, object] | None = None,
+) -> Sampler:  # fmt: skip
     """The sampler of a pipeline's scheduler as it is configured, or by another solver over the same noise schedule.
 
-    `spaced` sets the timesteps as the pipeline does, `settings` change the scheduler's own. UserError for a scheduler or a
+    `spacing` sets the timesteps as the pipeline does, `settings` change the scheduler's own. UserError for a scheduler or a
     setting no solver here has.
     """
     check(name)
@@ -118,7 +121,7 @@ def made(scheduler: Any, name: str | None = None, spaced: Spacing = plain, setti
     if settings:
         scheduler = type(scheduler).from_config(scheduler.config, **settings)
     if type(scheduler).__name__ == FLOW:
-        return _flow(scheduler, spaced)
+        return _flow(scheduler, spacing)
     own = next((known for known, kind in KINDS.items() if kind.scheduler == type(scheduler).__name__), None)
     if "alphas_cumprod" not in vars(scheduler):
         raise UserError(f"the scheduler {type(scheduler).__name__} is not supported; the nearest supported is {FLOW}")
@@ -135,8 +138,8 @@ def made(scheduler: Any, name: str | None = None, spaced: Spacing = plain, setti
     # Euler's initial noise has the scale sigma, in units of the image 1 / alpha, where its first level is the highest.
     scaled = name in ("euler", "euler-a") and scheduler.config.timestep_spacing != "leading"
     start = process.schedule(process.schedule.top)[1] if scaled else 1.0
-    levels = lambda steps: _levels(scheduler, steps, plain, 1, kind.strides)
-    return Sampler(name, kind.solver(process, scheduler.config), levels, scheduler, spaced, start)
+    levels = lambda steps: _levels(scheduler, steps, own_spacing, 1, kind.strides)
+    return Sampler(name, kind.solver(process, scheduler.config), levels, scheduler, spacing, start)
 
 
 def _end(name: str, scheduler: Any) -> int:
@@ -146,10 +149,10 @@ def _end(name: str, scheduler: Any) -> int:
     return int(name == "tcd" or (name == "ddim" and not config.set_alpha_to_one) or lowest)
 
 
-def _flow(scheduler: Any, spaced: Spacing) -> Sampler:
+def _flow(scheduler: Any, spacing: Spacing) -> Sampler:
     _check(scheduler, {})
     process = Process(Flow(scheduler.config.num_train_timesteps), Prediction.FLOW)
-    return Sampler("euler", DDIM(process), lambda steps: _levels(scheduler, steps, spaced, 0, False), scheduler, spaced)
+    return Sampler("euler", DDIM(process), lambda steps: _levels(scheduler, steps, spacing, 0, False), scheduler, spacing)
 
 
 def _check(scheduler: Any, needs: Mapping[str, object]) -> None:
@@ -164,11 +167,11 @@ def _check(scheduler: Any, needs: Mapping[str, object]) -> None:
             raise UserError(f"{here}, but only {value!r} is supported; set it, or take another solver")
 
 
-def _levels(scheduler: Any, steps: int, spaced: Spacing, offset: int, strides: bool) -> Grid:
+def _levels(scheduler: Any, steps: int, spacing: Spacing, offset: int, strides: bool) -> Grid:
     """The levels of diffusers' own timesteps, then 0. UserError for a number of steps the scheduler does wrong."""
     fresh, total = type(scheduler).from_config(scheduler.config), scheduler.config.num_train_timesteps
     try:
-        spaced(fresh, steps)
+        spacing(fresh, steps)
     except (ValueError, IndexError) as error:
         raise UserError(f"steps is {steps}, which {type(scheduler).__name__} cannot do: {str(error).splitlines()[0]}") from error
     times = [int(t) if float(t).is_integer() else float(t) for t in fresh.timesteps]

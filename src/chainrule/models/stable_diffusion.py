@@ -14,7 +14,7 @@ from chainrule.models.codec import kl_autoencoder
 from chainrule.models.defaults import Defaults
 from chainrule.models.model import Model
 from chainrule.models.pipeline import freeze, weight_type
-from chainrule.models.solvers import made
+from chainrule.models.solvers import sampler_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,6 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     reads = bool(pipe.unet.config.time_cond_proj_dim)
     return Model(
         name=name, pipe=pipe, denoiser=UNet(pipe.unet, pipe.get_guidance_scale_embedding if reads else None),
-        sampler=made(pipe.scheduler, solver), embed=embed,
+        sampler=sampler_of(pipe.scheduler, solver), embed=embed,
         codec=kl_autoencoder(pipe, pipe.unet.config.in_channels, defaults.size, pipe.unet.config.sample_size), defaults=defaults,
     )  # fmt: skip

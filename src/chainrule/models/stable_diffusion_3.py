@@ -14,9 +14,9 @@ from chainrule.errors import UserError
 from chainrule.models.codec import kl_autoencoder
 from chainrule.models.defaults import Defaults
 from chainrule.models.model import Model
-from chainrule.models.pipeline import freeze, usual, weight_type
-from chainrule.models.solvers import made, shifted
-from chainrule.size import written
+from chainrule.models.pipeline import call_default, freeze, weight_type
+from chainrule.models.solvers import sampler_of, shifted
+from chainrule.size import config_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class MMDiT:
 def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model:
     """The family's `Model` around a live pipeline. Freezes every weight; changes nothing else in it."""
     freeze(pipe, "transformer", "vae", "text_encoder", "text_encoder_2", *(["text_encoder_3"] if pipe.text_encoder_3 else []))
-    length, config = usual(pipe, "max_sequence_length", 256), pipe.transformer.config
+    length, config = call_default(pipe, "max_sequence_length", 256), pipe.transformer.config
 
     @torch.no_grad()
     def embed(prompts: Sequence[str]) -> Condition:
@@ -50,10 +50,10 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     codec = kl_autoencoder(pipe, config.in_channels, defaults.size, config.sample_size, config.patch_size)
     rows, columns = (side // config.patch_size for side in codec.latent_shape[1:])
     if max(rows, columns) > config.pos_embed_max_size:
-        largest, size = config.pos_embed_max_size * config.patch_size * codec.factor, written((codec.height, codec.width))
+        largest, size = config.pos_embed_max_size * config.patch_size * codec.factor, config_size((codec.height, codec.width))
         raise UserError(f"size is {size}, but this model has places for images up to {largest} pixels a side")
     return Model(
-        name=name, pipe=pipe, part="transformer", denoiser=MMDiT(pipe.transformer),
-        sampler=made(pipe.scheduler, solver, shifted(rows * columns, 1.16)),
+        name=name, pipe=pipe, component="transformer", denoiser=MMDiT(pipe.transformer),
+        sampler=sampler_of(pipe.scheduler, solver, shifted(rows * columns, 1.16)),
         embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

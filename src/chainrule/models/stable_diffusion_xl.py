@@ -14,7 +14,7 @@ from chainrule.models.codec import kl_autoencoder
 from chainrule.models.defaults import Defaults
 from chainrule.models.model import Model
 from chainrule.models.pipeline import freeze, weight_type
-from chainrule.models.solvers import made
+from chainrule.models.solvers import sampler_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,6 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
 
     codec = kl_autoencoder(pipe, pipe.unet.config.in_channels, defaults.size, pipe.unet.config.sample_size)
     return Model(
-        name=name, pipe=pipe, denoiser=UNet(pipe.unet, codec.height, codec.width), sampler=made(pipe.scheduler, solver),
+        name=name, pipe=pipe, denoiser=UNet(pipe.unet, codec.height, codec.width), sampler=sampler_of(pipe.scheduler, solver),
         embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from chainrule import adapters
-from chainrule.adapters.files import PARTS, find
+from chainrule.adapters.files import COMPONENTS, find
 from chainrule.cast import Member
 from chainrule.denoise import Denoiser, guidance_is_input
 from chainrule.errors import UserError
@@ -55,7 +55,7 @@ def _network(place: Path) -> Path:
     """The folder or file of a network, of a pipeline's or its own. UserError when there is none."""
     if place.is_file():
         return place
-    for folder in (*(place / part for part in PARTS), place):
+    for folder in (*(place / component for component in COMPONENTS), place):
         if (folder / "config.json").is_file():
             if not any(folder.glob("*.safetensors")):
                 raise UserError(f"{folder} has no .safetensors weights; pickled ones are refused")
@@ -80,10 +80,10 @@ def _check(place: Path, here: Path, base: str) -> None:
     """Against the base model's files in `here`, as far as they are there."""
     _check_prediction(place, _read(here / "scheduler" / "scheduler_config.json").get("prediction_type"), base)
     file, pipeline = _lora_in(place), str(_read(here / "model_index.json").get("_class_name"))
-    part = FAMILIES[pipeline].network if pipeline in FAMILIES else PARTS[0]
+    component = FAMILIES[pipeline].network if pipeline in FAMILIES else COMPONENTS[0]
     if not file:
-        _check_config(_read(_network(place) / "config.json"), _read(here / part / "config.json"), place, base)
-    elif weights := sorted((here / part).glob("*.safetensors")):
+        _check_config(_read(_network(place) / "config.json"), _read(here / component / "config.json"), place, base)
+    elif weights := sorted((here / component).glob("*.safetensors")):
         _check_lora(file, weights, base, pipeline)
 
 
@@ -107,10 +107,10 @@ def _check_lora(file: Path, weights: list[Path], base: str, pipeline: str) -> No
         with safe_open(path, "pt") as stored:
             shapes |= {key: stored.get_slice(key).get_shape() for key in stored.keys()}  # noqa: SIM118  not a dict
     for key, tensor in loras.read(file, pipeline).tensors.items():
-        layer, _, part = key.partition(".lora_")
+        layer, _, matrix = key.partition(".lora_")
         shape = shapes.get(f"{layer}.weight")
-        width = shape and (shape[1] if part.startswith("A") else shape[0])
-        if width != tensor.shape[1 if part.startswith("A") else 0]:
+        width = shape and (shape[1] if matrix.startswith("A") else shape[0])
+        if width != tensor.shape[1 if matrix.startswith("A") else 0]:
             raise UserError(f"the student {file} was made for another model: {base} has no layer {layer} of that shape")
 
 
@@ -167,7 +167,7 @@ def _download(name: str) -> Path:
         raise UserError(f"no student at {name!r}: {given}")
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors")]
+    wanted = [f"{component}/*.{kind}" for component in COMPONENTS for kind in ("json", "safetensors")]
     try:
         return Path(snapshot_download(name, allow_patterns=[*wanted, "scheduler/*.json"]))
     except (OSError, ValueError) as error:

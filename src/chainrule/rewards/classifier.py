@@ -15,7 +15,7 @@ from torch import Tensor
 from chainrule.errors import UserError, unknown
 from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, full_name, normalize, resize, resize_shortest
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.weights import pretrained
 
 RESNET = "microsoft/resnet-50"
@@ -103,7 +103,7 @@ def load_classifier(source: str, device: torch.device | str = "cpu", kind: str =
     return _load(check_source(source, kind), full_name(device))
 
 
-@kept
+@load_once
 def _load(source: str, device: str) -> Network:
     from transformers import AutoModelForImageClassification
 

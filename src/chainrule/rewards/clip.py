@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chainrule.errors import UserError
 from chainrule.rewards import openclip
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.weights import HUB_FILE, PICKLED, fetch, first_line, pretrained, tokenizer_of
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, per RGB channel in [0, 1]
@@ -160,7 +160,7 @@ def full_name(device: torch.device | str) -> str:
     return str(torch.empty(0, device=device).device)
 
 
-@kept
+@load_once
 def _load(source: str, device: str) -> Clip:
     from transformers import AutoTokenizer, CLIPModel
 

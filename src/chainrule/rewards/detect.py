@@ -14,7 +14,7 @@ from torch import Tensor
 from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, full_name, normalize, resize
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.weights import first_line, pretrained
 
 OWL = "google/owlvit-base-patch32"
@@ -150,7 +150,7 @@ def load_owl(source: str, device: torch.device | str = "cpu") -> Owl:
     return _load(check_source(source, "detector"), full_name(device))
 
 
-@kept
+@load_once
 def _load(source: str, device: str) -> Owl:
     from transformers import AutoConfig, AutoTokenizer, Owlv2ForObjectDetection, OwlViTForObjectDetection
 

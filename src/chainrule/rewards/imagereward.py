@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, full_name, normalize, resize_shortest
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.scorers import aesthetic_head
 from chainrule.rewards.weights import beside, depth, fetch, fill, heads, read_state, tokenizer_of
 
@@ -95,7 +95,7 @@ def load_imagereward(source: str, device: torch.device | str = "cpu") -> Blip:
     return _load(check_source(source, "imagereward", needs=()), full_name(device))
 
 
-@kept
+@load_once
 def _load(source: str, device: str) -> Blip:
     path = fetch(source)
     state = read_state(path)

@@ -15,7 +15,7 @@ from chainrule.errors import UserError, unknown
 from chainrule.rewards.base import Reward
 from chainrule.rewards.classifier import Look, look_of, read_facts
 from chainrule.rewards.clip import check_source, full_name
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.reference import Beside
 from chainrule.rewards.weights import pretrained
 
@@ -74,7 +74,7 @@ def load_encoder(source: str, device: torch.device | str = "cpu") -> Encoder:
     return _load(check_source(source, "identity"), full_name(device))
 
 
-@kept
+@load_once
 def _load(source: str, device: str) -> Encoder:
     from transformers import AutoModel
 
@@ -111,7 +111,7 @@ class LPIPS(Beside):
         return self
 
 
-@kept
+@load_once
 def _lpips(net: str, device: str) -> Any:
     try:
         network = importlib.import_module("lpips").LPIPS(net=net, verbose=False)

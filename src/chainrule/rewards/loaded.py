@@ -14,7 +14,7 @@ MOST = 8  # of each kind; the one that was not used for longest goes first
 _CACHES: list[Any] = []
 
 
-def kept(load: Callable[Given, Network]) -> Callable[Given, Network]:
+def load_once(load: Callable[Given, Network]) -> Callable[Given, Network]:
     """This loader, which loads the same thing once until `release`."""
     cached = lru_cache(maxsize=MOST)(load)
     _CACHES.append(cached)

@@ -15,7 +15,7 @@ from torch import Tensor
 from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, full_name, load_clip, normalize, resize_and_crop
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.scorers import CLIP_L
 
 
@@ -147,7 +147,7 @@ def _changed(picture: str) -> int:
     return Path(picture).stat().st_mtime_ns
 
 
-@kept
+@load_once
 def _gram_of(picture: str, changed: int, layer: int, source: str, device: str) -> Tensor:
     try:
         with Image.open(picture) as opened:

@@ -14,7 +14,7 @@ from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.classifier import load_classifier
 from chainrule.rewards.clip import check_source, full_name, normalize, resize_and_crop
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.weights import fetch, fill, first_line, read_state
 
 NSFW = "Falconsai/nsfw_image_detection"
@@ -100,7 +100,7 @@ def load_checker(source: str, device: torch.device | str = "cpu") -> Checker:
     return _load(check_source(source, "safety-checker"), full_name(device))
 
 
-@kept
+@load_once
 def _load(source: str, device: str) -> Checker:
     from transformers import CLIPConfig, CLIPVisionModel
 

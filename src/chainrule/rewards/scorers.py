@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, full_name, load_clip, normalize, resize_and_crop, resize_and_pad
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.weights import fetch, fill, read_state
 
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -199,7 +199,7 @@ def aesthetic_head(dim: int) -> nn.Sequential:
     )
 
 
-@kept
+@load_once
 def _load_head(source: str, device: str) -> nn.Sequential:
     """The frozen head of a folder (its one safetensors file) or of a hub id (its model.safetensors), in float32."""
     path = fetch(source)

@@ -12,7 +12,7 @@ from torch import Tensor
 from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, full_name, normalize, resize
-from chainrule.rewards.loaded import kept
+from chainrule.rewards.loaded import load_once
 from chainrule.rewards.weights import first_line, pretrained
 
 SIGLIP = "google/siglip-so400m-patch14-384"
@@ -59,7 +59,7 @@ def load_siglip(source: str, device: torch.device | str = "cpu") -> tuple[Any, A
     return _load(check_source(source, "siglip"), full_name(device))
 
 
-@kept
+@load_once
 def _load(source: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, SiglipModel
 

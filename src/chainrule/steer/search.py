@@ -49,9 +49,9 @@ class Search:
         levels = model.grid(settings.sample_steps)
         self.grid = over.grid(levels, model.solver.process.schedule.offset)
         if given is not None:
-            latents = model.encode(given).to(model.device, model.dtype)
+            latents = model.codec.encode(given).to(model.device, model.dtype)
             self.x = invert(chain, latents, self.grid)
-            self.reference: Tensor | None = model.decode(latents)
+            self.reference: Tensor | None = model.codec.decode(latents)
         else:
             head = takewhile(lambda jump: jump.start != self.grid[0], walk(levels))
             self.x, self.reference = chain.end(model.noise(seeds), tuple(head)), None
@@ -72,7 +72,7 @@ class Search:
             chain = replace(chain, cast={"base": Controlled(chain.cast["base"], controls)})
 
         self.reward = Objective.of(scorer).scaled(1 - settings.keep)
-        self.problem = Problem(chain, self.grid, model.decode, prompts, self.reward)
+        self.problem = Problem(chain, self.grid, model.codec.decode, prompts, self.reward)
         self.best: Seen | None = None
         self.first: Seen | None = None
         self.updates, self.far = torch.zeros(len(prompts), dtype=torch.long), torch.zeros(len(prompts))

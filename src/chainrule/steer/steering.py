@@ -151,7 +151,7 @@ def _trained(model: Model, settings: Steering, over: Over) -> Iterator[tuple[Mod
         yield model, None
         return
     name, targets = unused_name(model.network, "steered"), every_layer(model.network)
-    adapter = inject(model.network, name, rank=settings.rank, targets=targets, part=model.part)
+    adapter = inject(model.network, name, rank=settings.rank, targets=targets, component=model.component)
     try:
         yield replace(model, active={**model.active, name: Band()}), adapter
     finally:
@@ -164,7 +164,7 @@ def _open(
 ) -> Run:  # fmt: skip
     pictures = [str(source) if isinstance(source, (str, Path)) else "a picture" for source in sources or ()]
     config = SteerConfig(
-        model=model.name, opening=Opening(**model.opening), adapter=model.under, reward=scorer.name, prompts=tuple(prompts),
+        model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, reward=scorer.name, prompts=tuple(prompts),
         seeds=tuple(seeds), image=tuple(pictures), settings=settings.model_copy(update={"over": str(over)}),
     )  # fmt: skip
     return Run.create(out, config, overwrite=overwrite)

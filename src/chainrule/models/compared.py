@@ -15,7 +15,7 @@ from chainrule.models.model import Model
 from chainrule.models.pipeline import weight_type
 
 
-def plain(model: Model, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
+def pipeline_images(model: Model, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
     """What `model.render` should give: the pipeline's answer, with its own code, under the scheduler the sampler equals.
 
     Images as (n, 3, h, w) in [0, 1] on the CPU. Adapters are off. UserError where there is nothing to compare with: pipelines
