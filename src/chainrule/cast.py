@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from chainrule.adapters import Active, selected
@@ -40,6 +41,12 @@ class Member:
     def __call__(self, x: Tensor, level: float, condition: Condition) -> Tensor:
         with selected(self.denoiser.network, self.active.at(level)):
             return self.guidance(self.denoiser, x, level, condition)
+
+
+def in_float16(member: Answerer) -> bool:
+    """Whether a member's answer may come through float16: one that does not name its networks may."""
+    networks = getattr(member, "networks", None)
+    return networks is None or any(w.dtype == torch.float16 for network in networks for w in network.parameters())
 
 
 def networks_of(cast: Cast) -> list[nn.Module]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from chainrule import half
-from chainrule.cast import Cast
+from chainrule.cast import Cast, in_float16
 from chainrule.denoise import Condition
 from chainrule.errors import UserError
 from chainrule.noise import Noise
@@ -69,6 +69,7 @@ class Walk:
     _steps: list[_Step]
     _call: Callable[[Tensor, Jump], Tensor]
     _clean: Callable[[Jump], tuple[float, float]]
+    _half: Callable[[Jump], bool]
 
     def pull(self, gradient: Tensor, at_call: AtCall | None = None) -> Tensor:
         """Add d(loss)/d(leaf) to `.grad` of every trainable leaf, given d(loss)/d(image).
@@ -86,8 +87,10 @@ class Walk:
                 added = at_call(answer.detach(), step.x.detach(), step.jump) if at_call else None
                 upstream = upstream if added is None else upstream + added
                 step.x.grad = None
-                if answer.requires_grad:
+                if answer.requires_grad and self._half(step.jump):
                     half.backward(answer, upstream)
+                elif answer.requires_grad:
+                    answer.backward(upstream.to(answer.dtype))
             v, w = (
                 step.move.a * v if w is None else step.move.a * v + p * w,
                 step.move.c * v if step.move.c else None,
@@ -219,7 +222,7 @@ class Chain:
                 start = _Place(first.x) if first is not None and branch[0].start == 0 else trunk
                 end, steps = self._path(start, branch, number)
                 first = end if first is None else first
-                yield Walk(end.x, steps, self._call, self._clean)
+                yield Walk(end.x, steps, self._call, self._clean, lambda jump: in_float16(self.cast[jump.via]))
 
 
 def check_members(members: Iterable[str], cast: Cast) -> None:
