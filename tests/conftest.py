@@ -19,6 +19,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 torch.set_num_threads(1)
@@ -81,12 +82,18 @@ def pixel_pipeline(classes: int | None, dtype: torch.dtype = torch.float64) -> D
 class Worth:
     """A term on states of any shape, where an objective's rewards want images: minus a function (x, prompts) -> (b,)."""
 
-    function: Callable[[torch.Tensor, object], torch.Tensor]
+    function: Callable[[Tensor, object], Tensor]
     weight: float = -1.0
     name: str = "worth"
 
-    def of_images(self, images: torch.Tensor, prompts: Sequence[str], rows: slice) -> torch.Tensor:
+    def of_images(self, images: Tensor, prompts: Sequence[str], rows: slice) -> Tensor:
         return self.function(images, prompts)
+
+
+def score(images: Tensor, prompts: object) -> Tensor:
+    """A smooth reward that reads every pixel differently."""
+    ramp = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).view_as(images[0])
+    return -(images - 0.4 - 0.2 * ramp).square().mean((1, 2, 3))
 
 
 @pytest.fixture

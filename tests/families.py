@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from conftest import byte_tokenizer, make_pipeline
 from diffusers import AutoencoderKL, FluxPipeline
@@ -15,6 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
+import chainrule as cr
+
+PROMPTS, SEEDS = ["a fox", "two bees"], [3, 8]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -182,3 +186,24 @@ TALL: dict[str, Case] = {name: replace(case, size=(24, 16)) for name, case in CA
     "ddpm": replace(CASES["ddpm"], make=lambda: pixels(size=(24, 16))),
     "ddim": replace(CASES["ddim"], make=lambda: pixels(diffusers.DDIMPipeline, (24, 16))),
 }
+
+
+def loaded(case: Case, pipe: Any = None) -> cr.Model:
+    return cr.load(pipe or case.pipe(), size=case.size)
+
+
+def said(case: Case) -> list[str]:
+    return PROMPTS if case.texts else ["", ""]
+
+
+def shaken(model: cr.Model, name: str = "mine") -> Any:
+    """An adapter away from the identity."""
+    adapter = model.adapt(name, rank=2)
+    torch.manual_seed(1)
+    for weight in adapter.parameters():
+        weight.data.normal_(0, 0.2)
+    return adapter
+
+
+def images_of(found: Any) -> np.ndarray:
+    return np.asarray(found.images if hasattr(found, "images") else found)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from conftest import score
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
@@ -19,12 +20,6 @@ from chainrule.steer.variables import Over
 
 STEPS, GUIDANCE, SEEDS, PROMPTS = 5, 3.0, [4, 9], ["a fox", "two bees"]
 close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-12)
-
-
-def score(images: Tensor, prompts: object) -> Tensor:
-    """A smooth reward that reads every pixel differently."""
-    ramp = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).view_as(images[0])
-    return -(images - 0.4 - 0.2 * ramp).square().mean((1, 2, 3))
 
 
 def problem(model: cr.Model, over: str = "latent", steps: int = STEPS, memory: str = "recompute") -> tuple[Problem, Tensor]:

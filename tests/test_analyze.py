@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_pipeline
-from steer_loops import GUIDANCE, score
+from conftest import make_pipeline, score
+from steer_loops import GUIDANCE
 from torch import Tensor, nn
 
 import chainrule as cr

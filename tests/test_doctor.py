@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import CASES
-from test_families import shaken
+from families import CASES, shaken
 
 import chainrule as cr
 from chainrule.doctor import Check, environment, examine

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import CASES, TALL, Case
+from families import CASES, PROMPTS, SEEDS, TALL, Case, images_of, loaded, said, shaken
 from torch import Tensor
 
 import chainrule as cr
@@ -21,7 +21,6 @@ from chainrule.learner import gradients
 from chainrule.meters import peak_bytes
 from chainrule.models import attach
 
-PROMPTS, SEEDS = ["a fox", "two bees"], [3, 8]
 TEXTS = [name for name, case in CASES.items() if case.texts]
 
 
@@ -35,27 +34,6 @@ def shape(request: pytest.FixtureRequest) -> Case:
     """Every family, square and higher than wide."""
     case: Case = request.param
     return case
-
-
-def loaded(case: Case, pipe: Any = None) -> cr.Model:
-    return cr.load(pipe or case.pipe(), size=case.size)
-
-
-def said(case: Case) -> list[str]:
-    return PROMPTS if case.texts else ["", ""]
-
-
-def shaken(model: cr.Model, name: str = "mine") -> Any:
-    """An adapter away from the identity."""
-    adapter = model.adapt(name, rank=2)
-    torch.manual_seed(1)
-    for weight in adapter.parameters():
-        weight.data.normal_(0, 0.2)
-    return adapter
-
-
-def images_of(found: Any) -> np.ndarray:
-    return np.asarray(found.images if hasattr(found, "images") else found)
 
 
 def test_images_are_those_of_the_pipeline(shape: Case) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Worth, make_pipeline
+from conftest import Worth, make_pipeline, score
 from torch import Tensor
 
 import chainrule as cr
@@ -29,12 +29,6 @@ METHODS = [
     AlignProp(), AlignProp(last_only=True), DRTune(k=2, m=2), SDO(), SDO(3),
 ]  # fmt: skip
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
-
-
-def score(images: Tensor, prompts: object) -> Tensor:
-    """A smooth reward that reads every pixel differently."""
-    ramp = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).view_as(images[0])
-    return -(images - 0.4 - 0.2 * ramp).square().mean((1, 2, 3))
 
 
 def build(prediction: str = "epsilon") -> tuple[cr.Model, cr.Adapter]:

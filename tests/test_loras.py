@@ -10,11 +10,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import CASES
+from families import CASES, PROMPTS, SEEDS, images_of, loaded, shaken
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_families import PROMPTS, SEEDS, images_of, loaded, shaken
 
 import chainrule as cr
 from chainrule.adapters import Weights

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline
-from test_laws import score
+from conftest import make_pipeline, score
 from torch import Tensor
 
 import chainrule as cr

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import pixel_pipeline
-from steer_loops import score
+from conftest import pixel_pipeline, score
 
 import chainrule as cr
 

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import Worth, make_pipeline
+from conftest import Worth, make_pipeline, score
 from students import GUIDANCE, PROMPTS, SEEDS, shake, student_file
 from torch import Tensor
 
@@ -117,11 +117,6 @@ def test_options_shape_the_chain():
 def test_bad_options_get_one_line_before_anything_is_loaded(options, said):
     with pytest.raises(cr.UserError, match=said):
         make("shortft", options).plan(FIFTY, Random(0))
-
-
-def score(images: Tensor, prompts: object) -> Tensor:
-    ramp = torch.linspace(-1, 1, images[0].numel(), dtype=images.dtype).view_as(images[0])
-    return -(images - 0.4 - 0.2 * ramp).square().mean((1, 2, 3))
 
 
 def prepared(folder: Path, own: Needs, network: bool = False) -> tuple[cr.Model, dict[str, cr.Adapter]]:

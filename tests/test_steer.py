@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_pipeline, score
 from PIL import Image
-from steer_loops import GUIDANCE, PROMPTS, SEEDS, STEPS, problem, score
+from steer_loops import GUIDANCE, PROMPTS, SEEDS, STEPS, problem
 
 import chainrule as cr
 from chainrule.adapters.lora import every_layer

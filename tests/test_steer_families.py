@@ -7,8 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from families import CASES
-from test_families import PROMPTS, SEEDS
+from families import CASES, PROMPTS, SEEDS
 
 import chainrule as cr
 from chainrule.chain import Memory

@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_pipeline, score
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, PixArtTransformer2DModel
-from steer_loops import GUIDANCE, PROMPTS, SEEDS, STEPS, close, near, network, paper_loop, problem, scheduler_of, score
+from steer_loops import GUIDANCE, PROMPTS, SEEDS, STEPS, close, near, network, paper_loop, problem, scheduler_of
 from torch import Tensor
 
 import chainrule as cr

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline, pixel_pipeline
+from conftest import make_pipeline, pixel_pipeline, score
 from PIL import Image
-from steer_loops import STEPS, close, network, problem, score
+from steer_loops import STEPS, close, network, problem
 
 import chainrule as cr
 from chainrule.plan import walk

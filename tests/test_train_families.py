@@ -11,9 +11,8 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from families import CASES, Case
+from families import CASES, PROMPTS, SEEDS, Case, images_of, said, shaken
 from safetensors.torch import load_file
-from test_families import PROMPTS, SEEDS, images_of, said, shaken
 
 import chainrule as cr
 from chainrule.models import attach
