@@ -176,6 +176,16 @@ def test_a_steered_row_is_measured_before_and_after(done):
     assert f"{after['metrics']['moved']['mean']:.3f}" in page.page([steered_table], root, "mine.md")
 
 
+def test_steering_that_is_interrupted_is_not_done(table, tmp_path, monkeypatch):
+    real = tasks.steer
+    monkeypatch.setattr(
+        tasks, "steer", lambda *args, **options: real(*args, **options, on_update=lambda _: os.kill(os.getpid(), 2))
+    )
+    mine = table(STEERED, **{"updates: 1": "updates: 3"})
+    outcome = runner.run([mine], tmp_path)
+    assert outcome.interrupted and not units(mine)[0].done(tmp_path)
+
+
 def test_a_row_that_fails_is_reported_and_the_others_go_on(table, tmp_path, monkeypatch):
     def work(unit, root):
         if unit.label == "base":

@@ -104,6 +104,8 @@ def steer(
         found.prompts, found.curve = prompts[: len(found.images)], together(tables)
         if run is not None and found.images:
             save(found, run)
+            reason = "interrupted" if bar.stopped else "finished"
+            run.write_text("stopped.txt", f"{reason} at update {len(found.curve) - 1}\n")
     return found
 
 
