@@ -68,6 +68,7 @@ WITHOUT_TORCH = (
     "errors", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods", "prompts", "report", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
+KNOW_ACCELERATE = ("processes", "trackers")
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = Path(__file__).parents[1]
 MOST_LINES = {"src": 300, "tests": 450, "benchmarks": 450}  # of a file
@@ -158,6 +159,12 @@ def test_no_module_imports_itself_around_a_corner():
 def test_only_models_and_tiny_know_diffusers(path):
     if room(module_of(path)) not in KNOW_DIFFUSERS:
         assert not [name for name in imports(path, types=True) if name.split(".")[0] == "diffusers"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_two_rooms_know_accelerate(path):
+    if room(module_of(path)) not in KNOW_ACCELERATE:
+        assert not [name for name in imports(path, types=True) if name.split(".")[0] == "accelerate"]
 
 
 def test_rooms_without_torch_can_be_entered_where_there_is_no_torch():

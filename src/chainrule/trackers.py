@@ -23,7 +23,8 @@ def tracker(name: str, config: Mapping[str, Any], folder: str | Path, device: to
         accelerator.init_trackers("chainrule", {key: str(value) for key, value in config.items()})
 
     def updated(row: Row) -> None:
-        accelerator.log({key: value for key, value in row.items() if isinstance(value, float)}, step=row["step"])
+        terms = {f"terms/{name}": value for name, value in row.get("terms", {}).items()}
+        accelerator.log({key: value for key, value in row.items() if isinstance(value, float)} | terms, step=row["step"])
 
     def finished(reason: str) -> None:
         for each in accelerator.trackers:
