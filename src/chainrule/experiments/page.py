@@ -170,7 +170,7 @@ def _order(results: Results, label: str) -> float:
 
 def _settings(table: Table) -> str:
     """What all rows share, in words."""
-    said = [f"{key} {phrase(value)}" for key, value in table.settings.items() if not isinstance(value, list) or key in SHOWN]
+    shared = [f"{key} {phrase(value)}" for key, value in table.settings.items() if not isinstance(value, list) or key in SHOWN]
     measured = [f"{key} {phrase(value)}" for key, value in table.measure.items()]
     seeds = (
         f"Seeds {phrase(table.seeds)}."
@@ -178,7 +178,7 @@ def _settings(table: Table) -> str:
         else ""
     )
     parts: list[Any] = [
-        f"Settings: {', '.join(said)}." if said else "",
+        f"Settings: {', '.join(shared)}." if shared else "",
         f"Measured: {', '.join(measured)}." if measured else "",
         seeds,
     ]

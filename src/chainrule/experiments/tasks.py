@@ -98,8 +98,8 @@ def _train(unit: Unit, folder: Path) -> Table | None:
 
 
 def _interrupted(folder: Path) -> bool:
-    said = folder / "stopped.txt"
-    return said.is_file() and said.read_text().startswith("interrupted")
+    reason = folder / "stopped.txt"
+    return reason.is_file() and reason.read_text().startswith("interrupted")
 
 
 def _evaluate(unit: Unit, folder: Path) -> Table:

@@ -130,8 +130,8 @@ def _split(task: str, given: Values, library: Sequence[str]) -> tuple[Values, Va
 def _deciding(made: Finetuning | Steering) -> Values:
     """What of the library's settings decides numbers, defaults included."""
     fields = type(made).model_fields
-    said = {key: value for key, value in made if key in DECIDE or value != fields[key].default}
-    return {key: value for key, value in said.items() if value is not None and key not in SILENT}
+    deciding = {key: value for key, value in made if key in DECIDE or value != fields[key].default}
+    return {key: value for key, value in deciding.items() if value is not None and key not in SILENT}
 
 
 def _trained(task: str, given: Values, measure: Values, seed: int | None) -> tuple[Values, Values, Values]:
