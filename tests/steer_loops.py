@@ -56,11 +56,16 @@ def near(ours: Tensor, theirs: Tensor, solver: str) -> None:
     assert float((ours - theirs).norm() / theirs.norm()) < (1e-8 if solver == "ddim" else 2e-6)
 
 
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "dpm++": (DPMSolverMultistepScheduler, {"final_sigmas_type": "zero"}),
+    "dpm++3m": (DPMSolverMultistepScheduler, {"final_sigmas_type": "zero", "solver_order": 3}),
+}
 
 
 def scheduler_of(model: cr.Model, name: str, steps: int = STEPS) -> Any:
-    made = SCHEDULERS[name].from_config(model.pipe.scheduler.config, **({"final_sigmas_type": "zero"} if name == "dpm++" else {}))
+    kind, options = SCHEDULERS[name]
+    made = kind.from_config(model.pipe.scheduler.config, **options)
     made.alphas_cumprod = made.alphas_cumprod.double()  # diffusers computes its scales in float32, the laws are in float64
     made.set_timesteps(steps)
     if name == "ddim":

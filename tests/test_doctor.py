@@ -26,7 +26,7 @@ def test_every_family_is_well(name: str) -> None:
     assert set(seen) == {"model", "samples", "reward", "gradient", "memory"}
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "euler", "euler-a", "dpm++", "lcm", "tcd"])
+@pytest.mark.parametrize("solver", ["ddpm", "euler", "euler-a", "dpm++", "dpm++3m", "lcm", "tcd"])
 def test_another_solver_is_compared_with_its_own_scheduler(solver: str) -> None:
     pipe = CASES["sd"].pipe()
     before = pipe.scheduler

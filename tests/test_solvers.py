@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipeline
+from diffusers.schedulers import scheduling_dpmsolver_multistep as multistep
 from families import CASES, sd3
 from torch import Tensor
 
 import chainrule as cr
+from chainrule.adapters import selected
 from chainrule.cast import Member
 from chainrule.chain import Chain
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.models.compared import pipeline_images
 from chainrule.noise import Diffusion, Flow, Noise
-from chainrule.plan import Jump, walk
-from chainrule.solve import DDIM, TCD, Ancestral, DPMSolver, Prediction, Process
+from chainrule.plan import Grad, Jump, Path, Plan, walk
+from chainrule.solve import DDIM, TCD, Ancestral, DPMSolver, Prediction, Process, Step
 
 PROMPTS, SEEDS = ["a fox", "two bees"], [3, 8]
 SPACINGS, PREDICTIONS = ("leading", "trailing", "linspace"), ("epsilon", "v_prediction", "sample")
@@ -37,6 +41,7 @@ def every() -> dict[str, tuple[str, dict[str, Any], int]]:
             found[f"euler-{spacing}-{prediction}"] = ("EulerDiscreteScheduler", options, 7)
             found[f"euler-a-{spacing}-{prediction}"] = ("EulerAncestralDiscreteScheduler", options, 7)
         found[f"dpm++-{spacing}-{prediction}"] = ("DPMSolverMultistepScheduler", options, 7)
+        found[f"dpm++3m-{spacing}-{prediction}"] = ("DPMSolverMultistepScheduler", options | {"solver_order": 3}, 7)
         if spacing != "linspace":
             found[f"ddim-{spacing}-{prediction}"] = ("DDIMScheduler", options | {"set_alpha_to_one": spacing == "trailing"}, 8)
             found[f"ddpm-{spacing}-{prediction}"] = ("DDPMScheduler", options, 8)
@@ -50,6 +55,73 @@ def every() -> dict[str, tuple[str, dict[str, Any], int]]:
 
 
 EVERY = every()
+
+
+@pytest.fixture
+def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' multistep scheduler as it is, but for its float32, which is float64."""
+    monkeypatch.setattr(multistep, "torch", SimpleNamespace(**vars(torch) | {"float32": torch.float64}))
+    monkeypatch.setattr(multistep, "np", SimpleNamespace(**vars(np) | {"float32": np.float64}))
+
+
+def dpm_pipeline(order: int, **options: Any) -> Any:
+    pipe = make_pipeline()
+    pipe.scheduler = multistep.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=order, **options)
+    return pipe
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 14, 15])
+@pytest.mark.parametrize("options", [{}, {"lower_order_final": False}, {"euler_at_final": True}], ids=str)
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_multistep_solver_is_diffusers_at_every_step(exactly: None, order: int, options: dict[str, Any], steps: int) -> None:
+    """In float64, with the orders of the first and the last steps: fewer than 15 end otherwise than 15."""
+    pipe, theirs = dpm_pipeline(order, **options), []
+    model = cr.load(pipe)
+    assert model.sampler.name == {2: "dpm++", 3: "dpm++3m"}[order]
+    ours = list(model.states(PROMPTS, SEEDS, steps, 3.0))
+    pipe(
+        PROMPTS, num_inference_steps=steps, guidance_scale=3.0, latents=model.noise(SEEDS), output_type="latent",
+        callback_on_step_end=lambda pipe, step, time, seen: theirs.append(seen["latents"]) or {},
+    )  # fmt: skip
+    assert len(ours) == len(theirs) == steps
+    for mine, other in zip(ours, theirs, strict=True):
+        assert float((mine - other).abs().max()) < 1e-11
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("live", ["######", "##----", "#-=-#-", "======", "---###", "-#---#", "-----#"])
+def test_a_multistep_solvers_gradient_is_plain_autograds_through_the_pipeline(
+    exactly: None, monkeypatch: pytest.MonkeyPatch, live: str, order: int, memory: str
+) -> None:
+    """The pipeline's own code with its graph, cut where a call is dead; the leading dead calls are the plan's trunk."""
+    pipe, steps = dpm_pipeline(order), len(live)
+    model = cr.load(pipe)
+    adapter = model.adapt("mine", rank=2)
+    for seed, weight in enumerate(adapter.parameters()):
+        weight.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+    score = lambda images, prompts: -(images - 0.4).square().mean((1, 2, 3))
+    path = tuple(replace(jump, grad=Grad(grad)) for jump, grad in zip(walk(model.grid(steps)), live, strict=True))
+    dead = len(live) - len(live.lstrip("-"))
+    cr.gradient(model, Plan(path[:dead], (path[dead:],)), score, PROMPTS, SEEDS, guidance=3.0, memory=memory)
+    named = adapter.named_parameters()
+    ours, grads, forward = {key: weight.grad for key, weight in named.items()}, iter(live), pipe.unet.forward
+
+    def cut(sample: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor]:
+        grad = next(grads)
+        (answer,) = forward(sample if grad == "#" else sample.detach(), *arguments, **options)
+        return (answer.detach() if grad == "-" else answer,)
+
+    monkeypatch.setattr(pipe.unet, "forward", cut)
+    call = type(pipe).__call__.__wrapped__  # without its no_grad
+    with selected(model.network, {"mine": 1.0}):
+        options = {"num_inference_steps": steps, "guidance_scale": 3.0, "latents": model.noise(SEEDS), "output_type": "latent"}
+        latents = call(pipe, PROMPTS, **options).images
+    theirs = torch.autograd.grad(-score(model.codec.decode(latents), PROMPTS).mean(), list(named.values()))
+    scale = max(float(gradient.abs().max()) for gradient in theirs)
+    for key, gradient in zip(named, theirs, strict=True):
+        torch.testing.assert_close(ours[key], gradient, rtol=1e-8, atol=1e-8 * scale)
+    assert scale > 0
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -92,7 +164,7 @@ def test_a_flow_is_shifted_as_its_pipeline_shifts_it(name: str) -> None:
 def test_tcd_without_noise_is_ddim_and_with_all_of_it_starts_from_the_clean_image() -> None:
     process = Process(Diffusion.of((1 - torch.linspace(1e-4, 2e-2, 1000).double()).cumprod(0), 1), Prediction.EPSILON)
     jump = Jump(800, 400)
-    quiet, loud = TCD(process, 0.0).step(jump, None), TCD(process, 1.0).step(jump, None)
+    quiet, loud = TCD(process, 0.0).step((jump,), 0), TCD(process, 1.0).step((jump,), 0)
     assert (quiet.a, quiet.b) == pytest.approx(process.coefficients(800, 400)) and quiet.d == 0
     clean, (alpha, sigma) = process.coefficients(800, 1), process.schedule(400)
     alpha1, sigma1 = process.schedule(1)
@@ -140,18 +212,43 @@ def even(schedule: Any, steps: int, ends: tuple[float, float]) -> list[float]:
     return [schedule.level((1 + r**2) ** -0.5, r * (1 + r**2) ** -0.5) for r in ratios]
 
 
+@dataclass(frozen=True, slots=True)
+class Parabola:
+    """A solver of one's own, of third order: the parabola through the last three clean predictions, integrated exactly.
+
+    x' = sigma'/sigma x + alpha' e^-h times the integral of e^t x0(t) over t = 0 ... h, where t counts in log(alpha / sigma).
+    """
+
+    process: Process
+    reads: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = False
+
+    def step(self, run: Path, at: int) -> Step:
+        calls = [*reversed(run[max(0, at - 2) : at + 1])]
+        time = lambda level: math.log(self.process.schedule(level)[0] / self.process.schedule(level)[1])
+        (_, sigma), (alpha2, sigma2) = self.process.schedule(calls[0].start), self.process.schedule(calls[0].stop)
+        nodes, h = [time(call.start) - time(calls[0].start) for call in calls], time(calls[0].stop) - time(calls[0].start)
+        powers = [math.exp(h) - 1]  # integrals of e^t t^j
+        for j in range(1, len(calls)):
+            powers.append(h**j * math.exp(h) - j * powers[-1])
+        first, *others = alpha2 * math.exp(-h) * np.linalg.solve(np.vander(nodes, increasing=True).T, powers)
+        p, q = self.process.coefficients(calls[0].start, 0)
+        return Step(sigma2 / sigma + first * p, first * q, tuple(others))
+
+
 @pytest.mark.parametrize(
     ("solver", "schedule", "prediction", "order"),
     [
         (DDIM, VP, Prediction.EPSILON, 1), (DDIM, VP, Prediction.VELOCITY, 1), (DDIM, VP, Prediction.SAMPLE, 1),
         (DPMSolver, VP, Prediction.EPSILON, 2), (DPMSolver, VP, Prediction.VELOCITY, 2), (DDIM, Flow(), Prediction.FLOW, 1),
+        (partial(DPMSolver, order=3), VP, Prediction.EPSILON, 2), (Parabola, VP, Prediction.EPSILON, 3),
     ],
 )  # fmt: skip
 def test_the_order_of_convergence_on_a_gaussian(solver: Any, schedule: Any, prediction: Prediction, order: int) -> None:
-    """The error against the closed-form solution, over 20, 40, 80 and 160 steps."""
+    """The error against the closed-form solution, over 40, 80, 160 and 320 steps."""
     process, unit, errors = Process(schedule, prediction), torch.linspace(-2, 2, 5).double().view(1, 1, 1, 5), []
     exact, nothing = Gaussian(process), Condition(PromptEmbedding(torch.zeros(1, 1)), PromptEmbedding(torch.zeros(1, 1)))
-    for steps in (20, 40, 80, 160):
+    for steps in (40, 80, 160, 320):
         levels = even(schedule, steps, (900, 20))
         chain = Chain({"base": Member(exact)}, solver(process), nothing, Noise((0,), (1, 1, 5)))
         end = chain.end(exact.state(levels[0], unit), walk(levels))
@@ -168,7 +265,7 @@ def test_the_ancestral_sampler_reaches_the_gaussians_variance() -> None:
         levels = even(VP, steps, (900, 20))
         variance = exact.deviation(levels[0]) ** 2
         for jump in walk(levels):
-            step, sigma = solver.step(jump, None), VP(jump.start)[1]
+            step, sigma = solver.step((jump,), 0), VP(jump.start)[1]
             slope = step.a + step.b * sigma / exact.deviation(jump.start) ** 2
             variance = slope**2 * variance + step.d**2
         errors.append(abs(variance - exact.deviation(levels[-1]) ** 2))
@@ -184,7 +281,8 @@ def test_the_ancestral_sampler_reaches_the_gaussians_variance() -> None:
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
         ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type='log_linear'.*'linear'"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver\\+\\+'"),
-        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order=3"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1}, "solver_order=1"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun"}, "solver_type='heun'"),
         ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type='heun'"),
         ("DDPMScheduler", {"variance_type": "fixed_large"}, "variance_type='fixed_large'"),
         ("PNDMScheduler", {"skip_prk_steps": True}, "PNDMScheduler is not supported.* nearest solver, ddim"),
@@ -213,10 +311,10 @@ def test_a_flow_has_no_diffusion_solver_and_numbers_of_steps_are_checked() -> No
         cr.load(make_pipeline(dtype=torch.float32), solver="lcm").grid(60)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "euler-a", "dpm++", "lcm", "tcd"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "euler-a", "dpm++", "dpm++3m", "lcm", "tcd"])
 def test_every_solver_serves_every_diffusion_pipeline(solver: str) -> None:
     for pipe in (make_pipeline(dtype=torch.float32), CASES["sdxl"].pipe(), CASES["pixart-sigma"].pipe()):
-        if solver != "dpm++":  # left over from another scheduler, means nothing to these
+        if not solver.startswith("dpm++"):  # left over from another scheduler, means nothing to these
             pipe.scheduler.register_to_config(final_sigmas_type="sigma_min" if solver != "euler" else "zero")
         model = cr.load(pipe, solver=solver)
         assert model.sampler.name == solver

@@ -35,7 +35,7 @@ from chainrule.steer.variables import Controlled
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gradient", ["sdo", "full"])
 @pytest.mark.parametrize("over", ["latent", "latent@601"])
-@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+@pytest.mark.parametrize("solver", ["ddim", "dpm++", "dpm++3m"])
 def test_the_gradient_at_a_latent_is_that_of_the_papers_own_loop(
     solver: str, over: str, gradient: str, prediction: str, memory: str
 ) -> None:
@@ -46,7 +46,7 @@ def test_the_gradient_at_a_latent_is_that_of_the_papers_own_loop(
     given, x = problem(model, over, memory=memory)
     seen = gradient_of(gradient, "latent")(given, x, Random(0))
     leaf = x.clone().requires_grad_()
-    if solver == "dpm++" and over != "latent":
+    if solver.startswith("dpm++") and over != "latent":
         scheduler.set_begin_index(2)
     loss = paper_loop(
         model,
@@ -88,7 +88,7 @@ def test_sdo_at_a_latent_is_one_jacobian_times_the_linear_coefficients(predictio
     close(seen.gradient, carry * (float(a) * g + float(b) * jacobian))
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+@pytest.mark.parametrize("solver", ["ddim", "dpm++", "dpm++3m"])
 @pytest.mark.parametrize("gradient", ["sdo", "full"])
 @pytest.mark.parametrize("side", ["positive", "negative"])
 def test_the_gradient_at_an_embedding_is_that_of_the_papers_own_loop(side: str, gradient: str, solver: str) -> None:

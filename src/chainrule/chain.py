@@ -2,7 +2,7 @@
 
 Every step is x' = a * x + b * m + noise (solve.py), so the backward pass is written out instead of left to a tape: with v the
 gradient at x', the call gets b * v, and v becomes a * v, plus the call's input gradient where the plan says FULL. A
-multistep solver also carries the last call's clean prediction, p * x + q * m, with a gradient w of its own.
+multistep solver also carries the last calls' clean predictions, p * x + q * m, with a gradient w of each.
 Nothing else is stored than the states that live calls started from. Under RECOMPUTE the forward pass is plain sampling
 and the backward pass replays one live call at a time, so memory is one call's graph whatever N, K or M; KEEP holds the
 graphs instead. Both run the same lines and give the same numbers.
@@ -25,7 +25,7 @@ from chainrule.denoise import Condition
 from chainrule.errors import UserError
 from chainrule.noise import Noise
 from chainrule.plan import Grad, Jump, Path, Plan
-from chainrule.solve import Solver, Step
+from chainrule.solve import Solver, Step, moves
 
 
 class Memory(Enum):
@@ -53,11 +53,10 @@ class _Step:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a walk stands: its state, the jump that led there, that call's clean prediction, and the noise drawn so far."""
+    """Where a walk stands: its state, the last calls' clean predictions, most recent first, and the noise drawn so far."""
 
     x: Tensor
-    jump: Jump | None = None
-    clean: Tensor | None = None
+    cleans: tuple[Tensor, ...] = ()
     ups: int = 0
 
 
@@ -77,9 +76,10 @@ class Walk:
         `at_call` is asked at every live call for what else the loss says of its answer. Returns the gradient at the branch's
         first state. Frees what it used: call it once.
         """
-        v, w = gradient.detach(), None  # at the state, and at this call's clean prediction where a later step read it
+        v, ws = gradient.detach(), list[Tensor]()  # at the state, and at the last clean predictions that later steps read
         while self._steps:
             step = self._steps.pop()
+            w = ws.pop(0) if ws else None  # at this call's clean prediction
             p, q = self._clean(step.jump) if w is not None else (0.0, 0.0)
             if step.x is not None:
                 answer = step.answer if step.answer is not None else _live(self._call, step.x, step.jump)
@@ -91,10 +91,9 @@ class Walk:
                     half.backward(answer, upstream)
                 elif answer.requires_grad:
                     answer.backward(upstream.to(answer.dtype))
-            v, w = (
-                step.move.a * v if w is None else step.move.a * v + p * w,
-                step.move.c * v if step.move.c else None,
-            )
+            read = [c * v for c in step.move.history]
+            ws = [*map(torch.add, ws, read), *ws[len(read) :], *read[len(ws) :]]
+            v = step.move.a * v if w is None else step.move.a * v + p * w
             if step.x is not None and step.x.grad is not None:
                 v = v + step.x.grad
         return v
@@ -149,26 +148,19 @@ class Chain:
     def _call(self, x: Tensor, jump: Jump) -> Tensor:
         return self.cast[jump.via](x, jump.start, self.condition)
 
-    def _take(self, place: _Place, jump: Jump, branch: int) -> tuple[_Place, _Step]:
-        step, clean = _Step(jump, self._move(jump, place.jump)), None
-        after = step.move.a * place.x
+    def _take(self, place: _Place, jump: Jump, move: Step, branch: int) -> tuple[_Place, _Step]:
+        step, cleans = _Step(jump, move), tuple[Tensor, ...]()
+        after = move.a * place.x
         if not jump.up:
             answer = self._answer(place.x, jump, step)
-            after = after + step.move.b * answer
+            after = after + move.b * answer
             p, q = self._clean(jump)
-            clean = p * place.x + q * answer if self.solver.remembers else None
-        if step.move.c:
-            assert place.clean is not None
-            after = after + step.move.c * place.clean
-        if step.move.d:
-            after = after + step.move.d * self._fresh(branch, place.ups).to(after)
-        return _Place(after, jump, clean, place.ups + bool(step.move.d)), step
-
-    def _move(self, jump: Jump, before: Jump | None) -> Step:
-        if not jump.up:
-            return self.solver.step(jump, before)
-        a, d = self.solver.process.renoise(jump.start, jump.stop)
-        return Step(a, d=d)
+            cleans = (p * place.x + q * answer, *place.cleans)[: self.solver.reads] if self.solver.reads else ()
+        for c, clean in zip(move.history, place.cleans[: len(move.history)], strict=True):
+            after = after + c * clean
+        if move.d:
+            after = after + move.d * self._fresh(branch, place.ups).to(after)
+        return _Place(after, cleans, place.ups + bool(move.d)), step
 
     def _answer(self, x: Tensor, jump: Jump, step: _Step) -> Tensor:
         """The call's answer as a constant; a live call's state, and under KEEP its graph, stay in `step`."""
@@ -190,10 +182,11 @@ class Chain:
         """(p, q): the clean prediction of this jump's call is p * x + q * m."""
         return self.solver.process.coefficients(jump.start, 0)
 
-    def _path(self, place: _Place, path: Path, branch: int) -> tuple[_Place, list[_Step]]:
-        steps = []
-        for jump in path:
-            place, step = self._take(place, jump, branch)
+    def _path(self, place: _Place, path: Path, branch: int, before: Path = (), after: Path = ()) -> tuple[_Place, list[_Step]]:
+        """Walk a path; a solver also looks at the jumps `before` it, which led to `place`, and at those `after` it."""
+        steps, found = [], list(moves(self.solver, before + path + after))[len(before) :]
+        for jump, move in zip(path, found, strict=False):
+            place, step = self._take(place, jump, move, branch)
             steps.append(step)
         return place, steps
 
@@ -201,8 +194,8 @@ class Chain:
     def states(self, x: Tensor, path: Path) -> Iterator[Tensor]:
         """The states after each jump of a path, without gradient: sampling."""
         place = _Place(x)
-        for jump in path:
-            place, _ = self._take(place, jump, 0)
+        for jump, move in zip(path, moves(self.solver, path), strict=True):
+            place, _ = self._take(place, jump, move, 0)
             yield place.x
 
     def end(self, x: Tensor, path: Path) -> Tensor:
@@ -216,11 +209,13 @@ class Chain:
         """
         check_members((jump.via for jump in plan.jumps if not jump.up), self.cast)
         with torch.no_grad():
-            trunk, _ = self._path(_Place(x.detach()), plan.trunk, 0)
+            trunk, _ = self._path(_Place(x.detach()), plan.trunk, 0, after=plan.branches[0])
             first: _Place | None = None
             for number, branch in enumerate(plan.branches):
-                start = _Place(first.x) if first is not None and branch[0].start == 0 else trunk
-                end, steps = self._path(start, branch, number)
+                if first is not None and branch[0].start == 0:
+                    end, steps = self._path(_Place(first.x), branch, number)
+                else:
+                    end, steps = self._path(trunk, branch, number, before=plan.trunk)
                 first = end if first is None else first
                 yield Walk(end.x, steps, self._call, self._clean, lambda jump: in_float16(self.cast[jump.via]))
 

@@ -102,7 +102,7 @@ class Opening(Checked):
     )
     solver: str | None = Field(
         default=None,
-        description="how to sample: ddim, ddpm, euler, euler-a, dpm++, lcm or tcd; default: the pipeline's own scheduler",
+        description="how to sample: ddim, ddpm, euler, euler-a, dpm++, dpm++3m, lcm or tcd; default: the pipeline's own scheduler",
     )
     size: int | str | None = Field(
         default=None, description="pixels of the images: 512, a square, or 768x1024, HEIGHTxWIDTH; default: the model's own"

@@ -4,18 +4,20 @@
 
 where m is what the network answers (noise, velocity or image, after guidance) and the scalars a and b have a closed form
 for ANY two levels. Because the map is affine, "the network's answer is a constant" leaves exactly the linear carry a.
-A multistep solver adds c times the clean prediction of the call before, a stochastic one d times fresh noise.
+A multistep solver adds multiples of the clean predictions of the calls before, a stochastic one d times fresh noise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby, pairwise
 from math import floor, log
 from typing import ClassVar, Protocol
 
 from chainrule.noise import Schedule
-from chainrule.plan import Jump
+from chainrule.plan import Path
 
 
 class Prediction(Enum):
@@ -29,11 +31,11 @@ class Prediction(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """x_stop = a * x + b * m + c * (the clean prediction of the call before) + d * fresh noise."""
+    """x_stop = a * x + b * m + sum over k of history[k] * (clean prediction of the k-th call before, from 0) + d * fresh noise."""
 
     a: float
     b: float = 0.0
-    c: float = 0.0
+    history: tuple[float, ...] = ()
     d: float = 0.0
 
 
@@ -69,15 +71,33 @@ class Process:
 class Solver(Protocol):
     """What a chain asks of a solver."""
 
-    remembers: ClassVar[bool]  # whether a step reads the clean prediction of the call before
     stochastic: ClassVar[bool]  # whether a step adds fresh noise
+
+    @property
+    def reads(self) -> int:
+        """How many earlier calls' clean predictions a step reads at most: the length of its history."""
+        ...
 
     @property
     def process(self) -> Process: ...
 
-    def step(self, jump: Jump, before: Jump | None) -> Step:
-        """The move down of this jump; `before` is the one it follows in the same path."""
+    def step(self, run: Path, at: int) -> Step:
+        """The move of `run[at]`; `run` is all the calls, one after the other, that no jump up interrupts.
+
+        The step's history is at most as long as the calls before it: `at`.
+        """
         ...
+
+
+def moves(solver: Solver, path: Path) -> Iterator[Step]:
+    """The move of every jump of a path: down by the solver, up by the process's noise."""
+    for up, jumps in groupby(path, key=lambda jump: jump.up):
+        run = tuple(jumps)
+        if not up:
+            yield from (solver.step(run, at) for at in range(len(run)))
+        else:
+            pairs = (solver.process.renoise(jump.start, jump.stop) for jump in run)
+            yield from (Step(a, d=d) for a, d in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +105,11 @@ class DDIM:
     """Deterministic DDIM; on a variance-preserving schedule Euler's method in sigma / alpha, and for flows Euler's step."""
 
     process: Process
-    remembers: ClassVar[bool] = False
+    reads: ClassVar[int] = 0
     stochastic: ClassVar[bool] = False
 
-    def step(self, jump: Jump, before: Jump | None) -> Step:
+    def step(self, run: Path, at: int) -> Step:
+        jump = run[at]
         return Step(*self.process.coefficients(jump.start, jump.stop, jump.finish))
 
 
@@ -101,10 +122,11 @@ class Ancestral:
     """
 
     process: Process
-    remembers: ClassVar[bool] = False
+    reads: ClassVar[int] = 0
     stochastic: ClassVar[bool] = True
 
-    def step(self, jump: Jump, before: Jump | None) -> Step:
+    def step(self, run: Path, at: int) -> Step:
+        jump = run[at]
         (alpha, sigma), (alpha2, sigma2) = self.process.schedule(jump.start), self.process.schedule(jump.stop, jump.finish)
         ratio = alpha / alpha2
         spread = sigma**2 - (ratio * sigma2) ** 2  # of x_start given x_stop
@@ -115,26 +137,55 @@ class Ancestral:
 
 @dataclass(frozen=True, slots=True)
 class DPMSolver:
-    """DPM-Solver++(2M), data prediction, second order (arXiv:2211.01095, Algorithm 2).
+    """DPM-Solver++, data prediction, multistep, of order 2 (2M, midpoint) or 3 (3M) (arXiv:2211.01095, Algorithm 2, Appendix B).
 
-    x_stop = sigma'/sigma x + (alpha' - sigma'/sigma alpha) D, with D = x0 + (x0 - x0_before) / (2 r), where r is the last
-    step's share of log(alpha/sigma) over this one's. The first step and a step to 0 are first order, which is DDIM; so is
-    a step that does not follow a call.
+    With lambda = log(alpha / sigma), h = lambda' - lambda and x0, x1, x2 the clean predictions of this call and the two before,
+    whose steps were r0 h and r1 h long:
+
+        x_stop = sigma'/sigma x + alpha' (1 - e^-h) x0 + p D1 + q D2
+        2M: D1 = (x0 - x1) / r0, p = alpha' (1 - e^-h) / 2, q = 0
+        3M: D2 = ((x0 - x1) / r0 - (x1 - x2) / r1) / (r0 + r1), D1 = (x0 - x1) / r0 + r0 D2,
+            p = alpha' (1 - (1 - e^-h) / h), q = alpha' / 2 - p / h
+
+    The first call of a run is of order 1, which is DDIM; the second of order 2; a step to 0 of order 1. A run of fewer than
+    `settle` calls takes the step before the sampler's last at order 2, as diffusers does (`lower_order_final`).
+    3M is what the authors' code and diffusers compute. Taylor's expansion has 2 q D2 where they have q D2, so 3M converges with
+    order 2 as well, with about 0.4 of 2M's error (tests/test_solvers.py).
     """
 
     process: Process
-    remembers: ClassVar[bool] = True
+    order: int = 2
+    settle: int = 15
     stochastic: ClassVar[bool] = False
 
-    def step(self, jump: Jump, before: Jump | None) -> Step:
-        if before is None or before.up or before.stop != jump.start or jump.stop == 0:
+    @property
+    def reads(self) -> int:
+        return self.order - 1
+
+    def step(self, run: Path, at: int) -> Step:
+        jump, settled = run[at], len(run) < self.settle and at == len(run) - 2 and run[-1].finish
+        order = 1 if jump.stop == 0 else min(self.order, at + 1, 2 if settled else self.order)
+        if order == 1:
             return Step(*self.process.coefficients(jump.start, jump.stop, jump.finish))
-        schedule = self.process.schedule
-        (alpha, sigma), (alpha2, sigma2), (alpha0, sigma0) = (schedule(at) for at in (jump.start, jump.stop, before.start))
-        half = (log(alpha2 / sigma2) - log(alpha / sigma)) / (log(alpha / sigma) - log(alpha0 / sigma0)) / 2  # 1 / (2 r)
-        clean = alpha2 - sigma2 / sigma * alpha
+        levels = (jump.stop, *(call.start for call in reversed(run[at + 1 - order : at + 1])))
+        first, *history = self._weights([self.process.schedule(level) for level in levels])
+        (_, sigma), (_, sigma2) = self.process.schedule(jump.start), self.process.schedule(jump.stop)
         p, q = self.process.coefficients(jump.start, 0)
-        return Step(sigma2 / sigma + clean * (1 + half) * p, clean * (1 + half) * q, -clean * half)
+        return Step(sigma2 / sigma + first * p, first * q, tuple(history))
+
+    def _weights(self, scales: list[tuple[float, float]]) -> tuple[float, ...]:
+        """What x0, x1 (and x2) are multiplied with, given (alpha, sigma) where the step stops and where those calls started."""
+        (alpha2, sigma2), (alpha, sigma), *_ = scales
+        clean = alpha2 - sigma2 / sigma * alpha  # alpha' (1 - e^-h)
+        h, *lengths = (log(a2 / s2) - log(a / s) for (a2, s2), (a, s) in pairwise(scales))
+        if len(lengths) == 1:
+            half = h / lengths[0] / 2
+            return clean * (1 + half), -clean * half
+        r0, r1 = (length / h for length in lengths)
+        p = alpha2 - clean / h
+        second = (r0 * p + alpha2 / 2 - p / h) / (r0 + r1)  # of (x0 - x1) / r0 - (x1 - x2) / r1
+        newer, older = (p + second) / r0, second / r1  # of x0 - x1, and less than nothing of x1 - x2
+        return clean + newer, -newer - older, older
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +198,11 @@ class Consistency:
 
     process: Process
     scaling: float = 10.0
-    remembers: ClassVar[bool] = False
+    reads: ClassVar[int] = 0
     stochastic: ClassVar[bool] = True
 
-    def step(self, jump: Jump, before: Jump | None) -> Step:
+    def step(self, run: Path, at: int) -> Step:
+        jump = run[at]
         a, b = self.process.coefficients(jump.start, 0)
         time = self.scaling * (jump.start - 1)
         skip, out = 0.25 / (time**2 + 0.25), time / (time**2 + 0.25) ** 0.5
@@ -168,10 +220,11 @@ class TCD:
 
     process: Process
     gamma: float = 0.3
-    remembers: ClassVar[bool] = False
+    reads: ClassVar[int] = 0
     stochastic: ClassVar[bool] = True
 
-    def step(self, jump: Jump, before: Jump | None) -> Step:
+    def step(self, run: Path, at: int) -> Step:
+        jump = run[at]
         if jump.stop == 0:
             return Step(*self.process.coefficients(jump.start, 0, jump.finish))
         down = 1 + floor(round((1 - self.gamma) * (jump.stop - 1), 4))  # a product that is whole but for its last bit stays so

@@ -64,7 +64,7 @@ def picard(
     `powers` power iterations find the norm; products with dF/dy use central
     differences, those with its transpose are exact.
     """
-    if model.solver.remembers or model.solver.stochastic:
+    if model.solver.reads or model.solver.stochastic:
         raise UserError(f"Picard iteration is written for DDIM's map, and the solver is {model.sampler.name}; take the solver ddim")
     model = model.guided(guidance)
     found: list[dict[str, list[float]]] = []

@@ -43,6 +43,7 @@ OFF = (
     "clip_sample", "thresholding", "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
     "use_lu_lambdas", "use_flow_sigmas", "invert_sigmas", "stochastic_sampling",
 )  # fmt: skip
+MULTISTEP = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
 KINDS: Mapping[str, Kind] = {
     "ddim": Kind("DDIMScheduler", lambda process, config: DDIM(process), {}, strides=True),
     "ddpm": Kind(
@@ -53,9 +54,11 @@ KINDS: Mapping[str, Kind] = {
         {"interpolation_type": "linear", "timestep_type": "discrete"},
     ),
     "euler-a": Kind("EulerAncestralDiscreteScheduler", lambda process, config: Ancestral(process), {}),
-    "dpm++": Kind(
-        "DPMSolverMultistepScheduler", lambda process, config: DPMSolver(process),
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"},
+    "dpm++": Kind("DPMSolverMultistepScheduler", lambda process, config: DPMSolver(process), MULTISTEP | {"solver_order": 2}),
+    "dpm++3m": Kind(
+        "DPMSolverMultistepScheduler",
+        lambda process, config: DPMSolver(process, 3, settle=15 if config.lower_order_final else 0),
+        MULTISTEP | {"solver_order": 3},
     ),
     "lcm": Kind("LCMScheduler", lambda process, config: Consistency(process, config.timestep_scaling), {}),
     "tcd": Kind("TCDScheduler", lambda process, config: TCD(process), {}),
@@ -122,16 +125,15 @@ def sampler_of(
         scheduler = type(scheduler).from_config(scheduler.config, **settings)
     if type(scheduler).__name__ == FLOW:
         return _flow(scheduler, spacing)
-    own = next((known for known, kind in KINDS.items() if kind.scheduler == type(scheduler).__name__), None)
+    own = _own(scheduler)
     if "alphas_cumprod" not in vars(scheduler):
         raise UserError(f"the scheduler {type(scheduler).__name__} is not supported; the nearest supported is {FLOW}")
-    name = name or str(own)
+    name = name or own
     kind = KINDS[name]
     if name != own:  # as users do who swap a pipeline's scheduler
-        config = dict(scheduler.config) | {"clip_sample": False} | ({} if name == "ddim" else dict(kind.needs))
         import diffusers
 
-        scheduler = getattr(diffusers, kind.scheduler).from_config(config)
+        scheduler = getattr(diffusers, kind.scheduler).from_config(scheduler.config, **{"clip_sample": False, **kind.needs})
     _check(scheduler, kind.needs)
     table, prediction = scheduler.alphas_cumprod, Prediction(scheduler.config.prediction_type)
     process = Process(Diffusion.of(table, _end(name, scheduler)), prediction)
@@ -140,6 +142,17 @@ def sampler_of(
     start = process.schedule(process.schedule.top)[1] if scaled else 1.0
     levels = lambda steps: _levels(scheduler, steps, own_spacing, 1, kind.strides)
     return Sampler(name, kind.solver(process, scheduler.config), levels, scheduler, spacing, start)
+
+
+def _own(scheduler: Any) -> str:
+    """The solver a pipeline's scheduler is: of those over its class, the one with the fewest settings against it; "" if none."""
+    names = [name for name, kind in KINDS.items() if kind.scheduler == type(scheduler).__name__]
+    return min(names, key=lambda name: len(_against(scheduler, KINDS[name].needs)), default="")
+
+
+def _against(scheduler: Any, needs: Mapping[str, object]) -> list[str]:
+    """The settings a scheduler has otherwise than a solver needs them."""
+    return [option for option, value in needs.items() if scheduler.config.get(option, value) != value]
 
 
 def _end(name: str, scheduler: Any) -> int:
@@ -161,10 +174,9 @@ def _check(scheduler: Any, needs: Mapping[str, object]) -> None:
         if option in OFF and config.get(option):
             cannot = "which chains that are differentiated cannot use"
             raise UserError(f"the scheduler has {option}=True, {cannot}; set it to False, or take another solver")
-    for option, value in needs.items():
-        if config.get(option, value) != value:
-            here = f"the scheduler has {option}={config[option]!r}"
-            raise UserError(f"{here}, but only {value!r} is supported; set it, or take another solver")
+    for option in _against(scheduler, needs):
+        here = f"the scheduler has {option}={config[option]!r}"
+        raise UserError(f"{here}, but only {needs[option]!r} is supported; set it, or take another solver")
 
 
 def _levels(scheduler: Any, steps: int, spacing: Spacing, offset: int, strides: bool) -> Grid:
