@@ -31,7 +31,7 @@ class Prediction(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """x_stop = a * x + b * m + sum over k of history[k] * (clean prediction of the k-th call before, from 0) + d * fresh noise."""
+    """x_stop = a * x + b * m + sum over k of history[k] * (clean prediction k + 1 calls before this one) + d * fresh noise."""
 
     a: float
     b: float = 0.0
@@ -82,9 +82,9 @@ class Solver(Protocol):
     def process(self) -> Process: ...
 
     def step(self, run: Path, at: int) -> Step:
-        """The move of `run[at]`; `run` is all the calls, one after the other, that no jump up interrupts.
+        """The move of `run[at]`. `run` holds the calls of a path, earlier and later ones, that no jump up interrupts.
 
-        The step's history is at most as long as the calls before it: `at`.
+        The step's history is at most `at` long: there are no more calls before it.
         """
         ...
 
@@ -183,8 +183,8 @@ class DPMSolver:
             return clean * (1 + half), -clean * half
         r0, r1 = (length / h for length in lengths)
         p = alpha2 - clean / h
-        second = (r0 * p + alpha2 / 2 - p / h) / (r0 + r1)  # of (x0 - x1) / r0 - (x1 - x2) / r1
-        newer, older = (p + second) / r0, second / r1  # of x0 - x1, and less than nothing of x1 - x2
+        second = (r0 * p + alpha2 / 2 - p / h) / (r0 + r1)  # what (x0 - x1) / r0 - (x1 - x2) / r1 is multiplied with
+        newer, older = (p + second) / r0, second / r1  # the step adds newer * (x0 - x1) - older * (x1 - x2)
         return clean + newer, -newer - older, older
 
 
