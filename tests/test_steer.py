@@ -17,7 +17,7 @@ from chainrule.adapters.lora import every_layer
 from chainrule.objective import distance
 from chainrule.rewards import reward_of
 from chainrule.settings import Steering
-from chainrule.steer.search import Bar, Search
+from chainrule.steer.search import Batch, Search
 from chainrule.steer.variables import Over
 
 
@@ -110,10 +110,10 @@ def test_a_bound_holds_for_the_coupled_chain_too() -> None:
     model = cr.load(make_pipeline())
     _, x = problem(model)
     settings = Steering(gradient="invertible", bound=0.05, lr=0.2, sample_steps=STEPS, guidance=GUIDANCE, updates=3)
-    search = Search(model, settings, Over("latent"), reward_of(score), PROMPTS, SEEDS, None, None)
-    bar = Bar(settings, 1, None)
-    with bar.shown(), torch.no_grad():
-        search.run(bar)
+    with torch.no_grad():
+        search = Search(model, settings, Over(), reward_of(score), Batch(PROMPTS, SEEDS), None)
+        while not search.done:
+            search.update()
     assert 0.04 < float((search.x - x).abs().max()) <= 0.05 + 1e-12
 
 

@@ -25,7 +25,7 @@ from chainrule.plan import walk
 from chainrule.solve import DDIM, Prediction, Process
 from chainrule.steer.adjoint import Adjoint
 from chainrule.steer.gradients import gradient_of
-from chainrule.steer.guidance import FreeDoM, Universal
+from chainrule.steer.guided_sampling import FreeDoM, Universal
 from chainrule.steer.invertible import Coupled
 from chainrule.steer.problem import Problem
 from chainrule.steer.variables import Controlled

@@ -32,6 +32,26 @@ class Steered:
         """The image of the highest reward."""
         return self.images[max(range(len(self.images)), key=self.rewards.__getitem__)]
 
+    def image(self, number: int) -> Steered:
+        """One of the images alone, without the curve."""
+        alone = Steered([])
+        for name in (*LISTS, "images", "before"):
+            setattr(alone, name, [getattr(self, name)[number]])
+        return alone
+
+
+# What there is one of for every image, and is written down.
+LISTS = ("prompts", "rewards", "rewards_before", "distances", "updates", "inverted")
+
+
+def joined(batches: Sequence[Steered]) -> Steered:
+    """The batches as one, their curves too."""
+    whole = Steered([])
+    for name in (*LISTS, "images", "before"):
+        setattr(whole, name, [value for batch in batches for value in getattr(batch, name)])
+    whole.curve = together([batch.curve for batch in batches])
+    return whole
+
 
 def together(tables: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
     """One curve over all batches: means weighted by images; a batch that stopped early stays at its last row."""

@@ -7,38 +7,34 @@ controls) get theirs in `.grad`. `sdo` and `full` are plans on the one walker; `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
 from torch import Tensor
 
-from chainrule.errors import unknown
+from chainrule.errors import UserError, unknown
 from chainrule.plan import Grad, Plan, walk
+from chainrule.steer.adjoint import Adjoint
+from chainrule.steer.invertible import Coupled
 from chainrule.steer.problem import Problem, Seen
+from chainrule.steer.variables import CONTROLS, KINDS, LATENT, NEGATIVE, PROMPT, Kind
 
 Gradient = Callable[[Problem, Tensor, Random], Seen]
-Grads = Callable[[int, str, Random], list[Grad]]  # of every call, from how many there are, the kind of variable and luck
+Grads = Callable[[int, Kind, Random], list[Grad]]  # of every call, from how many there are, the kind of variable and luck
+EVERY = tuple(KINDS.values())
 
 
-def sdo(calls: int, kind: str, rng: Random) -> list[Grad]:
-    """Shortcut diffusion optimization (arXiv:2505.07477): the graph of the one call that reads the variable.
-
-    For a latent that is the first call of its own grid (Eq. 15, 18-19, Fig. 4). Embeddings and weights are read by all calls,
-    and one of them is drawn (section 4.3, Fig. 5). Controls are added to the answers, so every call passes them its own part
-    of the linear path; the calls' own graphs are empty.
-    """
-    if kind == "controls":
-        return [Grad.WEIGHTS] * calls
-    live = 0 if kind == "latent" else rng.randrange(calls)
-    return [Grad.FULL if i == live else Grad.NONE for i in range(calls)]
+def sdo(calls: int, kind: Kind, rng: Random) -> list[Grad]:
+    """Shortcut diffusion optimization (arXiv:2505.07477): the graph of the one call that reads the variable."""
+    return kind.live(calls, rng)
 
 
-def full(calls: int, kind: str, rng: Random) -> list[Grad]:
+def full(calls: int, kind: Kind, rng: Random) -> list[Grad]:
     """Backpropagation through every call (arXiv:2505.07477, Eq. 11)."""
     return [Grad.FULL] * calls
 
 
-def planned(grads: Grads, kind: str) -> Gradient:
+def planned(grads: Grads, kind: Kind) -> Gradient:
     """The gradient of a plan, by the walker."""
 
     def gradient(problem: Problem, x: Tensor, rng: Random) -> Seen:
@@ -51,41 +47,54 @@ def planned(grads: Grads, kind: str) -> Gradient:
     return gradient
 
 
-PLANNED: Mapping[str, Grads] = {"sdo": sdo, "full": full}
-# What each gradient is, and the variables it is defined for.
-GRADIENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "sdo": (
-        "the one call that reads the variable, and the solver's linear path (SDO)",
-        ("latent", "prompt", "negative", "controls", "weights"),
-    ),
-    "full": ("every call, recomputed one at a time", ("latent", "prompt", "negative", "controls", "weights")),
-    "adjoint": ("the continuous adjoint of the sampling ODE (AdjointDPM)", ("latent", "prompt", "negative")),
-    "invertible": ("every call of an exactly invertible coupled chain (EDICT, DOODL)", ("latent", "prompt", "negative")),
-    "flowgrad": ("every call, for controls added to the network's answers (FlowGrad)", ("controls",)),
-}
+def sampled(problem: Problem, x: Tensor) -> Tensor:
+    """Where the sampler leads from x, without gradient."""
+    return problem.chain.end(x, walk(problem.grid))
 
 
-def gradient_of(name: str, kind: str) -> Gradient:
-    """The gradient by name, for a variable of this kind. UserError for one it is not defined for."""
-    if name in PLANNED:
-        return planned(PLANNED[name], kind)
-    if name == "flowgrad":
-        return planned(full, kind)
-    if name == "adjoint":
-        from chainrule.steer.adjoint import Adjoint
-
-        return Adjoint()
-    if name == "invertible":
-        from chainrule.steer.invertible import Coupled
-
-        return Coupled()
-    raise unknown("gradient", name, GRADIENTS)
-
-
-def image_of(name: str, problem: Problem, x: Tensor) -> Tensor:
-    """Where the chain of a gradient leads from x, without gradient: the sampler's own end, but for the coupled chain."""
-    if name != "invertible":
-        return problem.chain.end(x, walk(problem.grid))
-    from chainrule.steer.invertible import Coupled
-
+def coupled(problem: Problem, x: Tensor) -> Tensor:
+    """Where the coupled chain leads from x, without gradient."""
     return Coupled().forward(problem, (x, x))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A gradient by name: what it is, the variables it is defined for, how it is made, and what goes with it."""
+
+    about: str
+    kinds: tuple[Kind, ...]
+    make: Callable[[Kind], Gradient]
+    end: Callable[[Problem, Tensor], Tensor] = sampled  # the image latent of its chain, without gradient
+    any_solver: bool = False  # otherwise DDIM only
+    inverts: bool = False  # whether it goes back through the chain's states
+    renormalizes: bool = False  # whether the latent's norm is held unless asked otherwise
+
+
+GRADIENTS: Mapping[str, Way] = {
+    "sdo": Way(
+        "the one call that reads the variable, and the solver's linear path (SDO)", EVERY, lambda kind: planned(sdo, kind),
+        any_solver=True,
+    ),
+    "full": Way("every call, recomputed one at a time", EVERY, lambda kind: planned(full, kind), any_solver=True),
+    "adjoint": Way(
+        "the continuous adjoint of the sampling ODE (AdjointDPM)", (LATENT, PROMPT, NEGATIVE), lambda kind: Adjoint(), inverts=True
+    ),
+    "invertible": Way(
+        "every call of an exactly invertible coupled chain (EDICT, DOODL)", (LATENT, PROMPT, NEGATIVE), lambda kind: Coupled(),
+        end=coupled, inverts=True, renormalizes=True,
+    ),
+    "flowgrad": Way(
+        "every call, for controls added to the network's answers (FlowGrad)", (CONTROLS,), lambda kind: planned(full, kind),
+        any_solver=True,
+    ),
+}  # fmt: skip
+
+
+def gradient_of(name: str, kind: Kind | str) -> Gradient:
+    """The gradient by name, for a variable of this kind. Raises UserError for one that is not there or not defined for it."""
+    if name not in GRADIENTS:
+        raise unknown("gradient", name, GRADIENTS)
+    way, kind = GRADIENTS[name], KINDS[kind] if isinstance(kind, str) else kind
+    if kind not in way.kinds:
+        raise UserError(f"over is {kind.name!r}, but the gradient {name!r} is for {' and '.join(each.name for each in way.kinds)}")
+    return way.make(kind)

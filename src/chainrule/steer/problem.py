@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,12 +14,16 @@ from chainrule.plan import Grid
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One pass: losses (b,), images (b, 3, h, w), the gradient of the summed losses at the chain's first state, rewards (b,)."""
+    """One pass: losses (b,), images (b, 3, h, w), the gradient of the summed losses at the chain's first state, rewards (b,).
+
+    `terms` are the values of the objective's terms, (b,) each.
+    """
 
     losses: Tensor
     images: Tensor
     gradient: Tensor
     rewards: Tensor
+    terms: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,4 +40,4 @@ class Problem:
     def read(self, latent: Tensor) -> Seen:
         """Losses and images of finished latents, and d(sum of losses)/d(latent)."""
         reading, gradient = read(self.decode, self.objective, latent, self.prompts, self.part)
-        return Seen(reading.loss, reading.images, gradient, reading.rewards)
+        return Seen(reading.loss, reading.images, gradient, reading.rewards, reading.terms)

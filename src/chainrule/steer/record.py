@@ -12,13 +12,15 @@ from chainrule.steer.found import Steered
 def save(found: Steered, run: Run) -> None:
     """Write every image before and after, a sheet of both, the best one, `steered.json`, `metrics.jsonl` and `report.html`."""
     for place in (run.folder / "images", run.samples):
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     for i, (before, after) in enumerate(zip(found.before, found.images, strict=True)):
         after.save(run.folder / "images" / f"{i:04d}.png")
         before.save(run.folder / "images" / f"{i:04d}-before.png")
     found.best.save(run.folder / "best.png")
-    said = [f"{prompt} {a:.4g} to {b:.4g}" for prompt, a, b in zip(found.prompts, found.rewards_before, found.rewards, strict=True)]
-    before_after(found.before, found.images, said).save(run.samples / "before_after.png")
+    rewards = zip(found.prompts, found.rewards_before, found.rewards, strict=True)
+    captions = [f"{prompt} {before:.4g} to {after:.4g}" for prompt, before, after in rewards]
+    before_after(found.before, found.images, captions).save(run.samples / "before_after.png")
+    run.truncate(-1)  # the loop's rows are of one batch after the other; the curve is over all of them
     for row in found.curve:
         run.log(row)
     keys = ("prompts", "rewards_before", "rewards", "distances", "updates", "inverted")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +15,20 @@ from torch import Tensor
 from chainrule.adapters import Adapter
 from chainrule.chain import Memory
 from chainrule.errors import UserError
-from chainrule.loop import progress_bar, stop_signals
 from chainrule.models import Model
 from chainrule.models.pictures import pictures
 from chainrule.noise import derive
 from chainrule.objective import Distance, Objective, distance
 from chainrule.plan import walk
+from chainrule.processes import Processes
 from chainrule.rewards import Reward
 from chainrule.settings import Steering
 from chainrule.steer.found import Steered
-from chainrule.steer.gradients import gradient_of, image_of
-from chainrule.steer.guidance import GUIDES
+from chainrule.steer.gradients import GRADIENTS
+from chainrule.steer.guided_sampling import GUIDES
 from chainrule.steer.images import invert
 from chainrule.steer.problem import Problem, Seen
-from chainrule.steer.variables import Controlled, Over
+from chainrule.steer.variables import Over
 
 OPTIMIZERS = {
     "adam": lambda leaves, lr: torch.optim.Adam(leaves, lr=lr),
@@ -37,167 +37,183 @@ OPTIMIZERS = {
 }
 
 
+def updates_of(settings: Steering) -> int:
+    """How many updates a batch has: one where a single run is guided."""
+    return 1 if settings.gradient in GUIDES else settings.updates
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one batch is made of: its prompts and seeds, and the pictures (b, 3, h, w) in [0, 1] it starts from, if any."""
+
+    prompts: list[str]
+    seeds: list[int]
+    pictures: Tensor | None = None
+
+    def share(self, processes: Processes) -> Batch:
+        """This process's images: every `count`-th one."""
+        mine = slice(processes.index, None, processes.count)
+        return Batch(self.prompts[mine], self.seeds[mine], None if self.pictures is None else self.pictures[mine])
+
+
+@dataclass(slots=True)
+class Best:
+    """The best of every image so far: losses, rewards, distances and the number of updates it was found after, (b,) each."""
+
+    losses: Tensor
+    rewards: Tensor
+    distances: Tensor
+    updates: Tensor
+    images: Tensor
+
+
 class Search:
-    """One batch: its chain, its variable, and the best of every image so far."""
+    """One batch: its chain, its variable, and the best of every image so far. All of it runs without a gradient but the calls."""
 
-    def __init__(
-        self, model: Model, settings: Steering, over: Over, scorer: Reward, prompts: list[str], seeds: list[int],
-        given: Tensor | None, adapter: Adapter | None,
-    ) -> None:  # fmt: skip
-        self.settings, self.over = settings, over
-        chain = model.guided(settings.guidance).chain(prompts, seeds, Memory(settings.memory))
+    def __init__(self, model: Model, settings: Steering, over: Over, reward: Reward, batch: Batch, adapter: Adapter | None) -> None:
+        self.settings, self.over, self.way = settings, over, GRADIENTS.get(settings.gradient)
+        chain = model.guided(settings.guidance).chain(batch.prompts, batch.seeds, Memory(settings.memory))
         levels = model.grid(settings.sample_steps)
-        self.grid = over.grid(levels, model.solver.process.schedule.offset)
-        if given is not None:
-            latents = model.codec.encode(given).to(model.device, model.dtype)
-            self.x = invert(chain, latents, self.grid)
-            self.reference: Tensor | None = model.codec.decode(latents)
+        grid = over.grid(levels, model.solver.process.schedule.offset)
+        reference = None
+        if batch.pictures is not None:
+            latents = model.codec.encode(batch.pictures).to(model.device, model.dtype)
+            x, reference = invert(chain, latents, grid), model.codec.decode(latents)
         else:
-            head = takewhile(lambda jump: jump.start != self.grid[0], walk(levels))
-            self.x, self.reference = chain.end(model.noise(seeds), tuple(head)), None
-        self.start, self.leaves = self.x.clone(), [self.x]
-        if over.kind in ("prompt", "negative"):
-            side = {"prompt": "positive", "negative": "negative"}[over.kind]
-            embedding = getattr(chain.condition, side).states
-            if not embedding.is_floating_point():
-                raise UserError(f"over is {over.kind!r}, but {model.name} has classes instead of embeddings; use latent")
-            self.leaves = [embedding.clone().requires_grad_()]
-            words = replace(getattr(chain.condition, side), states=self.leaves[0])
-            chain = replace(chain, condition=replace(chain.condition, **{side: words}))
-        if adapter:
-            self.leaves = [*adapter.parameters()]
-        if over.kind == "controls":
-            controls = {level: torch.zeros_like(self.x, requires_grad=True) for level in self.grid[:-1]}
-            self.leaves = list(controls.values())
-            chain = replace(chain, cast={"base": Controlled(chain.cast["base"], controls)})
+            head = takewhile(lambda jump: jump.start != grid[0], walk(levels))
+            x = chain.end(model.noise(batch.seeds), tuple(head))
+        self.start = x.clone()
+        self.variable, self.x = over.kind.start(chain, x, grid, adapter)
+        self.optimizer = OPTIMIZERS[settings.optimizer](list(self.variable.named_parameters().values()), settings.lr)
+        self.reward = Objective.of(reward).scaled(1 - settings.keep)
+        self.problem = Problem(self.variable.into(chain), grid, model.codec.decode, batch.prompts, self.reward)
+        latent = (self.way.end if self.way else GRADIENTS["full"].end)(self.problem, self.x)
+        if reference is None:
+            reference = torch.cat([model.codec.decode(part) for part in latent.split(self.problem.part)])
+        self._hold(reference)
+        first = self.problem.read(latent)
+        if not bool(first.losses.isfinite().all()):
+            raise UserError(f"the loss is {first.losses.tolist()} before the first update; it must be finite")
+        self.inverted = distance(first.images, reference).tolist()
+        rewards, far, losses = self.numbers(first)
+        self.best = Best(losses, rewards, far, torch.zeros(len(losses), dtype=torch.long), first.images)
+        self.rows = [_row(0, rewards, losses, far)]
+        self.number = self.idle = 0
 
-        self.reward = Objective.of(scorer).scaled(1 - settings.keep)
-        self.problem = Problem(chain, self.grid, model.codec.decode, prompts, self.reward)
-        self.best: Seen | None = None
-        self.first: Seen | None = None
-        self.updates, self.far = torch.zeros(len(prompts), dtype=torch.long), torch.zeros(len(prompts))
-        self.values = torch.zeros(len(prompts))
+    def _hold(self, reference: Tensor) -> None:
+        """Compare with these images, (b, 3, h, w): in rewards that look at them, and in the distance that is kept."""
+        self.reference, objective = reference, self.reward.against(reference)
+        if self.settings.keep:
+            objective = objective.with_terms(Distance(reference, self.settings.keep))
+        self.problem = replace(self.problem, objective=objective)
 
-    def run(self, bar: Bar) -> list[dict[str, float]]:
-        """Update to the end, or until nothing gets better, or Ctrl-C; the rows of the curve."""
-        s = self.settings
-        if self.reference is not None:
-            self._hold(self.reference)
-        rows = [self._look(self._sampled(), 0)]
-        if s.gradient in GUIDES:
-            rows.append(self._look(GUIDES[s.gradient][1](strength=s.strength)(self.problem, self.x), 1))
-            bar.advance(rows[-1])
-            return rows
-        gradient = gradient_of(s.gradient, self.over.kind)
-        optimizer = OPTIMIZERS[s.optimizer](self.leaves, s.lr)
-        idle = 0
-        for number in range(s.updates):
-            if bar.stopped or (s.patience and idle >= s.patience):
-                break
-            optimizer.zero_grad()
-            seen = gradient(self.problem, self.x, Random(derive(0, "call", number)))
-            if number:  # the first image is the one before
-                rows.append(self._look(seen, number))
-                idle = 0 if bool((self.updates == number).any()) else idle + 1
-            if self.over.kind == "latent":
-                self.x.grad = seen.gradient
-            if not any(leaf.grad is not None for leaf in self.leaves):
-                raise UserError(f"the image does not depend on the {self.over.kind} here; steer something else")
-            if not all(leaf.grad is None or bool(leaf.grad.isfinite().all()) for leaf in self.leaves):
-                if number:
-                    return rows
-                raise UserError(f"the gradient {s.gradient!r} of this reward is not finite at the first update")
-            optimizer.step()
+    @property
+    def done(self) -> bool:
+        """Whether it has had its updates, or no image got better for long enough."""
+        return self.number >= updates_of(self.settings) or bool(self.settings.patience and self.idle >= self.settings.patience)
+
+    def update(self) -> tuple[Seen, float]:
+        """One update; returns what was seen before it, and the gradient's norm. Nothing moves where that is not finite."""
+        if self.settings.gradient in GUIDES:
+            seen = GUIDES[self.settings.gradient][1](self.settings.strength)(self.problem, self.x.detach())
+            self.number += 1
+            self._look(seen, self.number)
+            return seen, 0.0
+        assert self.way is not None
+        self.optimizer.zero_grad()
+        seen = self.way.make(self.over.kind)(self.problem, self.x, Random(derive(0, "call", self.number)))
+        if self.x.requires_grad:
+            self.x.grad = seen.gradient
+        if self.number:  # the first image is the one before
+            self._look(seen, self.number)
+            self.idle = 0 if bool((self.best.updates == self.number).any()) else self.idle + 1
+        norm = self._norm()
+        if math.isfinite(norm):
+            self.optimizer.step()
             self._project()
-            bar.advance(rows[-1])
-        if not bar.stopped:
-            rows.append(self._look(self._sampled(), len(rows)))
-        return rows
+        elif not self.number:
+            raise UserError(f"the gradient {self.settings.gradient!r} of this reward is not finite at the first update")
+        self.number += 1
+        return seen, norm
 
-    def report(self, found: Steered) -> None:
-        assert self.first is not None and self.best is not None and self.reference is not None
-        found.images += pictures(self.best.images)
-        found.before += pictures(self.reference)
-        found.rewards += self.values.tolist()
-        found.rewards_before += self._before().tolist()
-        found.distances += self.far.tolist()
-        found.updates += self.updates.tolist()
-        found.inverted += distance(self.first.images, self.reference).tolist()
+    def _norm(self) -> float:
+        """Of the gradient of all leaves. Raises UserError where the image does not depend on any."""
+        grads = [weight.grad for weight in self.variable.named_parameters().values() if weight.grad is not None]
+        if not grads:
+            raise UserError(f"the image does not depend on the {self.over.kind.name} here; steer something else")
+        return float(torch.stack([grad.double().norm() for grad in grads]).norm())
+
+    def finish(self) -> None:
+        """Look at the image of the variable after its last update."""
+        if self.way is not None:
+            self._look(self.problem.read(self.way.end(self.problem, self.x)), self.number)
+
+    def numbers(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+        """Rewards, distances and losses of what was seen, (b,) on the CPU."""
+        rewards = (seen.rewards / (1 - self.settings.keep)).float().cpu()
+        return rewards, distance(seen.images, self.reference).float().cpu(), seen.losses.float().cpu()
+
+    def _look(self, seen: Seen, number: int) -> None:
+        """Keep what got better; add a row of the curve."""
+        rewards, far, losses = self.numbers(seen)
+        better = (losses < self.best.losses) & losses.isfinite()
+        where = better.to(seen.images.device).view(-1, 1, 1, 1)
+        self.best.losses = torch.where(better, losses, self.best.losses)
+        self.best.rewards = torch.where(better, rewards, self.best.rewards)
+        self.best.distances = torch.where(better, far, self.best.distances)
+        self.best.images = torch.where(where, seen.images, self.best.images)
+        self.best.updates[better] = number
+        self.rows.append(_row(number, rewards, losses, far))
+
+    def _project(self) -> None:
+        s = self.settings
+        renormalized = s.renormalize
+        if renormalized is None:
+            renormalized = bool(self.way and self.way.renormalizes and self.over.kind.is_state)
+        if s.bound:
+            self.x.copy_(self.start + (self.x - self.start).clamp(-s.bound, s.bound))
+        elif renormalized:
+            norms = [x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (self.start, self.x)]
+            self.x.mul_(norms[0] / norms[1])
+
+    def found(self, prompts: list[str]) -> Steered:
+        """What this batch has found so far."""
+        return Steered(
+            prompts, pictures(self.best.images), pictures(self.reference), self.best.rewards.tolist(), self._before().tolist(),
+            self.best.distances.tolist(), self.best.updates.tolist(), self.inverted, list(self.rows),
+        )  # fmt: skip
 
     def _before(self) -> Tensor:
         """The reward of the images as they were: for a given picture its own, not that of what its latent samples."""
-        assert self.reference is not None
         problem, values = self.problem, []
         for start in range(0, len(self.reference), problem.part):
             rows = slice(start, start + problem.part)
             values.append(problem.objective.of_images(self.reference[rows], problem.prompts[rows], rows).rewards)
         return torch.cat(values) / (1 - self.settings.keep)
 
-    def _hold(self, reference: Tensor) -> None:
-        self.reference = reference
-        objective = self.reward.against(reference)
-        if self.settings.keep:
-            objective = objective.with_terms(Distance(reference, self.settings.keep))
-        self.problem = replace(self.problem, objective=objective)
+    def tensors(self) -> dict[str, Tensor]:
+        """The variable, its optimizer's state and the best so far, as flat tensors."""
+        kept = {f"best/{name}": getattr(self.best, name) for name in Best.__slots__}
+        for name, weight in self.variable.named_parameters().items():
+            kept[f"variable/{name}"] = weight.detach()
+            moments = {k: v for k, v in self.optimizer.state[weight].items() if isinstance(v, Tensor)}
+            kept |= {f"optimizer/{key}/{name}": value for key, value in moments.items()}
+        return kept
 
-    def _sampled(self) -> Seen:
-        """The image of the variable as it is, without a gradient."""
-        latent = image_of(self.settings.gradient, self.problem, self.x)
-        if self.reference is None:
-            self._hold(torch.cat([self.problem.decode(part) for part in latent.split(self.problem.part)]))
-        return self.problem.read(latent)
-
-    def _look(self, seen: Seen, number: int) -> dict[str, float]:
-        """Keep what got better; a row of the curve."""
-        assert self.reference is not None
-        rewards, far = (seen.rewards / (1 - self.settings.keep)).float().cpu(), distance(seen.images, self.reference).float().cpu()
-        losses = seen.losses.float().cpu()
-        if self.best is None:
-            if not bool(losses.isfinite().all()):
-                raise UserError(f"the loss is {losses.tolist()} before the first update; it must be finite")
-            self.first = self.best = seen
-            self.values, self.far = rewards, far
-        else:
-            better = (losses < self.best.losses.float().cpu()) & losses.isfinite()
-            where = better.to(seen.losses.device)
-            self.best = replace(
-                self.best, losses=torch.where(where, seen.losses, self.best.losses),
-                images=torch.where(where.view(-1, 1, 1, 1), seen.images, self.best.images),
-            )  # fmt: skip
-            self.values, self.far = torch.where(better, rewards, self.values), torch.where(better, far, self.far)
-            self.updates[better] = number
-        return {"step": number, "reward": _mean(rewards), "loss": _mean(losses), "distance": _mean(far), "count": len(losses)}
-
-    def _project(self) -> None:
-        s = self.settings
-        if s.bound:
-            self.x.copy_(self.start + (self.x - self.start).clamp(-s.bound, s.bound))
-        elif s.renormalize or (s.renormalize is None and s.gradient == "invertible" and self.over.kind == "latent"):
-            norms = [x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (self.start, self.x)]
-            self.x.mul_(norms[0] / norms[1])
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Back to a saved state. Raises KeyError or RuntimeError when it is of another batch."""
+        self.number, self.idle, self.rows = state["number"], state["idle"], state["rows"]
+        for name in Best.__slots__:
+            setattr(self.best, name, tensors[f"best/{name}"].to(getattr(self.best, name)))
+        for name, weight in self.variable.named_parameters().items():
+            weight.data.copy_(tensors[f"variable/{name}"])
+            keys = [key.split("/")[1] for key in tensors if key.startswith("optimizer/") and key.endswith(f"/{name}")]
+            moments = {key: tensors[f"optimizer/{key}/{name}"] for key in keys}
+            self.optimizer.state[weight] = {k: v.clone() if k == "step" else v.to(weight, copy=True) for k, v in moments.items()}
 
 
-class Bar:
-    """Progress over all batches, and whether Ctrl-C was pressed."""
-
-    def __init__(self, settings: Steering, batches: int, on_update: Callable[[dict[str, float]], None] | None) -> None:
-        self.total = batches * (1 if settings.gradient in GUIDES else settings.updates)
-        self.on_update, self.asked = on_update, lambda: False
-
-    @property
-    def stopped(self) -> bool:
-        return self.asked()
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        with stop_signals() as self.asked, progress_bar("reward") as self.bar:
-            self.task = self.bar.add_task("steer", total=self.total, value="-", speed="-")
-            yield
-
-    def advance(self, row: dict[str, float]) -> None:
-        self.bar.update(self.task, advance=1, value=f"{row['reward']:.4g}")
-        if self.on_update:
-            self.on_update(row)
+def _row(number: int, rewards: Tensor, losses: Tensor, far: Tensor) -> dict[str, float]:
+    return {"step": number, "reward": _mean(rewards), "loss": _mean(losses), "distance": _mean(far), "count": len(losses)}
 
 
 def _mean(values: Tensor) -> float:

@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
 
-from chainrule.adapters import Adapter, Band, inject, unused_name
-from chainrule.adapters.lora import every_layer
-from chainrule.chain import Memory
 from chainrule.config import SteerConfig
-from chainrule.denoise import guidance_is_input
 from chainrule.errors import UserError, unknown
-from chainrule.guidance import reads_negative
+from chainrule.guidance import value_among
+from chainrule.loop import Row, complete, open_run, told
 from chainrule.models import Model
+from chainrule.processes import Processes
 from chainrule.rewards import Reward, RewardFunction, probe, reward_of
 from chainrule.runs import Run
 from chainrule.settings import Opening, Steering, chosen
 from chainrule.solve import DDIM, Prediction
-from chainrule.steer.found import Steered, together
+from chainrule.steer.found import Steered, joined
 from chainrule.steer.gradients import GRADIENTS
-from chainrule.steer.guidance import GUIDES
+from chainrule.steer.guided_sampling import GUIDES
 from chainrule.steer.images import read_image
 from chainrule.steer.record import save
-from chainrule.steer.search import Bar, Search
-from chainrule.steer.variables import Over
+from chainrule.steer.search import Batch
+from chainrule.steer.task import SteerTask
+from chainrule.steer.variables import CONTROLS, LATENT, Over
 
-Source = str | Path | Image.Image
+Source: TypeAlias = str | Path | Image.Image
 
 
 def check(settings: Steering) -> Over:
     """The variable, if it goes together with the gradient and the rest. Raises UserError."""
-    over = Over.parse("controls" if settings.gradient == "flowgrad" and settings.over == "latent" else settings.over)
+    over, way = Over.parse(settings.over), GRADIENTS.get(settings.gradient)
     if settings.gradient not in {**GRADIENTS, **GUIDES}:
         raise unknown("gradient", settings.gradient, {**GRADIENTS, **GUIDES})
-    kinds = GRADIENTS[settings.gradient][1] if settings.gradient in GRADIENTS else ("latent",)
+    kinds = way.kinds if way else (LATENT,)
+    if over == Over() and kinds == (CONTROLS,):  # nobody asked for the latent: it is the default
+        over = Over(CONTROLS)
     if over.kind not in kinds:
-        raise UserError(f"over is {over.kind!r}, but the gradient {settings.gradient!r} is for {' and '.join(kinds)}")
-    if over.kind != "latent" and (settings.bound or settings.renormalize):
-        raise UserError(f"over is {over.kind!r}, but bound and renormalize are for a latent; leave them out")
+        names = " and ".join(kind.name for kind in kinds)
+        raise UserError(f"over is {over.kind.name!r}, but the gradient {settings.gradient!r} is for {names}")
+    if not over.kind.is_state and (settings.bound or settings.renormalize):
+        raise UserError(f"over is {over.kind.name!r}, but bound and renormalize are for a latent; leave them out")
     if settings.bound and settings.renormalize:
         raise UserError("bound and renormalize cannot both be held; leave one out")
-    if settings.gradient in GUIDES and (settings.bound or settings.renormalize):
+    if not way and (settings.bound or settings.renormalize):
         raise UserError(f"{settings.gradient} guides a run and holds no latent; leave bound and renormalize out")
     return over
 
@@ -54,119 +55,117 @@ def check(settings: Steering) -> Over:
 def steer(
     model: Model, prompts: Sequence[str], reward: Reward | RewardFunction, settings: Steering | None = None, *, seed: int = 0,
     seeds: Sequence[int] | None = None, images: Source | Sequence[Source] | None = None, out: str | Path | None = None,
-    overwrite: bool = False, on_update: Callable[[dict[str, float]], None] | None = None, **options: Any,
+    resume: bool = False, overwrite: bool = False, on_update: Callable[[Row], None] | None = None, **options: Any,
 ) -> Steered:  # fmt: skip
     """Optimize a latent, an embedding or controls of each image, or weights, by gradients of a reward through the chain.
 
     One image per prompt, with `seeds` (default: seed, seed + 1, ...). `images` are pictures to start from instead of noise:
     they enter by DDIM inversion, and stay what `keep` holds on to; then `prompts` say what they show, "" if nothing.
     `settings`, or `options` instead of it, are a `chainrule.settings.Steering`: over ("latent"), gradient ("sdo"),
-    updates (50), lr, keep, bound, ... With `out`, a folder gets the images, the curve and a report. Ctrl-C keeps the best so
-    far and returns. An image does not depend on the others it is steered with, unless `patience` ends a batch or they share
-    weights; then the adapter that is saved is the last update's, the images the best of any. With DPM-Solver++ a chain from
-    the middle starts at first order. Raises UserError for bad input before anything runs.
+    updates (50), lr, keep, bound, ... With `out`, a folder gets the images, the curve and a report; it must be new or empty,
+    unless `resume` (continues, bit for bit) or `overwrite`. Ctrl-C and SIGTERM keep the best so far and return. An image does
+    not depend on the others it is steered with, unless `patience` ends a batch or they share weights; then the adapter that
+    is saved is the last update's, the images the best of any. With DPM-Solver++ a chain from the middle starts at first order.
+    Raises UserError for bad input before anything runs.
     """
+    guidance, options = value_among(options)
     settings = chosen(Steering, settings, options)
-    over, scorer = check(settings), reward_of(reward)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    sources = [images] if isinstance(images, (str, Path, Image.Image)) else None if images is None else list(images)
-    if sources and len(prompts) == 1:
-        prompts = prompts * len(sources)
-    if not prompts or sources == []:
-        raise UserError("nothing to steer: give at least one prompt, and at least one image if any")
-    numbers = list(seeds) if seeds is not None else [seed + k for k in range(len(prompts))]
-    for what, count in (("seeds", len(numbers)), ("images", len(sources) if sources else len(prompts))):
-        if count != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {count} {what}; give one each")
-    _check_together(model, settings, over, len(prompts), bool(sources))
-    given = torch.stack([read_image(source, model.size) for source in sources]) if sources else None
-    for start in range(0, len(prompts), settings.batch):  # a word the model does not know is found here
-        model.embed(prompts[start : start + settings.batch])
-    scorer = scorer.to(model.device)
-    probe(scorer, model.size, model.device)
-    run = _open(out, model, scorer, settings, over, prompts, numbers, sources, overwrite) if out is not None else None
-    found, tables = Steered(prompts), []
-    bar = Bar(settings, -(-len(prompts) // settings.batch), on_update)
+    model, over, reward = model.guided(guidance or settings.guidance), check(settings), reward_of(reward)
+    asked = Images.of(prompts, seed, seeds, images)
+    _check_together(model, settings, over, asked)
+    batch = asked.read(model)
+    for start in range(0, len(asked.prompts), settings.batch):  # a word the model does not know is found here
+        model.embed(asked.prompts[start : start + settings.batch])
+    reward = reward.to(model.device)
+    probe(reward, model.size, model.device)
+    processes, run = Processes.here(model.device), None
+    if resume and processes.count > 1:
+        raise UserError("resume of steering is for one process; start it again without resume")
+    if out is not None:
+        recorded = settings.model_copy(update={"over": str(over), "guidance": model.guidance_spec})
+        run = open_run(out, asked.config(model, reward, recorded), processes, resume=resume, overwrite=overwrite)
+    task = SteerTask.start(model, reward, settings, over, batch.share(processes))
     try:
-        with bar.shown(), torch.no_grad(), _trained(model, settings, over) as (steered, adapter):
-            for start in range(0, len(prompts), settings.batch):
-                part = slice(start, start + settings.batch)
-                pictures = None if given is None else given[part]
-                search = Search(steered, settings, over, scorer, prompts[part], numbers[part], pictures, adapter)
-                with steered.blockwise(Memory(settings.memory)):
-                    tables.append(search.run(bar))
-                search.report(found)
-                if bar.stopped:
-                    break
-            if adapter and run is not None:
-                adapter.save(run.adapter)
-    finally:  # what was found before an error is kept
-        found.prompts, found.curve = prompts[: len(found.images)], together(tables)
-        if run is not None and found.images:
-            save(found, run)
-            reason = "interrupted" if bar.stopped else "finished"
-            run.write_text("stopped.txt", f"{reason} at update {len(found.curve) - 1}\n")
-    return found
+        return _steered(task, run, processes, told(on_update), resume)
+    finally:
+        task.remove()
 
 
-def _check_together(model: Model, settings: Steering, over: Over, count: int, pictures: bool) -> None:
+def _steered(task: SteerTask, run: Run | None, processes: Processes, listeners: Sequence[Any], resume: bool) -> Steered:
+    """Run the loop. Several processes steer their own images and put them together at the end, in order."""
+    try:
+        reason = complete(task, run if processes.count == 1 else None, listeners=listeners, resume=resume)
+    except BaseException:  # what was found before an error is kept
+        if run and processes.count == 1:
+            task.save(run.folder)
+        raise
+    found = task.result()
+    if processes.count == 1:
+        return found
+    shares = processes.gather([found.image(k) for k in range(len(found.prompts))])
+    whole = joined(shares)
+    whole.curve = joined(processes.gather([found])).curve
+    if run and processes.main and whole.images:
+        save(whole, run)
+        run.write_text("stopped.txt", f"{reason} at update {task.step}\n")
+    return whole
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What is steered: a prompt and a seed for each image, and the pictures to start from, if any."""
+
+    prompts: list[str]
+    seeds: list[int]
+    sources: list[Source] | None
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], seed: int, seeds: Sequence[int] | None, images: Source | Sequence[Source] | None) -> Images:
+        """From what a user gives. Raises UserError where the numbers of them do not fit."""
+        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        sources = [images] if isinstance(images, (str, Path, Image.Image)) else None if images is None else list(images)
+        if sources and len(wanted) == 1:
+            wanted = wanted * len(sources)
+        if not wanted or sources == []:
+            raise UserError("nothing to steer: give at least one prompt, and at least one image if any")
+        numbers = list(seeds) if seeds is not None else [seed + k for k in range(len(wanted))]
+        for what, count in (("seeds", len(numbers)), ("images", len(sources) if sources else len(wanted))):
+            if count != len(wanted):
+                raise UserError(f"{len(wanted)} prompts but {count} {what}; give one each")
+        return cls(wanted, numbers, sources)
+
+    def read(self, model: Model) -> Batch:
+        """With the pictures read and fitted to the model. Raises UserError for one that cannot be read."""
+        pictures = torch.stack([read_image(source, model.size) for source in self.sources]) if self.sources else None
+        return Batch(self.prompts, self.seeds, pictures)
+
+    def config(self, model: Model, reward: Reward, settings: Steering) -> SteerConfig:
+        """What the run keeps."""
+        pictures = [str(source) if isinstance(source, (str, Path)) else "a picture" for source in self.sources or ()]
+        return SteerConfig(
+            model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, reward=reward.name,
+            prompts=tuple(self.prompts), seeds=tuple(self.seeds), image=tuple(pictures), settings=settings,
+        )  # fmt: skip
+
+
+def _check_together(model: Model, settings: Steering, over: Over, images: Images) -> None:
     """What can only be told with the model at hand. Raises UserError."""
-    levels, solver = model.grid(settings.sample_steps), model.solver
+    levels, solver, way = model.grid(settings.sample_steps), model.solver, GRADIENTS.get(settings.gradient)
     over.grid(levels, solver.process.schedule.offset)
     model.check_bands(levels)
-    exact = settings.gradient in ("sdo", "full", "flowgrad")
-    if not isinstance(solver, DDIM) and not exact:
+    if not isinstance(solver, DDIM) and not (way and way.any_solver):
         raise UserError(f"the gradient {settings.gradient!r} is for DDIM; sample with the solver ddim, or take sdo or full")
-    if solver.stochastic and (pictures or over.time is not None):
+    if solver.stochastic and (images.sources or over.time is not None):
         raise UserError(
             "pictures enter by DDIM inversion and latent@t continues a trajectory, "
             f"which {model.sampler.name} has not; use the solver ddim"
         )
-    if settings.gradient == "universal" and not solver.process.schedule(levels[0])[0]:
+    guide = None if way else GUIDES[settings.gradient][1](settings.strength)
+    if guide and guide.needs_signal and not solver.process.schedule(levels[0])[0]:
         raise UserError("universal guidance divides by the signal, of which a flow's first level has none; take freedom")
-    if (
-        solver.process.prediction is Prediction.SAMPLE
-        and not solver.process.schedule(0, finish=True)[1]
-        and (pictures or settings.gradient in ("adjoint", "invertible"))
-    ):
+    forgets = solver.process.prediction is Prediction.SAMPLE and not solver.process.schedule(0, finish=True)[1]
+    if forgets and (images.sources or (way and way.inverts)):
         raise UserError(
             "a model that predicts the image forgets the state in its last step, so that it cannot be inverted; take sdo or full"
         )
-    guidance = model.guided(settings.guidance).guidance
-    if over.kind == "negative" and guidance_is_input(model.denoiser):
-        raise UserError(f"over is 'negative', but {model.name} reads its guidance and no negative embedding; use prompt")
-    if over.kind == "negative" and not reads_negative(guidance):
-        raise UserError(f"guidance is {guidance}, with which the negative embedding is not used; give more than 1")
-    if (
-        over.kind in ("prompt", "negative")
-        and not model.embed([""] if not model.defaults.labels else model.defaults.labels[:1]).positive.states.is_floating_point()
-    ):
-        raise UserError(f"over is {over.kind!r}, but {model.name} has classes instead of embeddings; use latent")
-    if over.kind == "weights" and count > settings.batch:
-        raise UserError(f"batch is {settings.batch}, but over weights all {count} images are steered together; raise it")
-
-
-@contextmanager
-def _trained(model: Model, settings: Steering, over: Over) -> Iterator[tuple[Model, Adapter | None]]:
-    """The model with a LoRA on every layer while its weights are steered; otherwise the model."""
-    if over.kind != "weights":
-        yield model, None
-        return
-    name, targets = unused_name(model.network, "steered"), every_layer(model.network)
-    adapter = inject(model.network, name, rank=settings.rank, targets=targets, component=model.component)
-    try:
-        yield replace(model, active={**model.active, name: Band()}), adapter
-    finally:
-        adapter.remove()
-
-
-def _open(
-    out: str | Path, model: Model, scorer: Reward, settings: Steering, over: Over, prompts: list[str], seeds: list[int],
-    sources: list[Source] | None, overwrite: bool,
-) -> Run:  # fmt: skip
-    pictures = [str(source) if isinstance(source, (str, Path)) else "a picture" for source in sources or ()]
-    config = SteerConfig(
-        model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, reward=scorer.name, prompts=tuple(prompts),
-        seeds=tuple(seeds), image=tuple(pictures), settings=settings.model_copy(update={"over": str(over)}),
-    )  # fmt: skip
-    return Run.create(out, config, overwrite=overwrite)
+    over.kind.check(model, len(images.prompts), settings.batch)

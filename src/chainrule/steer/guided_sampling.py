@@ -8,8 +8,9 @@ scales are tuned per loss and, for FreeDoM's code, taken from classifier-free gu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class FreeDoM:
     strength: float = 0.2
     repeats: int = 2
     travel: tuple[float, float] = (0.3, 0.7)
+    needs_signal: ClassVar[bool] = False
 
     def __call__(self, problem: Problem, x: Tensor) -> Seen:
         path, noise = walk(problem.grid), Fresh(problem)
@@ -58,6 +60,7 @@ class Universal:
     backward: int = 0
     backward_lr: float = 0.05
     repeats: int = 2
+    needs_signal: ClassVar[bool] = True
 
     def __call__(self, problem: Problem, x: Tensor) -> Seen:
         solver, noise = problem.chain.solver, Fresh(problem)
@@ -115,8 +118,16 @@ def _scaled(gradient: Tensor, size: Tensor) -> Tensor:
     return gradient * (size / _rms(gradient).clamp(min=1e-20))
 
 
-Guide = Callable[[Problem, Tensor], Seen]
-GUIDES: dict[str, tuple[str, Callable[..., Guide]]] = {
+class Guide(Protocol):
+    """Guidance of one run: the problem and the chain's first state -> what it ends in."""
+
+    needs_signal: ClassVar[bool]  # whether it divides by the signal's share, of which a flow's first level has none
+
+    def __call__(self, problem: Problem, x: Tensor) -> Seen: ...
+
+
+# What each guide is, and how it is made from a strength.
+GUIDES: Mapping[str, tuple[str, Callable[[float], Guide]]] = {
     "freedom": ("guidance by one-step predictions, with time travel (FreeDoM)", FreeDoM),
     "universal": ("guidance by one-step predictions, with self-recurrence (universal guidance)", Universal),
 }
