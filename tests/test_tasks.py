@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,12 @@ from chainrule.config import FinetuneConfig
 from chainrule.distill import DistillTask
 from chainrule.loop import BAD_IN_A_ROW, Listener, Row, Task, complete, load_checkpoint, open_run
 from chainrule.methods import SDO, Method, ShortFT
+from chainrule.objective import Objective
 from chainrule.rewards import reward_of
-from chainrule.settings import Distillation, Finetuning
+from chainrule.settings import Distillation, Finetuning, Steering
+from chainrule.steer.search import Batch
+from chainrule.steer.task import SteerTask
+from chainrule.steer.variables import Over
 from chainrule.trackers import tracker
 from chainrule.training import FinetuneTask
 
@@ -83,22 +87,46 @@ def nothing(task: DistillTask) -> Callable[[], None]:
     return lambda: setattr(task, "student", own)
 
 
+def steered(reward: Callable[..., Tensor]) -> Callable[[Any], Callable[[], None]]:
+    """Give the batch under way this reward after its first update; the value gives it back its own."""
+
+    def spoil(task: SteerTask) -> Callable[[], None]:
+        if task.search is None:
+            task.update()
+        assert task.search is not None
+        search, own = task.search, task.search.problem
+        search.problem = replace(own, objective=Objective.of(reward))
+        return lambda: setattr(search, "problem", own)
+
+    return spoil
+
+
 @dataclass(frozen=True)
 class Case:
     """`make` a fresh task in a folder for what it needs; `spoil` it so that its updates are not finite, until undone."""
 
     make: Callable[[Path], Any]
     spoil: Callable[[Any], Callable[[], None]]
+    steps: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the rows that a finished run leaves; steering's curve starts before the first
 
 
 def staged(folder: Path) -> FinetuneTask:
     return tuning(ShortFT(k=3), model().with_student(student_file(folder / "student", torch.float32)))
 
 
+def steering(over: str, gradient: str = "sdo") -> SteerTask:
+    settings = Steering(over=over, gradient=gradient, updates=UPDATES, lr=0.05, batch=2, sample_steps=4, guidance=2.0, rank=2)
+    return SteerTask.start(model(), reward_of(gray), settings, Over.parse(over), Batch(PROMPTS[:2], [3, 4]))
+
+
+CURVE = (0, 1, 2, 3, 4, 5)
 CASES = {
     "fine-tuning": Case(lambda folder: tuning(SDO(), model()), rewarded(endless)),
     "fine-tuning in stages": Case(staged, rewarded(steep)),
     "distilling": Case(lambda folder: distilling(), nothing),
+    "steering latents": Case(lambda folder: steering("latent"), steered(endless), CURVE),
+    "steering prompts": Case(lambda folder: steering("prompt", "full"), steered(endless), CURVE),
+    "steering weights": Case(lambda folder: steering("weights"), steered(endless), CURVE),
 }
 tasks = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
@@ -151,7 +179,7 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint_to_the_same_end(case,
     assert complete(case.make(tmp_path / "3"), cut, save_every=2, resume=True) == "finished"
     for file in [*whole.adapter.rglob("*.safetensors"), whole.checkpoint(UPDATES) / "state.safetensors"]:
         assert same(load_file(file), load_file(cut.folder / file.relative_to(whole.folder)))
-    assert timeless(cut.metrics()) == timeless(whole.metrics()) and len(cut.metrics()) == UPDATES
+    assert timeless(cut.metrics()) == timeless(whole.metrics()) and [row["step"] for row in cut.metrics()] == [*case.steps]
     assert [path.name for path in cut.checkpoints()] == ["step-000004", "step-000005"]
 
 
@@ -191,7 +219,7 @@ def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp
     again = case.make(tmp_path / "2")
     load_checkpoint(run, again)
     assert same(again.state()[0], good[0]) and again.step == 2 + BAD_IN_A_ROW
-    assert list(run.adapter.rglob("*.safetensors"))
+    assert list(run.adapter.rglob("*.safetensors")) or list(run.folder.glob("images/*.png"))
 
 
 @tasks
@@ -204,9 +232,11 @@ def test_a_signal_leaves_a_checkpoint_and_a_result_that_load(case, number, tmp_p
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert (run.folder / "stopped.txt").read_text() == "interrupted at update 2\n" and len(run.metrics()) == 2
     files = list(run.adapter.rglob("*.safetensors"))
-    assert files and all(value.isfinite().all() for file in files for value in load_file(file).values())
+    assert (files or list(run.folder.glob("images/*.png"))) and all(
+        value.isfinite().all() for file in files for value in load_file(file).values()
+    )
     again = case.make(tmp_path / "2")
-    assert complete(again, run, resume=True) == "finished" and [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5]
+    assert complete(again, run, resume=True) == "finished" and [row["step"] for row in run.metrics()] == [*case.steps]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chainrule.cli.arguments import at_least_one, is_config, place_of, prompts_of
-from chainrule.cli.opened import check_adapter, source_of
+from chainrule.cli.opened import check_adapter, check_guidance, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import SteerConfig
 from chainrule.errors import UserError
@@ -31,6 +31,7 @@ def steer(
     adversarial: Annotated[str | None, typer.Option(help="A class to be taken for by an image classifier.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Images per prompt, with seeds 0, 1, ... [default: 1]")] = None,
     first_seed: Annotated[int | None, typer.Option(help="The first seed. [default: 0]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """Move single images towards a reward, without training.
@@ -45,11 +46,12 @@ def steer(
         raise UserError("no reward given; pass --reward, --style or --adversarial")
     source = source_of(config.model, config.opening)
     reward = _reward(config.reward, style, adversarial, source.reward_source)
-    out = place_of(config, overwrite=overwrite)
+    out = place_of(config, resume=resume, overwrite=overwrite)
     from chainrule.steer.images import check_image
     from chainrule.steer.steering import check
 
     check(config.settings)
+    check_guidance(config.settings.guidance)
     for picture in config.image:
         check_image(picture)
     places = (*([source.run] if source.run else []), *config.adapter)
@@ -60,7 +62,7 @@ def steer(
 
     found = steered(
         model, wanted, reward, _settings(config.settings, source.sampling), seeds=numbers, images=config.image or None, out=out,
-        overwrite=overwrite,
+        resume=resume, overwrite=overwrite,
     )  # fmt: skip
     _tell(found, Path(out), bool(config.image))
 
