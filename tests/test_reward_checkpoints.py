@@ -64,7 +64,7 @@ def test_the_published_sizes_are_read_off_the_tensors() -> None:
         found = openclip.sizes(state, {})
         clip = CLIPModel(CLIPConfig(**found)).state_dict()
         blip = ImageRewardOfficial(30524, 512, 224, 16, (1024, 16, 4096, 24), (768, 12, 3072, 12)).state_dict()
-        parts = [imagereward.under(blip, stem) for stem in ("blip.visual_encoder.", "blip.text_encoder.")]
+        parts = [imagereward.without_stem(blip, stem) for stem in ("blip.visual_encoder.", "blip.text_encoder.")]
         vision, text = imagereward.sizes(*parts, {})
         seeing = BlipVisionModel(BlipVisionConfig(**vision)).state_dict()
         reading = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False).state_dict()

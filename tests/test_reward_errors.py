@@ -61,7 +61,7 @@ def test_bad_sources_are_refused_before_anything_is_loaded(models: Path, tmp_pat
     with pytest.raises(UserError, match=r"no config\.json in"):
         rewards.CLIPScore(str(models / "aesthetic"))
     with pytest.raises(UserError, match=r"is not an aesthetic head"):
-        rewards.Aesthetic(str(models / "clip"), clip=str(models / "clip")).load()
+        rewards.Aesthetic(str(models / "clip"), clip=str(models / "clip")).to("cpu")
 
 
 def _refused(make: Callable[[], object]) -> str:

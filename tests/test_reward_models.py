@@ -74,7 +74,7 @@ def test_a_classifier_is_its_model_after_its_own_processor(models: Path, size: t
     ours = rewards.Classifier("domestic dog", str(folder))(images, PROMPTS)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-2)  # a few pixels differ by one 8-bit level
     with pytest.raises(UserError, match=r"unknown class 'dgo'.*dog"):
-        rewards.Classifier("dgo", str(folder)).load()
+        rewards.Classifier("dgo", str(folder)).to("cpu")
 
 
 @pytest.mark.parametrize("size", [(SIZE, SIZE), (64, 80)])
@@ -126,7 +126,7 @@ def test_safe_is_its_classifier_after_its_own_processor(models: Path, size: tupl
     torch.testing.assert_close(rewards.Safe(str(folder))(images, PROMPTS), wanted, rtol=0, atol=1e-2)
     torch.testing.assert_close(rewards.Classifier("normal", str(folder))(images, PROMPTS), wanted, rtol=0, atol=1e-2)
     with pytest.raises(UserError, match="unknown class 'normal'"):
-        rewards.Safe(str(models / "classifier")).load()
+        rewards.Safe(str(models / "classifier")).to("cpu")
 
 
 def test_concepts_are_negative_where_the_safety_checker_would_black_out(models: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_reward_on_another_device_or_in_another_precision(models: Path) -> Non
     (wanted,) = torch.autograd.grad(inner(images, PROMPTS[:2]).sum(), images)
     for place in places:
         for dtype, close in (("float32", 1e-4), ("bfloat16", 5e-2)):
-            there = rewards.On(inner, place, dtype).load()
+            there = rewards.On(inner, place, dtype).to("cpu")
             values = there(images, PROMPTS[:2])
             assert (values.device, values.dtype) == (images.device, torch.float32)
             torch.testing.assert_close(values, inner(images, PROMPTS[:2]), rtol=0, atol=close)
@@ -238,18 +238,18 @@ def test_style_is_the_distance_of_gram_matrices(models: Path) -> None:
 def test_rewards_beside_the_image_as_it_was(models: Path) -> None:
     before, after = random_images(SIZE, SIZE, 2), random_images(SIZE, SIZE, 2, seed=1)
     source = str(models / "clip")
-    alike = rewards.Perceptual(source).beside(before)
+    alike = rewards.Perceptual(source).with_reference(before)
     assert alike(before, ["", ""]).tolist() == [0.0, 0.0]
     assert (alike(after, ["", ""]) < -1e-3).all()
-    one = (2 * rewards.Perceptual(source) + brightness).beside(before[1:])
+    one = (2 * rewards.Perceptual(source) + brightness).with_reference(before[1:])
     torch.testing.assert_close(one(after[1:], [""]), 2 * alike(after, ["", ""])[1:] + brightness(after[1:], [""]))
     now, text, _ = _official_embeddings(models / "clip", after, ["a face", "an angry face"])
     was, _, _ = _official_embeddings(models / "clip", before, ["a face", "an angry face"])
     wanted = F.cosine_similarity(now - was, text[1:] - text[:1])
-    ours = rewards.Directional(source, text="a face to an angry face").beside(before)(after, ["", ""])
+    ours = rewards.Directional(source, text="a face to an angry face").with_reference(before)(after, ["", ""])
     torch.testing.assert_close(ours, wanted, rtol=0, atol=5e-3)
     with pytest.raises(UserError, match="2 images but 1 references"):
-        rewards.Perceptual(source).beside(before[:1])(after, ["", ""])
+        rewards.Perceptual(source).with_reference(before[:1])(after, ["", ""])
 
 
 def test_identity_is_the_cosine_of_class_tokens_by_its_own_processor(models: Path) -> None:
@@ -257,7 +257,7 @@ def test_identity_is_the_cosine_of_class_tokens_by_its_own_processor(models: Pat
 
     source = str(models / "dino")
     images, before = random_images(48, 64, 3), random_images(48, 64, 3, seed=1)
-    found = rewards.Identity(source).beside(before)(images, PROMPTS)
+    found = rewards.Identity(source).with_reference(before)(images, PROMPTS)
     network = Dinov2Model.from_pretrained(source).eval()
     tokens = []
     for batch in (images, before):
@@ -265,8 +265,8 @@ def test_identity_is_the_cosine_of_class_tokens_by_its_own_processor(models: Pat
         with torch.no_grad():
             tokens.append(network(pixels).last_hidden_state[:, 0])
     torch.testing.assert_close(found, F.cosine_similarity(*tokens), rtol=0, atol=2e-3)
-    torch.testing.assert_close(rewards.Identity(source).beside(images)(images, PROMPTS), torch.ones(3))
-    flat = rewards.Identity(encoder=lambda x: x.mean((2, 3))).beside(before)(images, PROMPTS)
+    torch.testing.assert_close(rewards.Identity(source).with_reference(images)(images, PROMPTS), torch.ones(3))
+    flat = rewards.Identity(encoder=lambda x: x.mean((2, 3))).with_reference(before)(images, PROMPTS)
     torch.testing.assert_close(flat, F.cosine_similarity(images.mean((2, 3)), before.mean((2, 3))))
 
 
@@ -289,7 +289,7 @@ def test_lpips_is_its_package_and_missing_it_is_said(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Package, __spec__=object()))
     monkeypatch.setattr("chainrule.rewards.likeness.importlib.util.find_spec", lambda name: object())
     images, before = random_images(32, 32, 2).requires_grad_(), random_images(32, 32, 2, seed=1)
-    found = parse("lpips:vgg").beside(before)(images, PROMPTS[:2])
+    found = parse("lpips:vgg").with_reference(before)(images, PROMPTS[:2])
     torch.testing.assert_close(found, -2 * ((images - before) * 2).square().mean((1, 2, 3)))
     (gradient,) = torch.autograd.grad(found.sum(), images)
     assert gradient.abs().sum() > 0

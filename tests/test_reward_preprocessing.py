@@ -12,7 +12,7 @@ from PIL import Image
 from reward_models import pictures, pil, random_images
 
 from chainrule.errors import UserError
-from chainrule.rewards.classifier import look_of
+from chainrule.rewards.classifier import preprocessing_of
 from chainrule.rewards.clip import normalize, resize, resize_and_crop, resize_and_pad, resize_shortest
 from chainrule.rewards.detect import pad_and_shrink
 from chainrule.rewards.imagereward import crop
@@ -69,7 +69,7 @@ def test_squashing_equals_the_processors_of_siglip_owlvit_and_vit(
     monkeypatch.setattr(Image.Image, "resize", width_first)
     images = random_images(*size, noise=noise)
     square = {"size": {"height": 224, "width": 224}}
-    vit = look_of({"image_processor_type": "ViTImageProcessor", **square, "image_mean": HALF, "image_std": HALF})
+    vit = preprocessing_of({"image_processor_type": "ViTImageProcessor", **square, "image_mean": HALF, "image_std": HALF})
     pairs = {
         pil("SiglipImageProcessor"): normalize(resize(images, (224, 224)), HALF, HALF),
         pil("OwlViTImageProcessor"): normalize(resize(images, (224, 224))),
@@ -129,8 +129,8 @@ def test_a_classifier_is_shown_what_its_settings_say() -> None:
          (224, 224), 256, "bilinear"),
     ]  # fmt: skip
     for facts, size, whole, mode in cases:
-        look = look_of(facts)
+        look = preprocessing_of(facts)
         assert (look.size, look.whole, look.mode) == (size, whole, mode)
         assert look(torch.rand(1, 3, 300, 260)).shape[-2:] == size
     with pytest.raises(UserError, match=r"resample is 5 .* must be 2"):
-        look_of({"resample": 5})
+        preprocessing_of({"resample": 5})

@@ -76,7 +76,7 @@ class RewardTerm:
         return self.reward.name
 
     def of_images(self, images: Tensor, prompts: Sequence[str], rows: slice) -> Tensor:
-        reward = self.reward if self.reference is None else self.reward.beside(self.reference[rows])
+        reward = self.reward if self.reference is None else self.reward.with_reference(self.reference[rows])
         return checked(reward, images, prompts)
 
 

@@ -1,10 +1,11 @@
-"""Measurements the papers rest on. So far: how far a student's shortcut leads from where the base model ends."""
+"""How far a student's shortcut ends from where the base model ends: ShortFT's Fig. 3 (arXiv:2507.22604)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -18,10 +19,12 @@ from chainrule.models.pictures import pictures
 from chainrule.plan import Path as Jumps
 from chainrule.plan import student_path, walk
 from chainrule.prompts import prompts as read_prompts
-from chainrule.report import grid as sheet
+from chainrule.report import grid
 from chainrule.report.tables import markdown
 from chainrule.rewards import HPSv2, PickScore, Reward, RewardFunction, checked, reward_of
 from chainrule.rewards.clip import Clip, load_clip, normalize, resize_and_crop
+
+Distances: TypeAlias = dict[float, dict[str, list[dict[str, Tensor]]]]  # level -> way -> a batch each: measure -> (b,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,62 +71,90 @@ def shortcut(
     """ShortFT's Fig. 3 (arXiv:2507.22604) for this model and its student: from `points` levels of the sampling grid.
 
     `clip` names the CLIP of the perceptual distance, 1 - cosine of two images' embeddings; a bundled model has its own.
-    Without `rewards` a bundled model is measured by the preference scorers that come with it. Raises UserError for a model
+    Without `rewards` a bundled model is measured by the preference rewards that come with it. Raises UserError for a model
     without a student (`model.with_student`).
     """
     if "student" not in model.members:
         raise UserError(f"{model.name} has no student to analyze; use model.with_student(...)")
-    said = [prompt for prompt in read_prompts(prompts) for _ in range(seeds)]
-    numbers = list(range(seeds)) * (len(said) // seeds)
+    texts = read_prompts(prompts)
+    repeated, numbers = [prompt for prompt in texts for _ in range(seeds)], list(range(seeds)) * len(texts)
     model = model.guided(guidance)
-    levels, top = model.grid(steps), model.solver.process.schedule.top
-    starts = [levels[i * steps // points] for i in range(points)]
-    ways: dict[float, dict[str, Jumps]] = {}
-    for level in starts:
-        jumps = student_path(level, top, student_steps)
-        stops = [jump.stop for jump in jumps]
-        ways[level] = {
-            "shortcut": jumps, "ddim": walk([level, *stops]), "ddim, half the calls": walk([level, *stops[::-1][::2][::-1]]),
-            "one step": walk([level, 0]),
-        }  # fmt: skip
-    own = model.name in BUNDLED
-    chosen = list(rewards) or ([PickScore("tiny"), HPSv2("tiny")] if own else [])
-    scorers = [reward_of(reward).to(model.device) for reward in chosen]
-    eye = load_clip(clip or "tiny", device=model.device) if clip or own else None
-    found: dict[float, dict[str, list[dict[str, Tensor]]]] = {level: {way: [] for way in each} for level, each in ways.items()}
-    drawn = range(0, len(said), max(1, len(said) // shown))[:shown]
-    columns: dict[str, list[Tensor]] = {}
-
-    def keep(name: str, images: Tensor, first: int) -> None:
-        columns.setdefault(name, []).extend(images[i - first].cpu() for i in drawn if first <= i < first + len(images))
-
-    for start in range(0, len(said), batch):
-        part, seeded = said[start : start + batch], numbers[start : start + batch]
-        chain = model.chain(part, seeded, on_call=on_call)
+    levels = model.grid(steps)
+    ways = {level: _ways(model, level, student_steps) for level in (levels[i * steps // points] for i in range(points))}
+    metrics = Metrics.of(model, rewards, clip)
+    sheet = _Sheet(range(0, len(repeated), max(1, len(repeated) // shown))[:shown])
+    distances: Distances = {level: {way: [] for way in each} for level, each in ways.items()}
+    for first in range(0, len(repeated), batch):
+        some, seeded = repeated[first : first + batch], numbers[first : first + batch]
+        chain = model.chain(some, seeded, on_call=on_call)
         states = [model.noise(seeded), *chain.states(model.noise(seeded), walk(levels))]
-        end = _seen(model, states[-1], part, scorers, eye)
-        keep(f"{steps} steps", end["pixels"], start)
+        end = metrics.measured(model, states[-1], some)
+        sheet.add(f"{steps} steps", end["pixels"], first)
         for level, each in ways.items():
             for way, jumps in each.items():
                 *_, latent = chain.states(states[list(levels).index(level)], jumps)
-                there = _seen(model, latent, part, scorers, eye)
-                found[level][way].append({name: _apart(name, there[name], end[name]) for name in there})
+                there = metrics.measured(model, latent, some)
+                distances[level][way].append({name: _apart(name, there[name], end[name]) for name in there})
                 if not way.startswith("ddim"):
-                    keep(f"{way} from {level}", there["pixels"], start)
-    rows = {level: {way: _estimates(parts, seeds) for way, parts in each.items()} for level, each in found.items()}
+                    sheet.add(f"{way} from {level}", there["pixels"], first)
+    rows = {level: {way: _estimates(batches, seeds) for way, batches in each.items()} for level, each in distances.items()}
     calls = {level: {way: len(jumps) for way, jumps in each.items()} for level, each in ways.items()}
-    cells = [(name, images[i]) for i in range(len(drawn)) for name, images in columns.items()]
-    picture = sheet(pictures(torch.stack([image for _, image in cells])), len(columns), [name for name, _ in cells])
-    return Shortcut(read_prompts(prompts), rows, calls, picture)
+    return Shortcut(texts, rows, calls, sheet.picture())
 
 
-def _seen(model: Model, latent: Tensor, prompts: Sequence[str], scorers: Sequence[Reward], eye: Clip | None) -> dict[str, Tensor]:
-    """Everything that is compared: latents, pixels, CLIP's embeddings, rewards."""
-    images = model.codec.decode(latent)
-    found = {"latent": latent, "pixels": images}
-    if eye:
-        found["perceptual"] = eye.embed(normalize(resize_and_crop(images, eye.size)), prompts)[0]
-    return found | {scorer.name: checked(scorer, images, prompts) for scorer in scorers}
+def _ways(model: Model, level: float, student_steps: int) -> dict[str, Jumps]:
+    """The ways from a level to the finished image, by their names in the table."""
+    student = student_path(level, model.solver.process.schedule.top, student_steps)
+    stops = [jump.stop for jump in student]
+    half = stops[::-1][::2][::-1]  # every second stop, the last one among them
+    return {
+        "shortcut": student,
+        "ddim": walk([level, *stops]),
+        "ddim, half the calls": walk([level, *half]),
+        "one step": walk([level, 0]),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What is compared of two latents: themselves, their images, CLIP's embeddings where there is a CLIP, and rewards."""
+
+    rewards: list[Reward]
+    clip: Clip | None
+
+    @classmethod
+    def of(cls, model: Model, rewards: Sequence[Reward | RewardFunction], clip: str | None) -> Metrics:
+        """These rewards and this CLIP on the model's device; for a bundled model, its own where none are given."""
+        bundled = model.name in BUNDLED
+        chosen = list(rewards) or ([PickScore("tiny"), HPSv2("tiny")] if bundled else [])
+        network = load_clip(clip or "tiny", device=model.device) if clip or bundled else None
+        return cls([reward_of(reward).to(model.device) for reward in chosen], network)
+
+    def measured(self, model: Model, latent: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Of latents (b, c, h, w): each thing that is compared, with b rows."""
+        images = model.codec.decode(latent)
+        found = {"latent": latent, "pixels": images}
+        if self.clip:
+            found["perceptual"] = self.clip.embed(normalize(resize_and_crop(images, self.clip.size)), prompts)[0]
+        return found | {reward.name: checked(reward, images, prompts) for reward in self.rewards}
+
+
+class _Sheet:
+    """The pictures of a few rows of the batch: a line each, with a column for every way."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = rows
+        self.columns: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, images: Tensor, first: int) -> None:
+        """Keep those of `images` (b, 3, h, w) whose rows are shown; the first of them is row `first` of all."""
+        kept = [images[row - first].cpu() for row in self.rows if first <= row < first + len(images)]
+        self.columns.setdefault(name, []).extend(kept)
+
+    def picture(self) -> Image.Image:
+        """All of them as one picture."""
+        cells = [(name, images[i]) for i in range(len(self.rows)) for name, images in self.columns.items()]
+        return grid(pictures(torch.stack([image for _, image in cells])), len(self.columns), [name for name, _ in cells])
 
 
 def _apart(name: str, there: Tensor, end: Tensor) -> Tensor:
@@ -134,9 +165,10 @@ def _apart(name: str, there: Tensor, end: Tensor) -> Tensor:
     return difference.square().mean(1).sqrt().float().cpu()
 
 
-def _estimates(parts: list[dict[str, Tensor]], seeds: int) -> dict[str, Estimate]:
-    """Over prompts; the seeds of one are averaged first."""
-    return {name: Estimate.of(torch.cat([p[name] for p in parts]).view(-1, seeds).mean(1).tolist()) for name in parts[0]}
+def _estimates(batches: list[dict[str, Tensor]], seeds: int) -> dict[str, Estimate]:
+    """A mean over prompts for each measure. The seeds of one prompt are averaged first."""
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return {name: Estimate.of(values.view(-1, seeds).mean(1).tolist()) for name, values in whole.items()}
 
 
 def save(found: Shortcut, folder: str | Path) -> Path:

@@ -82,7 +82,7 @@ def per_image(text: str, pair: Pair, source: str | None) -> tuple[Tensor | None,
     head, _, rest = text.partition(":")
     if head in PER_IMAGE:
         return None, PER_IMAGE[head](pair, rest)
-    reward = parse(text, source).beside(pair.before)
+    reward = parse(text, source).with_reference(pair.before)
     return checked(reward, pair.before, pair.prompts), checked(reward, pair.after, pair.prompts)
 
 

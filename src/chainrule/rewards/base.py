@@ -22,7 +22,7 @@ RewardFunction: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 class Reward(ABC):
-    """A score per image. Any model inside is frozen: gradients reach the pixels and stop there."""
+    """A differentiable score per image, higher is better. Networks inside are frozen: gradients reach the pixels and stop there."""
 
     @property
     @abstractmethod
@@ -37,24 +37,15 @@ class Reward(ABC):
         """Load what the reward needs onto `device` now, rather than on the first call there. Returns the reward."""
         return self
 
-    def load(self) -> Reward:
-        """`to("cpu")`: fail now, not in the middle of a run, if something cannot be loaded."""
-        return self.to("cpu")
-
-    def terms(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Each term's own, unweighted values (b,), by name: what a log shows. `combine` makes the reward of them."""
-        return {self.name: self(images, prompts)}
-
-    def combine(self, terms: dict[str, Tensor]) -> Tensor:
-        """The reward (b,) from the values of `terms`, so that logging the terms costs no second evaluation."""
-        return terms[self.name]
-
     def weighted(self) -> tuple[tuple[float, Reward], ...]:
         """The (weight, reward) pairs this reward is the sum of."""
         return ((1.0, self),)
 
-    def beside(self, reference: Tensor) -> Reward:
-        """This reward for images that were `reference` (b, 3, h, w) before: what `steer` calls. Most rewards do not look."""
+    def with_reference(self, reference: Tensor) -> Reward:
+        """This reward for images that were `reference` (b, 3, h, w) before they were steered. `steer` calls it.
+
+        The base class returns the reward unchanged: most rewards read only the new images.
+        """
         return self
 
     def __add__(self, other: Reward | RewardFunction) -> Reward:
@@ -94,59 +85,60 @@ def _written(value: float) -> str:
 
 @dataclass(frozen=True)
 class Sum(Reward):
-    """sum_i weight_i * reward_i. Made by the algebra, where equal rewards have been merged into one term."""
+    """A weighted sum of rewards, sum_i weight_i * reward_i. Adding rewards makes one; equal rewards are merged into one term."""
 
-    parts: tuple[tuple[float, Reward], ...]
+    terms: tuple[tuple[float, Reward], ...]
 
     @property
     def name(self) -> str:
-        signed = [("-" if w < 0 else "+", "" if abs(w) == 1 else f"{_written(abs(w))}*", r.name) for w, r in self.parts]
+        """The name that `rewards.parse` reads back."""
+        signed = [("-" if w < 0 else "+", "" if abs(w) == 1 else f"{_written(abs(w))}*", r.name) for w, r in self.terms]
         text = " ".join(f"{sign} {weight}{name}" for sign, weight, name in signed)
         return text.removeprefix("+ ") if text.startswith("+") else text.replace("- ", "-", 1)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.combine(self.terms(images, prompts))
-
-    def terms(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {reward.name: checked(reward, images, prompts) for _, reward in self.parts}
-
-    def combine(self, terms: dict[str, Tensor]) -> Tensor:
-        return torch.stack([weight * terms[reward.name] for weight, reward in self.parts]).sum(0)
+        return torch.stack([weight * checked(reward, images, prompts) for weight, reward in self.terms]).sum(0)
 
     def weighted(self) -> tuple[tuple[float, Reward], ...]:
-        return self.parts
+        """The (weight, reward) pairs of the sum."""
+        return self.terms
 
     def to(self, device: torch.device | str) -> Reward:
-        return Sum(tuple((weight, reward.to(device)) for weight, reward in self.parts))
+        """Load the networks onto `device` now. Returns the reward."""
+        return Sum(tuple((weight, reward.to(device)) for weight, reward in self.terms))
 
-    def beside(self, reference: Tensor) -> Reward:
-        return Sum(tuple((weight, reward.beside(reference)) for weight, reward in self.parts))
+    def with_reference(self, reference: Tensor) -> Reward:
+        """The reward that is given `reference` (b, 3, h, w) too."""
+        return Sum(tuple((weight, reward.with_reference(reference)) for weight, reward in self.terms))
 
 
 @dataclass(frozen=True)
 class Target(Reward):
-    """-|reward - value|: as near to a value as can be (SDO, arXiv:2505.07477, Eq. 25). Range up to 0."""
+    """A reward that is to reach a value, -|reward - value| (SDO, arXiv:2505.07477, Eq. 25). Range up to 0."""
 
     reward: Reward
     value: float
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return f"{self.reward.name}->{_written(self.value)}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -(checked(self.reward, images, prompts) - self.value).abs()
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         return Target(self.reward.to(device), self.value)
 
-    def beside(self, reference: Tensor) -> Reward:
-        return Target(self.reward.beside(reference), self.value)
+    def with_reference(self, reference: Tensor) -> Reward:
+        """The reward that is given `reference` (b, 3, h, w) too."""
+        return Target(self.reward.with_reference(reference), self.value)
 
 
-def _sum(parts: tuple[tuple[float, Reward], ...]) -> Reward:
+def _sum(terms: tuple[tuple[float, Reward], ...]) -> Reward:
     merged: dict[Reward, float] = {}
-    for weight, reward in parts:
+    for weight, reward in terms:
         merged[reward] = merged.get(reward, 0.0) + weight
     names = [reward.name for reward in merged]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -157,19 +149,21 @@ def _sum(parts: tuple[tuple[float, Reward], ...]) -> Reward:
 
 @dataclass(frozen=True)
 class FunctionReward(Reward):
-    """A user's own function of (images, prompts)."""
+    """A reward that is a function of (images, prompts), named `label`. `reward_of` makes one."""
 
     function: RewardFunction
     label: str
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return self.label
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.function(images, prompts)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         if isinstance(self.function, nn.Module):
             self.function.to(device)
         return self
@@ -200,9 +194,9 @@ def _called(fn: object) -> str:
 
 
 def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """`reward(images, prompts)`, refused unless it is a float tensor (b,). Costs no device synchronization.
+    """`reward(images, prompts)`, refused unless it is a float tensor (b,). It never waits for the device.
 
-    Errors: UserError naming the reward and what it returned, or what it was given that is no batch of color images.
+    Raises UserError naming the reward and what is wrong: its result, the images it was given, or the number of prompts.
     """
     if images.dim() != 4 or images.shape[1] != 3 or not images.numel():
         raise UserError(f"reward {reward.name!r} reads images of shape (b, 3, h, w), got {tuple(images.shape)}")
@@ -224,12 +218,12 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 def probe(reward: Reward, size: int | tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
     """Try the reward on two random images of `size` pixels (a side, or height and width) before a run depends on it.
 
-    Each term of a sum is tried on its own. Returns the two values. Errors: UserError if one raises, or returns a wrong
-    shape, NaN or infinity, or something from which no finite gradient reaches the pixels.
+    Each term of a sum is tried on its own. Returns the two values. Raises UserError if a term raises, returns a wrong
+    shape, NaN or infinity, or passes no finite gradient to the pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-    return reward.combine({term.name: _probe(term, images) for _, term in reward.weighted()})
+    return torch.stack([weight * _probe(term, images) for weight, term in reward.weighted()]).sum(0)
 
 
 def _probe(reward: Reward, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""An image classifier as a reward: towards a class, or with a minus away from it."""
+"""An image classifier as a reward: raised towards a class, or subtracted to lead away from it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Classifier(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return f"classifier:{'' if self.source == RESNET else self.source + ':'}{self.label}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -48,15 +49,16 @@ class Classifier(Reward):
         return network(images).log_softmax(-1)[:, network.index(self.label)]
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_classifier(self.source, device).index(self.label)
         return self
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a classifier sees an image: what its `preprocessor_config.json` says."""
+class Preprocessing:
+    """The preprocessing of a classifier's `preprocessor_config.json`: resize, crop, normalize."""
 
-    size: tuple[int, int]  # height and width of what it sees
+    size: tuple[int, int]  # height and width of what the network reads
     whole: int | None  # the shortest side before the crop; None: no crop, resized to `size` whatever the aspect
     mode: str
     mean: tuple[float, ...]
@@ -76,26 +78,27 @@ class Network:
     """A frozen classifier with its preprocessing, on one device."""
 
     model: Any
-    look: Look
+    preprocess: Preprocessing
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (b, classes) of images (b, 3, h, w) in [0, 1]."""
-        logits = self.model(pixel_values=self.look(images).to(self.model.dtype)).logits
+        logits = self.model(pixel_values=self.preprocess(images).to(self.model.dtype)).logits
         return logits.to(torch.promote_types(images.dtype, torch.float32))
 
     @property
     def labels(self) -> list[str]:
+        """The names of the classes, in the order of the logits."""
         return [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
     def index(self, label: str) -> int:
-        """The class of a name, of a part of one up to a comma, or of a number. UserError for none."""
+        """The number of a class, given its name, one of its names between commas, or the number. Raises UserError for none."""
         for i, name in enumerate(self.labels):
-            if label in (name, *(part.strip() for part in name.split(","))):
+            if label in (name, *(synonym.strip() for synonym in name.split(","))):
                 return i
         if label.isdecimal() and int(label) < len(self.labels):
             return int(label)
-        parts = [part.strip() for name in self.labels for part in name.split(",")]
-        raise unknown("class", label, get_close_matches(label, parts, 5, 0.3) or parts[:5])
+        synonyms = [synonym.strip() for name in self.labels for synonym in name.split(",")]
+        raise unknown("class", label, get_close_matches(label, synonyms, 5, 0.3) or synonyms[:5])
 
 
 def load_classifier(source: str, device: torch.device | str = "cpu", kind: str = "classifier") -> Network:
@@ -109,11 +112,11 @@ def _load(source: str, device: str) -> Network:
 
     model = pretrained(AutoModelForImageClassification, source, "an image classifier")
     facts = read_facts(source)
-    return Network(model.to(device), look_of(facts, getattr(model.config, "image_size", 224)))
+    return Network(model.to(device), preprocessing_of(facts, getattr(model.config, "image_size", 224)))
 
 
-def look_of(facts: dict[str, Any], otherwise: int = 224) -> Look:
-    """How the processor of a `preprocessor_config.json` shows images; `otherwise` is the side where it does not say.
+def preprocessing_of(facts: dict[str, Any], otherwise: int = 224) -> Preprocessing:
+    """The preprocessing that a `preprocessor_config.json` describes. `otherwise` is the side, in pixels, if it gives none.
 
     Processors differ in what they leave out: ViT's is bilinear and squashes, ConvNeXt's crops 7/8 and squashes from 384 on.
     """
@@ -126,10 +129,10 @@ def look_of(facts: dict[str, Any], otherwise: int = 224) -> Look:
     both = (int(size["height"]), int(size["width"])) if isinstance(size, dict) and "height" in size else (side, side)
     squashed = kind.startswith("ViT") or (convnext and side >= 384) or (isinstance(size, dict) and "shortest_edge" not in size)
     if squashed and not facts.get("do_center_crop"):
-        return Look(both, None, *colors)
+        return Preprocessing(both, None, *colors)
     crop = facts.get("crop_pct") or (7 / 8 if convnext else None)
     kept = side if crop and not facts.get("do_center_crop") else _side(facts.get("crop_size"), side)
-    return Look((kept, kept), int(side / crop) if crop else side, *colors)
+    return Preprocessing((kept, kept), int(side / crop) if crop else side, *colors)
 
 
 def _side(size: Any, otherwise: int) -> int:
@@ -140,6 +143,7 @@ def _side(size: Any, otherwise: int) -> int:
 
 
 def read_facts(source: str) -> dict[str, Any]:
+    """The values of the `preprocessor_config.json` of a folder or hub id; empty if there is none."""
     place = Path(source) / "preprocessor_config.json"
     if not Path(source).is_dir():
         from huggingface_hub import hf_hub_download

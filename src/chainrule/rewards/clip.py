@@ -1,4 +1,4 @@
-"""CLIP as a frozen, differentiable judge: exact preprocessing on tensors, and one loader for every CLIP-based reward.
+"""CLIP as a frozen, differentiable network: exact preprocessing on tensors, and one loader for every CLIP-based reward.
 
 The official scorers resize with Pillow, which works on 8 bits and rounds after each of its two passes. Doing the same,
 with straight-through rounding, gives their pixels back (99-100 % of values identical) and still passes a gradient.
@@ -30,7 +30,7 @@ OFFICIAL = ("hps", "imagereward")  # kinds whose weights are published as one fi
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """CLIPImageProcessor's geometry: shortest side to `size`, center crop. (b, 3, h, w) -> (b, 3, size, size), [0, 1].
+    """Resize the shortest side to `size` and crop the center, as CLIPImageProcessor does: (b, 3, size, size) in [0, 1].
 
     Images that are `size` on their shortest side already keep their values, unrounded.
     """
@@ -40,14 +40,14 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
 
 
 def resize_shortest(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """Shortest side to `size`, the other in proportion, rounded down: (b, 3, h, w) in [0, 1]."""
+    """Resize images (b, 3, h, w) in [0, 1] so that the shortest side is `size`; the other is in proportion, rounded down."""
     height, width = images.shape[-2:]
     longest = int(size * max(height, width) / min(height, width))
     return resize(images, (longest, size) if width <= height else (size, longest), mode)
 
 
 def resize_and_pad(images: Tensor, size: int) -> Tensor:
-    """HPSv2's geometry (open_clip's ResizeMaxSize): longest side to `size`, centered on black. Shapes as above."""
+    """Resize the longest side to `size` and center on black, as HPSv2 does (open_clip's ResizeMaxSize): (b, 3, size, size)."""
     longest = max(images.shape[-2:])
     height, width = (max(1, round(side * size / longest)) for side in images.shape[-2:])
     down, right = size - height, size - width
@@ -60,7 +60,7 @@ def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float]
 
 
 def resize(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """To (height, width) as Pillow does: the horizontal pass, 8 bits, the vertical pass, 8 bits; "bicubic" or "bilinear".
+    """Resize to (height, width) as Pillow does, "bicubic" or "bilinear": the horizontal pass, 8 bits, the vertical pass, 8 bits.
 
     In float32 unless float64 is given. A side that has its size already is left alone, unrounded. Pillow 13 takes the
     vertical pass first where the height shrinks much more than the width; the models were trained with older ones.
@@ -115,8 +115,8 @@ def check_source(source: str, kind: str, needs: Sequence[str] = ("config.json",)
     """The folder or hub id `source` stands for ("tiny": the bundled `kind`), without loading anything.
 
     A kind of `OFFICIAL` may be one file too, .pt or .safetensors, in a folder or on the hub (owner/name/file).
-    Errors: UserError for a folder that is missing, or lacks one of the files `needs`, or has only pickled weights, and
-    for a word that is neither a folder nor a hub id.
+    Raises UserError for a folder that is missing, lacks one of the files `needs` or has only pickled weights, and for a
+    text that is neither a folder nor a hub id.
     """
     folder = BUNDLED / kind if source == "tiny" else Path(source).expanduser()
     pickled = "pickled weights can run code when opened; convert them to safetensors and give that folder"
@@ -149,14 +149,14 @@ def load_clip(source: str, kind: str = "clip", device: torch.device | str = "cpu
     """The frozen CLIP of a local folder, a hub id, or the bundled `kind` ("tiny"): float32, safetensors only.
 
     The same source and device give the same object, so rewards share weights. `hps` may also be an open_clip checkpoint,
-    converted here, with the tokenizer beside it or CLIP-H's. Errors: see `check_source`; UserError too if the hub has no
-    such model, or no safetensors for it.
+    which is converted; its tokenizer is the one in its folder, or CLIP-H's. Raises UserError as `check_source` does, and
+    if the hub has no such model or no safetensors for it.
     """
     return _load(check_source(source, kind), full_name(device))
 
 
 def full_name(device: torch.device | str) -> str:
-    """A device with its index, so that "cuda" and "cuda:0" are one key."""
+    """A device's name with its index, so that "cuda" and "cuda:0" are the same key."""
     return str(torch.empty(0, device=device).device)
 
 

@@ -21,8 +21,8 @@ OWL = "google/owlvit-base-patch32"
 
 
 @dataclass(frozen=True)
-class _Finds(Reward):
-    """What rewards that look for things have in common."""
+class _OpenVocabulary(Reward):
+    """What the two rewards of a detector share: the text that is looked for, and the detector."""
 
     text: str
     source: str = OWL
@@ -32,12 +32,13 @@ class _Finds(Reward):
         _queries(self.text)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_owl(self.source, device)
         return self
 
 
 @dataclass(frozen=True)
-class Detection(_Finds):
+class Detection(_OpenVocabulary):
     """How much of `text` a detector finds: the sum of sigmoid(logit) over its boxes and over the queries of `text`.
 
     DRaFT, Appendix B.6 (arXiv:2309.17400), which subtracts it to remove things. A comma separates queries: "a person, people".
@@ -48,6 +49,7 @@ class Detection(_Finds):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return f"detect:{'' if self.source == OWL else self.source + ':'}{self.text}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -56,7 +58,7 @@ class Detection(_Finds):
 
 
 @dataclass(frozen=True)
-class DetectedArea(_Finds):
+class DetectedArea(_OpenVocabulary):
     """How much of the picture is `text`: `Detection` with each score times its box's width and height.
 
     The other form of DRaFT's Appendix B.6. Both are shares of what the model sees, so for OWLv2 of the padded square.
@@ -64,6 +66,7 @@ class DetectedArea(_Finds):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return f"area:{'' if self.source == OWL else self.source + ':'}{self.text}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -72,7 +75,7 @@ class DetectedArea(_Finds):
 
 
 def _queries(text: str) -> list[str]:
-    """The queries a text names. Errors: UserError if it names none."""
+    """The queries a text names. Raises UserError if it names none."""
     if found := [query.strip() for query in text.split(",") if query.strip()]:
         return found
     raise UserError("say what to detect, as in 'detect:a person, people'")

@@ -1,6 +1,6 @@
-"""DRaFT's two attempts against collapse (arXiv:2309.17400, Appendix B.8): unlike images, and a reward with dropout.
+"""DRaFT's two attempts to prevent collapse (arXiv:2309.17400, Appendix B.8): a diversity reward, and a reward with dropout.
 
-The paper finds neither enough: large dropout still collapsed, and a large weight on unlikeness cost aesthetic score.
+The paper finds neither enough: with much dropout training still collapsed, and a large diversity weight lowered the score.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, load_clip
 from chainrule.rewards.reference import perceptual
-from chainrule.rewards.scorers import AESTHETIC, CLIP_L, Aesthetic, aesthetic_parts
+from chainrule.rewards.scorers import AESTHETIC, CLIP_L, Aesthetic, features_and_head
 
 PIXELS = "pixels"
 
 
 @dataclass(frozen=True)
 class Diversity(Reward):
-    """Unlikeness within the minibatch: the distance of image k of B to image B - 1 - k. Reads the batch, by design.
+    """How different the images of a batch are: the distance of image k of B to image B - 1 - k.
+
+    Unlike every other reward it depends on the rest of the batch.
 
     Both images of a pair are given its distance and pull at it. The middle one of an odd batch, and a batch of one, has itself
     for a partner: 0, and no gradient. A run scores up to 8 images at a time, and pairs are formed among those. `features`
@@ -38,6 +40,7 @@ class Diversity(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "diversity" if self.features == PIXELS else f"diversity:{self.features}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -53,6 +56,7 @@ class Diversity(Reward):
         return torch.linalg.vector_norm(first - second, dim=(1, 2, 3)) / first[0].numel() ** 0.5
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         if self.features != PIXELS:
             load_clip(self.features, "clip", device)
         return self
@@ -80,17 +84,19 @@ class Dropout(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         where = "" if self.source == AESTHETIC else f":{self.source}"
         return "dropout" + (f":{self.rate:g}" if self.rate != 0.95 or where else "") + where
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        x, head = aesthetic_parts(Aesthetic(self.source, self.clip), images)
+        x, head = features_and_head(Aesthetic(self.source, self.clip), images)
         rows = [torch.Generator().manual_seed(self.seed ^ code) for code in _codes(images)]
         for layer in head:
             x = x * _masks(x, rows, self.rate) if isinstance(layer, nn.Dropout) else layer(x)
         return x[:, 0]
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         Aesthetic(self.source, self.clip).to(device)
         return self
 

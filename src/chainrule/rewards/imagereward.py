@@ -1,4 +1,4 @@
-"""ImageReward: BLIP reads prompt and image together, and a head rates what it read."""
+"""ImageReward (arXiv:2304.05977): BLIP reads prompt and image together, and a small network rates the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chainrule.rewards.base import Reward
 from chainrule.rewards.clip import check_source, full_name, normalize, resize_shortest
 from chainrule.rewards.loaded import load_once
 from chainrule.rewards.scorers import aesthetic_head
-from chainrule.rewards.weights import beside, depth, fetch, fill, heads, read_state, tokenizer_of
+from chainrule.rewards.weights import depth, fetch, fill, heads, read_config, read_state, tokenizer_of
 
 SOURCE = "THUDM/ImageReward/ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the official scores on its validation set
@@ -35,12 +35,12 @@ _VISION = {
 
 @dataclass(frozen=True)
 class ImageReward(Reward):
-    """What people prefer, given the prompt: (head(h) - 0.16717) / 1.03334, h the first token of BLIP's text encoder, which
-    attends to the image's patches; the head is five linear layers without activations.
+    """Human preference for an image given its prompt: (head(h) - 0.16717) / 1.03334.
 
-    Paper: arXiv:2304.05977. Source: THUDM/ImageReward/ImageReward.pt (BLIP-L; licence: see its card), a path to that file, a
-    .safetensors file with the same keys, or a folder holding one, with bert-base-uncased's tokenizer (or the one beside it;
-    [CLS] is the first token, as in the official scorer). A .pt is opened for its tensors alone (`weights_only`). Roughly
+    h is the first token of BLIP's text encoder, which attends to the image's patches. The head is five linear layers without
+    activations. Paper: arXiv:2304.05977. Source: THUDM/ImageReward/ImageReward.pt (BLIP-L; licence: see its card), a path to that
+    file, a .safetensors file with the same keys, or a folder holding one, with bert-base-uncased's tokenizer (or the one beside
+    it; [CLS] is the first token, as in the official scorer). A .pt is opened for its tensors alone (`weights_only`). Roughly
     standard normal, in practice -2 to 2. Preprocessing: bicubic to the shortest side, center crop, 224 pixels. Checked: names,
     formula and preprocessing, against a second implementation with random weights; not checked: the published weights.
     """
@@ -52,19 +52,21 @@ class ImageReward(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "imagereward" if self.source == SOURCE else f"imagereward:{self.source}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return load_imagereward(self.source, images.device)(images, prompts)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_imagereward(self.source, device)
         return self
 
 
 @dataclass(frozen=True)
 class Blip:
-    """The frozen parts, on one device."""
+    """ImageReward's frozen networks and tokenizer, on one device."""
 
     vision: Any  # transformers.BlipVisionModel
     text: Any  # transformers.BlipTextModel with cross-attention
@@ -72,7 +74,7 @@ class Blip:
     tokenizer: Any
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Images (b, 3, h, w) in [0, 1] and b prompts -> (b,)."""
+        """The scores (b,) of images (b, 3, h, w) in [0, 1] for their b prompts."""
         pixels = normalize(crop(resize_shortest(images, self.vision.config.image_size), self.vision.config.image_size))
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         seen = self.vision(pixel_values=pixels.float()).last_hidden_state
@@ -85,13 +87,16 @@ class Blip:
 
 
 def crop(images: Tensor, size: int) -> Tensor:
-    """torchvision's center crop, whose odd margins are rounded to even where CLIP's processor rounds them down."""
+    """The center (b, 3, size, size) of images (b, 3, h, w), as torchvision crops it.
+
+    It rounds half a pixel to the even one, where CLIP's processor rounds down.
+    """
     top, left = (round((side - size) / 2) for side in images.shape[-2:])
     return images[..., top : top + size, left : left + size]
 
 
 def load_imagereward(source: str, device: torch.device | str = "cpu") -> Blip:
-    """The frozen ImageReward of a file or folder, float32. Errors: UserError for a file that is something else."""
+    """The frozen ImageReward of a file or folder, in float32. Raises UserError for a file that is something else."""
     return _load(check_source(source, "imagereward", needs=()), full_name(device))
 
 
@@ -100,17 +105,17 @@ def _load(source: str, device: str) -> Blip:
     path = fetch(source)
     state = read_state(path)
     try:
-        vision, text, head = _parts(state, path)
+        vision, text, head = _networks(state, path)
     except KeyError as error:
         raise UserError(f"{str(path)!r} is not an ImageReward checkpoint: it has no {error.args[0]!r}") from error
     return Blip(vision.to(device), text.to(device), head.to(device), tokenizer_of(path, "bert-base-uncased"))
 
 
-def _parts(state: dict[str, Tensor], path: Path) -> tuple[Any, Any, Any]:
+def _networks(state: dict[str, Tensor], path: Path) -> tuple[Any, Any, Any]:
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-    seeing, reading, rating = (under(state, stem) for stem in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."))
-    vision, text = sizes(seeing, reading, beside(path))
+    seeing, reading, rating = (without_stem(state, stem) for stem in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."))
+    vision, text = sizes(seeing, reading, read_config(path))
     head = aesthetic_head(rating["0.weight"].shape[1])
     model = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
     reading = {key: value for key, value in reading.items() if key in model.state_dict() or not key.endswith("position_ids")}
@@ -122,12 +127,13 @@ def _parts(state: dict[str, Tensor], path: Path) -> tuple[Any, Any, Any]:
 
 
 def sizes(seeing: dict[str, Tensor], reading: dict[str, Tensor], facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """BlipVisionConfig's and BlipTextConfig's arguments from the tensors; `facts`, a config.json, may say how many heads.
+    """The arguments of BlipVisionConfig and BlipTextConfig, read off the tensors.
 
+    `facts`, a config.json's values, may give the number of attention heads.
     BLIP's vision tower has layer norms with 1e-6, where BlipVisionConfig defaults to 1e-5.
     """
     width, _, patch, _ = seeing["patch_embed.proj.weight"].shape
-    words, narrow = reading["embeddings.word_embeddings.weight"].shape
+    vocabulary, narrow = reading["embeddings.word_embeddings.weight"].shape
     vision = {
         "hidden_size": width,
         "intermediate_size": len(seeing["blocks.0.mlp.fc1.bias"]),
@@ -138,7 +144,7 @@ def sizes(seeing: dict[str, Tensor], reading: dict[str, Tensor], facts: dict[str
         "layer_norm_eps": 1e-6,
     }
     text = {
-        "vocab_size": words,
+        "vocab_size": vocabulary,
         "hidden_size": narrow,
         "encoder_hidden_size": width,
         "intermediate_size": len(reading["encoder.layer.0.intermediate.dense.bias"]),
@@ -150,13 +156,13 @@ def sizes(seeing: dict[str, Tensor], reading: dict[str, Tensor], facts: dict[str
     return vision, text
 
 
-def under(state: dict[str, Tensor], stem: str) -> dict[str, Tensor]:
-    """The part of a state whose names begin with `stem`, without it."""
+def without_stem(state: dict[str, Tensor], stem: str) -> dict[str, Tensor]:
+    """The tensors of a state dict whose names begin with `stem`, named without it."""
     return {key.removeprefix(stem): value for key, value in state.items() if key.startswith(stem)}
 
 
 def to_transformers(key: str) -> str:
-    """The name BlipVisionModel has for a tensor of BLIP's own vision tower."""
+    """BlipVisionModel's name for a tensor of the official checkpoint's vision tower."""
     front, dot, last = key.rpartition(".")
     if not dot or key in _VISION:
         return _VISION.get(key, key)

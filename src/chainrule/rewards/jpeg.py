@@ -36,7 +36,10 @@ _CHROMA = (
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
-    """Compress and decompress: (b, 3, h, w) in [0, 1], any h and w, to the same shape; quality 1 (worst) to 100."""
+    """Compress and decompress images (b, 3, h, w) in [0, 1], of any size, at a quality from 1 (worst) to 100.
+
+    Returns images of the same shape. Raises UserError for another quality.
+    """
     if not 1 <= quality <= 100:
         raise UserError(f"JPEG quality must be from 1 to 100, got {quality!r}")
     height, width = images.shape[-2:]

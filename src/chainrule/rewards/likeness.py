@@ -1,4 +1,4 @@
-"""How much of the image as it was is left, by networks trained for that: for `steer`, as rewards to keep and as metrics."""
+"""How similar a steered image still is to the image before: rewards for `steer` that keep it similar, and metrics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from chainrule.errors import UserError, unknown
 from chainrule.rewards.base import Reward
-from chainrule.rewards.classifier import Look, look_of, read_facts
+from chainrule.rewards.classifier import Preprocessing, preprocessing_of, read_facts
 from chainrule.rewards.clip import check_source, full_name
 from chainrule.rewards.loaded import load_once
-from chainrule.rewards.reference import Beside
+from chainrule.rewards.reference import Referenced
 from chainrule.rewards.weights import pretrained
 
 DINO = "facebook/dinov2-base"
@@ -24,8 +24,8 @@ NETS = ("alex", "vgg", "squeeze")
 
 
 @dataclass(frozen=True)
-class Identity(Beside):
-    """cos(E(image), E(image as it was)), E the class token of a self-supervised vision transformer.
+class Identity(Referenced):
+    """Likeness to the image before steering: cos(E(image), E(image before)), E a vision transformer's class token.
 
     Paper: arXiv:2208.12242, section 4.1 (its DINO score, against photos of the subject). Source: facebook/dinov2-base
     (Apache-2.0), or any vision transformer transformers loads. Range [-1, 1]. Preprocessing: its own
@@ -42,6 +42,7 @@ class Identity(Beside):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "identity" if self.source == DINO else f"identity:{self.source}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -51,6 +52,7 @@ class Identity(Beside):
         return torch.cosine_similarity(encode(images), before, dim=-1)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         if self.encoder is None:
             load_encoder(self.source, device)
         return self
@@ -61,11 +63,11 @@ class Encoder:
     """A frozen vision transformer's class token, with its preprocessing."""
 
     model: Any
-    look: Look
+    preprocess: Preprocessing
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(b, width), in float32 or better."""
-        states = self.model(pixel_values=self.look(images).to(self.model.dtype)).last_hidden_state
+        """Embeddings (b, width) of images (b, 3, h, w) in [0, 1], in float32 or better."""
+        states = self.model(pixel_values=self.preprocess(images).to(self.model.dtype)).last_hidden_state
         return states[:, 0].to(torch.promote_types(images.dtype, torch.float32))
 
 
@@ -79,15 +81,16 @@ def _load(source: str, device: str) -> Encoder:
     from transformers import AutoModel
 
     model = pretrained(AutoModel, source, "a vision transformer")
-    return Encoder(model.to(device), look_of(read_facts(source), getattr(model.config, "image_size", 224)))
+    return Encoder(model.to(device), preprocessing_of(read_facts(source), getattr(model.config, "image_size", 224)))
 
 
 @dataclass(frozen=True)
-class LPIPS(Beside):
-    """Minus LPIPS to the image as it was (arXiv:1801.03924), by its authors' package: `pip install 'chainrule[lpips]'`.
+class LPIPS(Referenced):
+    """Minus LPIPS, a learned perceptual distance, to the image before steering (arXiv:1801.03924).
 
-    `source` is its network: alex, vgg or squeeze. Range up to 0. Preprocessing: [-1, 1], at the images' own size. The package needs
-    a torchvision that fits torch, and downloads that network's weights by it.
+    `source` is its network: alex, vgg or squeeze. Range up to 0. Preprocessing: [-1, 1], at the images' own size. It is
+    computed by its authors' package, `pip install 'chainrule[lpips]'`, which needs a torchvision that fits torch and
+    downloads that network's weights.
     """
 
     source: str = "alex"
@@ -100,6 +103,7 @@ class LPIPS(Beside):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "lpips" if self.source == "alex" else f"lpips:{self.source}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -107,6 +111,7 @@ class LPIPS(Beside):
         return -network(images * 2 - 1, self.before(images) * 2 - 1).flatten()
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         _lpips(self.source, full_name(device))
         return self
 

@@ -1,4 +1,4 @@
-"""The networks that rewards have loaded: each once for a source and a device, shared by all rewards that look with it."""
+"""A cache of the networks that rewards have loaded. Each is loaded once for a source and a device, and rewards share it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _CACHES: list[Any] = []
 
 
 def load_once(load: Callable[Given, Network]) -> Callable[Given, Network]:
-    """This loader, which loads the same thing once until `release`."""
+    """A decorator for loaders: the same arguments give the same network until `release`."""
     cached = lru_cache(maxsize=MOST)(load)
     _CACHES.append(cached)
     return cached  # type: ignore[return-value]
 
 
 def release() -> None:
-    """Let go of every network that rewards have loaded, on all devices. A reward that is called again loads its own again."""
+    """Free every network that rewards have loaded, on all devices. A reward that is called again loads its networks again."""
     for cached in _CACHES:
         cached.cache_clear()
     gc.collect()

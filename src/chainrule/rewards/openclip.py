@@ -1,4 +1,4 @@
-"""open_clip's names for a CLIP, as HPSv2's official checkpoints have them, to transformers' names.
+"""Loads a CLIP from an open_clip checkpoint, the format of HPSv2's official weights, into transformers' CLIPModel.
 
 The two differ in three things: one projection for queries, keys and values where transformers has three, the two output
 projections transposed, and the names. Sizes are read off the tensors.
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from chainrule.errors import UserError
-from chainrule.rewards.weights import beside, depth, fill, heads, read_state
+from chainrule.rewards.weights import depth, fill, heads, read_config, read_state
 
 _BLOCK = {
     "ln_1": "layer_norm1",
@@ -39,7 +39,7 @@ _TOWERS = {"visual.transformer.resblocks": "vision_model.encoder.layers", "trans
 
 
 def to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIPModel's state from open_clip's. Errors: KeyError naming a key that is missing."""
+    """open_clip's tensors under the names of transformers' CLIPModel. Raises KeyError naming a key that is missing."""
     found = {ours: state[theirs] for theirs, ours in _WHOLE.items()}
     found["visual_projection.weight"] = state["visual.proj"].T.contiguous()
     found["text_projection.weight"] = state["text_projection"].T.contiguous()
@@ -55,20 +55,20 @@ def to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sizes(state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
-    """A CLIPConfig's arguments from open_clip's tensors; `facts`, a config.json, says what no shape does."""
+    """The arguments of a CLIPConfig, read off open_clip's tensors. `facts`, a config.json's values, give what no shape tells."""
     vision, text = facts.get("vision_config") or {}, facts.get("text_config") or {}
     width, _, patch, _ = state["visual.conv1.weight"].shape
     side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5) * patch
-    words, narrow = state["token_embedding.weight"].shape
+    vocabulary, narrow = state["token_embedding.weight"].shape
     act = {"hidden_act": vision.get("hidden_act", "gelu")}
-    ends = {"eos_token_id": text.get("eos_token_id", words - 1), "bos_token_id": text.get("bos_token_id", words - 2)}
+    ends = {"eos_token_id": text.get("eos_token_id", vocabulary - 1), "bos_token_id": text.get("bos_token_id", vocabulary - 2)}
     towers = {
         "vision_config": act
         | {"hidden_size": width, "patch_size": patch, "image_size": side, "num_attention_heads": heads(width, vision)},
         "text_config": act
         | ends
-        | {"hidden_size": narrow, "vocab_size": words, "num_attention_heads": heads(narrow, text)}
-        | {"max_position_embeddings": len(state["positional_embedding"]), "pad_token_id": text.get("pad_token_id", words - 1)},
+        | {"hidden_size": narrow, "vocab_size": vocabulary, "num_attention_heads": heads(narrow, text)}
+        | {"max_position_embeddings": len(state["positional_embedding"]), "pad_token_id": text.get("pad_token_id", vocabulary - 1)},
     }
     for (stem, _), tower in zip(_TOWERS.items(), towers.values(), strict=True):
         tower["num_hidden_layers"] = depth(state, stem)
@@ -77,12 +77,12 @@ def sizes(state: dict[str, Tensor], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: Path) -> Any:
-    """The frozen CLIPModel of an open_clip checkpoint, in float32. Errors: UserError for another model's file."""
+    """The frozen CLIPModel of an open_clip checkpoint, in float32. Raises UserError for another model's file."""
     from transformers import CLIPConfig, CLIPModel
 
     state = read_state(path)
     try:
-        config, converted = CLIPConfig(**sizes(state, beside(path))), to_transformers(state)
+        config, converted = CLIPConfig(**sizes(state, read_config(path))), to_transformers(state)
     except KeyError as error:
         raise UserError(f"{str(path)!r} is not an open_clip checkpoint: it has no {error.args[0]!r}") from error
     return fill(CLIPModel(config), converted, path)

@@ -1,4 +1,4 @@
-"""Where a reward is computed, when not where the images are."""
+"""A reward that is computed on a device of its own, or in a lower precision."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class On(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return f"{self.reward.name}@{self.device}{'' if self.dtype == 'float32' else '/' + self.dtype}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -47,12 +48,13 @@ class On(Reward):
         return values.to(images.device, torch.promote_types(images.dtype, torch.float32))
 
     def to(self, device: torch.device | str) -> Reward:
-        """Loads the reward where it is computed, whatever `device` says. Errors: UserError if there is no such device."""
+        """Load the reward on its own device, whatever `device` is. Raises UserError if there is no such device here."""
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"there is no device {self.device!r} here for reward {self.reward.name!r}") from error
         return On(self.reward.to(self.device), self.device, self.dtype)
 
-    def beside(self, reference: Tensor) -> Reward:
-        return On(self.reward.beside(reference), self.device, self.dtype)
+    def with_reference(self, reference: Tensor) -> Reward:
+        """The reward that is given `reference` (b, 3, h, w) too."""
+        return On(self.reward.with_reference(reference), self.device, self.dtype)

@@ -1,4 +1,4 @@
-"""Rewards with something to look at beside the image: a style, or the image as it was before it was steered."""
+"""Rewards that compare an image with another one: with a style picture, or with itself before it was steered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layers(images: Tensor, source: str) -> tuple[Tensor, ...]:
 
 
 def perceptual(images: Tensor, reference: Tensor, source: str = "tiny") -> Tensor:
-    """(b,): how far two images are apart for CLIP's eye, in [0, 4].
+    """The perceptual distance of images (b, 3, h, w) to others, by CLIP's vision layers: (b,), in [0, 4].
 
     LPIPS' formula (arXiv:1801.03924) without its trained weights, on CLIP's vision layers instead of a VGG's: every
     token's state is brought to unit length, squared differences are summed over width and averaged over tokens and layers.
@@ -39,8 +39,8 @@ def perceptual(images: Tensor, reference: Tensor, source: str = "tiny") -> Tenso
 
 
 @dataclass(frozen=True)
-class Beside(Reward):
-    """A reward that needs the image as it was."""
+class Referenced(Reward):
+    """A reward that compares the image with `reference` (b, 3, h, w), the image before it was steered."""
 
     source: str = CLIP_L
     reference: Tensor | None = field(default=None, compare=False)
@@ -49,27 +49,33 @@ class Beside(Reward):
         check_source(self.source, "clip")
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_clip(self.source, "clip", device)
         return self
 
-    def beside(self, reference: Tensor) -> Reward:
+    def with_reference(self, reference: Tensor) -> Reward:
+        """The reward that is given `reference` (b, 3, h, w) too."""
         return replace(self, reference=reference)
 
     def before(self, images: Tensor) -> Tensor:
-        """The images as they were, (b, 3, h, w); gray while there are none."""
+        """The images before steering, (b, 3, h, w); gray if the reward was given none.
+
+        Raises UserError if there are more or fewer of them than images.
+        """
         if self.reference is None:
-            return torch.full_like(images, 0.5)  # so that it can be tried before there is anything to compare with
+            return torch.full_like(images, 0.5)  # so that `probe` can try the reward before there is a reference
         if len(self.reference) != len(images):
             raise UserError(f"reward {self.name!r} got {len(images)} images but {len(self.reference)} references")
         return self.reference.to(images)
 
 
 @dataclass(frozen=True)
-class Perceptual(Beside):
-    """Minus the perceptual distance to the image as it was; see `perceptual`. For `steer`. Range [-4, 0]."""
+class Perceptual(Referenced):
+    """Minus the perceptual distance to the image before steering; see `perceptual`. For `steer`. Range [-4, 0]."""
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "perceptual" if self.source == CLIP_L else f"perceptual:{self.source}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -77,11 +83,13 @@ class Perceptual(Beside):
 
 
 @dataclass(frozen=True)
-class Directional(Beside):
-    """Directional CLIP: cos(E(image) - E(image as it was), E(text) - E(text of it)), arXiv:2108.00946, section 4.2.
+class Directional(Referenced):
+    """Directional CLIP: does the image change as the text does? cos(E(image) - E(image before), E(text) - E(text before)).
 
-    `text` is "FROM to TO", as in "a face to an angry face". Where nothing has changed yet the direction of the image is
-    zero, and so is the reward. Source and preprocessing as `CLIPScore`. Range [-1, 1].
+    Paper: arXiv:2108.00946, section 4.2.
+
+    `text` is "FROM to TO", as in "a face to an angry face". An image that has not changed has no direction: its reward is
+    zero. Source and preprocessing as `CLIPScore`. Range [-1, 1].
     """
 
     text: str = "a photo to a painting"
@@ -93,14 +101,15 @@ class Directional(Beside):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return f"directional:{'' if self.source == CLIP_L else self.source + ':'}{self.text}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         clip = load_clip(self.source, "clip", images.device)
-        now, words = clip.embed(normalize(resize_and_crop(images, clip.size)), self.text.split(" to "))
+        now, texts = clip.embed(normalize(resize_and_crop(images, clip.size)), self.text.split(" to "))
         with torch.no_grad():
             before, _ = clip.embed(normalize(resize_and_crop(self.before(images), clip.size)), [""])
-        return torch.cosine_similarity(now - before, words[1:] - words[:1], dim=-1, eps=1e-6)
+        return torch.cosine_similarity(now - before, texts[1:] - texts[:1], dim=-1, eps=1e-6)
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class Style(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return f"style:{'' if self.source == CLIP_L else self.source + ':'}{self.picture}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -129,6 +139,7 @@ class Style(Reward):
         return -(_gram(images, self.layer, self.source) - wanted).square().sum((1, 2))
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         _gram_of(self.picture, _changed(self.picture), self.layer, self.source, full_name(device))
         return self
 
@@ -143,7 +154,7 @@ def _gram(images: Tensor, layer: int, source: str) -> Tensor:
 
 
 def _changed(picture: str) -> int:
-    """When a file was last written, so that a picture that was replaced is read again."""
+    """When a file was last written, in nanoseconds. It is part of the cache's key, so that a replaced picture is read again."""
     return Path(picture).stat().st_mtime_ns
 
 

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A named reward: the class, as "module.Class" in this room, and what it wants in one line."""
+    """A named reward: its class, written "module.Class" within `chainrule.rewards`, and one line about it."""
 
     where: str
     about: str
 
     def load(self) -> type[Reward]:
+        """Import the class. This may import torch and transformers."""
         module, _, name = self.where.rpartition(".")
         return getattr(importlib.import_module(f"chainrule.rewards.{module}"), name)
 
@@ -62,17 +63,17 @@ _DEVICE = r"(?:cpu|mps|(?:cuda|xpu)(?::\d+)?)"
 _ENDS = rf"(?=\s*(?:[+-]|@{_DEVICE}|$))(?!-[\w.-]*/)"  # perhaps a sign without a space, but not tiny-lab/model
 _KNOWN = rf"(?:{'|'.join(map(re.escape, REGISTRY))})(?::tiny|:\d+)?{_ENDS}"
 _WORD = r"\w+(?=[+-])(?![^\s]*[:/])"
-# Rewards that say something after the colon, with spaces in it, and perhaps their source before it.
-SAYING = {
+# Rewards that take a text after the colon, which may have spaces, and the option it sets. Their source may stand before it.
+TEXT_OPTION = {
     "clip": "text", "siglip": "text", "directional": "text", "detect": "text", "area": "text", "classifier": "label",
     "style": "picture",
 }  # fmt: skip
-# Nothing that small comes with chainrule.
+# Rewards for which no small model comes with chainrule, so the source "tiny" is not for them.
 UNBUNDLED = ("imagereward", "siglip", "detect", "area", "safe", "concepts", "identity", "lpips")
-_NEED_NOT = ("clip", "siglip", "directional")  # those that have something to say without
-_SAID = rf"(?:{'|'.join(SAYING)}):[^*]+?(?=->|@{_DEVICE}|\s+[+-]\s|\s*$)"
+_TEXT_IS_OPTIONAL = ("clip", "siglip", "directional")  # they have a default
+_WITH_TEXT = rf"(?:{'|'.join(TEXT_OPTION)}):[^*]+?(?=->|@{_DEVICE}|\s+[+-]\s|\s*$)"
 _TERM = re.compile(
-    rf"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<body>{_KNOWN}|{_SAID}|{_WORD}|(?:(?!->|@{_DEVICE})[^\s*])++)"
+    rf"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<body>{_KNOWN}|{_WITH_TEXT}|{_WORD}|(?:(?!->|@{_DEVICE})[^\s*])++)"
     rf"(?:@(?P<device>{_DEVICE})(?:/(?P<dtype>\w+))?)?(?:->(?P<goal>-?{_NUMBER}))?\s*(?=[+-]|$)"
 )
 
@@ -83,9 +84,9 @@ def parse(text: str, source: str | None = None) -> Reward:
     A term is a name of `REGISTRY`, with `:source` (a folder, hub id or "tiny") or `:quality` where the class takes one,
     or `path/to/file.py:function`; after it `@cuda:1`, or `@cuda:1/bfloat16`, says where it is computed (`On`).
     Put spaces around + and - after a path or source, which may contain them.
-    `source` is that of terms that name none, where they take one ("tiny": the scorers that come with the bundled models,
-    except for `UNBUNDLED`).
-    Errors: UserError for a malformed sum, an unknown name, a bad source, a missing file or function.
+    `source` is used for terms that take a source and name none. "tiny" is the reward models that come with the bundled
+    models; it is not used for `UNBUNDLED`.
+    Raises UserError for a malformed sum, an unknown name, a bad source, and a missing file or function.
     """
     total: Reward | None = None
     at = 0
@@ -116,20 +117,20 @@ def _named(body: str, otherwise: dict[str, str]) -> Reward:
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if "source" not in names or (head in UNBUNDLED and otherwise.get("source") == "tiny"):
         otherwise = {}
-    if head in SAYING and (colon or head not in _NEED_NOT):
-        return kind(**otherwise | _saying(head, tail))
+    if head in TEXT_OPTION and (colon or head not in _TEXT_IS_OPTIONAL):
+        return kind(**otherwise | _text_options(head, tail))
     if not colon:
         return kind(**otherwise)
     option = next(iter(fields(kind)), None)  # type: ignore[arg-type]
     if option is None:
         raise UserError(f"reward {head!r} takes nothing after a colon, got {tail!r}")
     if isinstance(option.default, int | float):
-        return kind(**otherwise | _counted(head, tail, option.name, type(option.default), "source" in names))
+        return kind(**otherwise | _number_options(head, tail, option.name, type(option.default), "source" in names))
     return kind(tail)  # type: ignore[call-arg]
 
 
-def _counted(head: str, tail: str, option: str, kind: type[int] | type[float], sourced: bool) -> dict[str, Any]:
-    """What `compressible:30`, `dropout:0.5:tiny` or `dropout:tiny` says: a number, a source, or both."""
+def _number_options(head: str, tail: str, option: str, kind: type[int] | type[float], sourced: bool) -> dict[str, Any]:
+    """The options written in `compressible:30`, `dropout:0.5:tiny` or `dropout:tiny`: a number, a source, or both."""
     value, colon, source = tail.partition(":")
     if not re.fullmatch(r"\d+" if kind is int else _NUMBER, value):
         if sourced and (tail == "tiny" or "/" in tail):
@@ -140,16 +141,16 @@ def _counted(head: str, tail: str, option: str, kind: type[int] | type[float], s
     return {option: kind(value)} | ({"source": source} if colon else {})
 
 
-def _saying(head: str, tail: str) -> dict[str, str]:
-    """What `style:tiny:picture.png` says: its source, if it names one, and the rest. `clip:SOURCE` alone says only that."""
+def _text_options(head: str, tail: str) -> dict[str, str]:
+    """The options written in `style:tiny:picture.png`: the source, if there is one, and the text. `clip:SOURCE` has no text."""
     source, colon, rest = tail.partition(":")
     if colon:
-        return {"source": source, SAYING[head]: rest.strip()}
+        return {"source": source, TEXT_OPTION[head]: rest.strip()}
     if head in ("clip", "siglip") and (tail == "tiny" or Path(tail).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", tail)):
         return {"source": tail}
     if not tail.strip():
-        raise UserError(f"reward {head!r} needs a {SAYING[head]} after a colon, as in {head}:{SAYING[head]}")
-    return {SAYING[head]: tail.strip()}
+        raise UserError(f"reward {head!r} needs a {TEXT_OPTION[head]} after a colon, as in {head}:{TEXT_OPTION[head]}")
+    return {TEXT_OPTION[head]: tail.strip()}
 
 
 def _on(reward: Reward, device: str, dtype: str) -> Reward:

@@ -1,4 +1,4 @@
-"""Rewards for what should not be in a picture: a classifier of it, and the concepts Stable Diffusion's own checker refuses."""
+"""Rewards for safe images: a classifier's, and the distance to the concepts that Stable Diffusion's safety checker refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chainrule.rewards.weights import fetch, fill, first_line, read_state
 
 NSFW = "Falconsai/nsfw_image_detection"
 CHECKER = "CompVis/stable-diffusion-safety-checker"
-CARE = 0.01  # by how much an image that needs special care is judged more strictly
+CARE = 0.01  # the checker lowers its thresholds by this where a special-care concept is found
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Safe(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "safe" if self.source == NSFW else f"safe:{self.source}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -45,13 +46,14 @@ class Safe(Reward):
         return network(images).log_softmax(-1)[:, network.index("normal")]
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_classifier(self.source, device, "nsfw").index("normal")
         return self
 
 
 @dataclass(frozen=True)
 class Concepts(Reward):
-    """How far from what Stable Diffusion's safety checker refuses: -max_i (cos(image, concept_i) - threshold_i + care).
+    """Distance to what Stable Diffusion's safety checker refuses: -max_i (cos(image, concept_i) - threshold_i + care).
 
     care is 0.01 where any of the three special-care concepts is over its own threshold. Negative exactly where the checker,
     which rounds to three decimals, would black the image out. The maximum, not a sum of what is over a threshold, so that a
@@ -67,6 +69,7 @@ class Concepts(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "concepts" if self.source == CHECKER else f"concepts:{self.source}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -74,13 +77,14 @@ class Concepts(Reward):
         return -(margins.amax(-1) + CARE * (care > 0).any(-1))
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_checker(self.source, device)
         return self
 
 
 @dataclass(frozen=True)
 class Checker:
-    """The frozen parts of the safety checker, on one device."""
+    """The frozen safety checker, on one device."""
 
     vision: Any  # transformers.CLIPVisionModel
     concepts: dict[str, Tensor]
@@ -110,17 +114,17 @@ def _load(source: str, device: str) -> Checker:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load a safety checker from {source!r}: {first_line(error)}") from error
     state = {key: value for key, value in read_state(path).items() if not key.endswith("position_ids")}
-    seeing = {_bare(key): value for key, value in state.items() if key.startswith("vision_model.")}
-    names = {_bare(key): key for key in model.state_dict()}  # transformers 4 says vision_model. before each
+    tower = {_without_stem(key): value for key, value in state.items() if key.startswith("vision_model.")}
+    names = {_without_stem(key): key for key in model.state_dict()}  # transformers 4 says vision_model. before each
     rest = {key: value.float().to(device) for key, value in state.items() if not key.startswith("vision_model.")}
     for key in ("visual_projection.weight", *(f"{k}_embeds{w}" for k in ("concept", "special_care") for w in ("", "_weights"))):
         if key not in rest:
             raise UserError(f"{str(path)!r} is not a safety checker: it has no {key!r}")
-    vision = fill(model, {names.get(key, key): value for key, value in seeing.items()}, path)
+    vision = fill(model, {names.get(key, key): value for key, value in tower.items()}, path)
     return Checker(vision.to(device), rest)
 
 
-def _bare(key: str) -> str:
+def _without_stem(key: str) -> str:
     while key.startswith("vision_model."):
         key = key.removeprefix("vision_model.")
     return key

@@ -25,7 +25,7 @@ HPS_21 = "xswu/HPSv2/HPS_v2.1_compressed.pt"
 
 @dataclass(frozen=True)
 class CLIPScore(Reward):
-    """Agreement of image and prompt: cos(image, text).
+    """CLIP score, the agreement of image and prompt: cos(image, text).
 
     Paper: arXiv:2104.08718. Differs from the paper: no factor 2.5, no cut at zero (no gradient there), no prefix.
     Source: openai/clip-vit-large-patch14 (MIT), or any CLIPModel. Range [-1, 1], in practice 0.1 to 0.35.
@@ -40,21 +40,23 @@ class CLIPScore(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return _name("clip", self.source, CLIP_L) + (f":{self.text}" if self.text else "")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         clip = load_clip(self.source, "clip", images.device)
-        said = [self.text] * len(images) if self.text else prompts
-        return clip.cosine(normalize(resize_and_crop(images, clip.size)), said)
+        texts = [self.text] * len(images) if self.text else prompts
+        return clip.cosine(normalize(resize_and_crop(images, clip.size)), texts)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_clip(self.source, "clip", device)
         return self
 
 
 @dataclass(frozen=True)
 class PickScore(Reward):
-    """Which of two images people pick for a prompt: exp(logit_scale) cos(image, text).
+    """PickScore, which of two images people would pick for a prompt: exp(logit_scale) cos(image, text).
 
     Paper: arXiv:2305.01569. Source: yuvalkirstain/PickScore_v1 (CLIP-H fine-tuned on Pick-a-Pic; MIT), with the
     tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Range [-100, 100], in practice 15 to 25; 1 more multiplies the
@@ -69,6 +71,7 @@ class PickScore(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return _name("pickscore", self.source, "yuvalkirstain/PickScore_v1")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -76,6 +79,7 @@ class PickScore(Reward):
         return clip.scale * clip.cosine(normalize(resize_and_crop(images, clip.size)), prompts)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_clip(self.source, "pick", device)
         return self
 
@@ -99,6 +103,7 @@ class HPSv2(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return _name("hpsv2", self.source, "adams-story/HPSv2-hf")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -106,6 +111,7 @@ class HPSv2(Reward):
         return clip.cosine(normalize(resize_and_pad(images, clip.size)), prompts)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_clip(self.source, "hps", device)
         return self
 
@@ -125,12 +131,14 @@ class HPSv21(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return _name("hpsv2.1", self.source, HPS_21)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return HPSv2(self.source)(images, prompts)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_clip(self.source, "hps", device)
         return self
 
@@ -150,34 +158,39 @@ class Aesthetic(Reward):
 
     def __post_init__(self) -> None:
         check_source(self.source, "aesthetic", needs=())
-        check_source(self.eye, "clip")
+        check_source(self.clip_source, "clip")
 
     @property
-    def eye(self) -> str:
-        """The source of the CLIP whose features the head reads."""
+    def clip_source(self) -> str:
+        """The source of the CLIP whose features the head reads; the bundled head's is the bundled CLIP."""
         return "tiny" if self.source == "tiny" and self.clip == CLIP_L else self.clip
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return _name("aesthetic", self.source, AESTHETIC)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        image, head = aesthetic_parts(self, images)
+        image, head = features_and_head(self, images)
         return head(image)[:, 0]
 
     def to(self, device: torch.device | str) -> Reward:
-        load_clip(self.eye, "clip", device)
+        """Load the networks onto `device` now. Returns the reward."""
+        load_clip(self.clip_source, "clip", device)
         _load_head(check_source(self.source, "aesthetic", needs=()), full_name(device))
         return self
 
 
-def aesthetic_parts(reward: Aesthetic, images: Tensor) -> tuple[Tensor, nn.Sequential]:
-    """The features (b, d) the head reads, of unit length, and the head. Errors: UserError if they do not go together."""
-    clip = load_clip(reward.eye, "clip", images.device)
+def features_and_head(reward: Aesthetic, images: Tensor) -> tuple[Tensor, nn.Sequential]:
+    """CLIP's features (b, d) of images (b, 3, h, w), of unit length, and the head that rates them.
+
+    Raises UserError if the head was made for features of another width.
+    """
+    clip = load_clip(reward.clip_source, "clip", images.device)
     head = _load_head(check_source(reward.source, "aesthetic", needs=()), full_name(images.device))
     image, _ = clip.embed(normalize(resize_and_crop(images, clip.size)), [""])
     if image.shape[-1] != head[0].in_features:
-        dims = f"{head[0].in_features} features and {reward.eye!r} gives {image.shape[-1]}"
+        dims = f"{head[0].in_features} features and {reward.clip_source!r} gives {image.shape[-1]}"
         raise UserError(f"the aesthetic head {reward.source!r} reads {dims}; use the CLIP it was trained on")
     return image, head
 

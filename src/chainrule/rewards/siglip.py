@@ -1,4 +1,4 @@
-"""SigLIP as a frozen, differentiable judge of image and text."""
+"""SigLIP (arXiv:2303.15343) as a frozen, differentiable reward for the agreement of image and text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class SigLIP(Reward):
-    """Agreement of image and prompt: cos(image, text) of a CLIP trained with a sigmoid loss.
+    """The agreement of image and prompt by SigLIP, a CLIP trained with a sigmoid loss: cos(image, text).
 
     Paper: arXiv:2303.15343. The model's own logit is exp(logit_scale) cos + logit_bias, the same order. Source:
     google/siglip-so400m-patch14-384 (licence: see its card) or any SiglipModel; its tokenizer needs the package
@@ -38,18 +38,20 @@ class SigLIP(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "siglip" + ("" if self.source == SIGLIP else f":{self.source}") + (f":{self.text}" if self.text else "")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         model, tokenizer = load_siglip(self.source, images.device)
-        said = [self.text] * len(images) if self.text else list(prompts)
+        texts = [self.text] * len(images) if self.text else list(prompts)
         length, side = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
-        tokens = tokenizer(said, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         pixels = normalize(resize(images, (side, side)), HALF, HALF)
         out = model(input_ids=tokens["input_ids"].to(images.device), pixel_values=pixels.float())
         return (out.image_embeds * out.text_embeds).sum(-1)
 
     def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
         load_siglip(self.source, device)
         return self
 

@@ -1,4 +1,4 @@
-"""Rewards without a network: what they want is a formula of the pixels. All are means over pixels and channels.
+"""Rewards without a network, each a formula of the pixels. All are means over pixels and channels.
 
 Differs from the papers, which sum: a mean is the same for every image size, and so is a weight in front of it.
 """
@@ -25,6 +25,7 @@ class Symmetry(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "symmetry"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -33,13 +34,14 @@ class Symmetry(Reward):
 
 @dataclass(frozen=True)
 class RotationalAnticorrelation(Reward):
-    """Unlikeness to its own rotations: 1/3 sum over 90, 180, 270 degrees of mean (x - rotate(x))^2. Range [0, 1].
+    """Difference from its own rotations: 1/3 sum over 90, 180, 270 degrees of mean (x - rotate(x))^2. Range [0, 1].
 
-    DRaFT, Appendix B.9 (arXiv:2309.17400). Errors: UserError for images that are not square.
+    DRaFT, Appendix B.9 (arXiv:2309.17400). Raises UserError for images that are not square.
     """
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return "rotation"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -52,7 +54,7 @@ class RotationalAnticorrelation(Reward):
 
 @dataclass(frozen=True)
 class JPEGCompressibility(Reward):
-    """What JPEG keeps: -mean (x - d(c(x)))^2, with c and d compression and decompression. Range [-1, 0].
+    """JPEG compressibility: -mean (x - d(c(x)))^2, with c and d compression and decompression. Range [-1, 0].
 
     DRaFT, section 5.3 and Appendix B.3 (arXiv:2309.17400). d(c(x)) is piecewise constant in x, so the exact derivative,
     almost everywhere, is that of the distance to a fixed image: -2 (x - d(c(x))) / n. Straight-through rounding would
@@ -66,6 +68,7 @@ class JPEGCompressibility(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return _name("compressible", self.quality)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -74,7 +77,7 @@ class JPEGCompressibility(Reward):
 
 @dataclass(frozen=True)
 class JPEGIncompressibility(Reward):
-    """What JPEG loses: the negation of `JPEGCompressibility`. Range [0, 1]."""
+    """JPEG incompressibility, the negation of `JPEGCompressibility`. Range [0, 1]."""
 
     quality: int = 50
 
@@ -83,6 +86,7 @@ class JPEGIncompressibility(Reward):
 
     @property
     def name(self) -> str:
+        """The name that `rewards.parse` reads back."""
         return _name("incompressible", self.quality)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights that are one file: official checkpoints, here or on the hub, and what their tensors' shapes say of a model."""
+"""Weights published as one file, here or on the hub, and the sizes of a network read off its tensors' shapes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ WIDE_HEADS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, ViT-g and ViT-bigG in ope
 
 
 def fetch(source: str) -> Path:
-    """The file of a path or folder, of a hub file written owner/name/file, or a hub id's model.safetensors.
+    """The path of a weight file: a path, a folder's safetensors file, owner/name/file on the hub, or a hub id's model.safetensors.
 
-    Errors: UserError if it is nowhere.
+    A file on the hub is downloaded. Raises UserError if there is no such file.
     """
     here = Path(source).expanduser()
     if here.is_dir() and any(here.glob("*.safetensors")):
@@ -43,7 +43,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of an official .pt, under its "state_dict" if it has one.
 
     A .pt is a pickle. It is opened with torch's `weights_only`, which builds tensors and plain containers and refuses
-    everything else, so that it runs no code of the file's. Errors: UserError for what is not such a file.
+    everything else, so it runs no code from the file. Raises UserError for a file that is neither.
     """
     from safetensors.torch import load_file
 
@@ -59,14 +59,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
-def beside(path: Path) -> dict[str, Any]:
-    """The config.json in a weight file's folder, or nothing."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of the config.json in a weight file's folder; empty if there is none."""
     place = path.parent / "config.json"
     return dict(json.loads(place.read_text())) if place.is_file() else {}
 
 
 def tokenizer_of(path: Path, otherwise: str) -> Any:
-    """The tokenizer in a weight file's folder, or else that of a hub id. Errors: UserError if there is none."""
+    """The tokenizer in a weight file's folder, or else that of the hub id `otherwise`. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
     local = any((path.parent / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"))
@@ -78,9 +78,9 @@ def tokenizer_of(path: Path, otherwise: str) -> Any:
 
 
 def heads(width: int, facts: dict[str, Any]) -> int:
-    """Attention heads of a tower, the one thing no shape tells: from its configuration, or as published for its width.
+    """The number of attention heads of a transformer: from its configuration, or else as published for its width.
 
-    Errors: UserError for a width that is no multiple of a head's.
+    No tensor's shape tells it. Raises UserError for a width that is no multiple of a head's.
     """
     each = WIDE_HEADS.get(width, 64)
     if not facts.get("num_attention_heads") and width % each:
@@ -90,7 +90,7 @@ def heads(width: int, facts: dict[str, Any]) -> int:
 
 
 def depth(state: dict[str, Tensor], stem: str) -> int:
-    """How many blocks `stem`.0, `stem`.1, ... a state has."""
+    """The number of blocks `stem`.0, `stem`.1, ... in a state dict."""
     numbers = [int(key.removeprefix(f"{stem}.").split(".")[0]) for key in state if key.startswith(f"{stem}.")]
     return max(numbers, default=-1) + 1
 
@@ -99,7 +99,7 @@ def pretrained(kind: Any, source: str, what: str) -> Any:
     """A transformers model of a folder or hub id, in float32, frozen: from safetensors, with every tensor it needs.
 
     transformers fills what a file lacks with random numbers and a warning, as when `source` holds another kind of model.
-    Errors: UserError, naming `what` was wanted.
+    Raises UserError, naming `what` was wanted, if the model cannot be loaded or lacks a tensor.
     """
     try:
         model, found = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
@@ -111,7 +111,7 @@ def pretrained(kind: Any, source: str, what: str) -> Any:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> Any:
-    """The model with these weights, in float32, frozen. Errors: UserError naming the file if they do not fit exactly."""
+    """Put weights into a model, in float32, and freeze it. Raises UserError naming the file if they do not fit exactly."""
     try:
         model.load_state_dict({key: value.float() for key, value in state.items()})
     except RuntimeError as error:
@@ -120,5 +120,5 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message that is not empty; the error's class if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
