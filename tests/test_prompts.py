@@ -1,4 +1,4 @@
-"""Prompt sets, files, folders and datasets, the split, templates, and what is said when they are wrong."""
+"""Prompt sets, files, folders and datasets, the split, templates, and what is texts when they are wrong."""
 
 from __future__ import annotations
 
@@ -171,13 +171,13 @@ def test_a_list_is_taken_as_it_is():
 
 @pytest.mark.parametrize("count", [2, 5, 45, 101])
 def test_the_split_is_a_partition_into_four_fifths_and_one(count):
-    said = [f"prompt {k}" for k in range(count)]
-    train, test = split(said)
+    texts = [f"prompt {k}" for k in range(count)]
+    train, test = split(texts)
     assert len(train) == round(0.8 * count)
-    assert sorted(train + test) == sorted(said)
-    assert train == [p for p in said if p in train]  # in the original order
-    assert test == [p for p in said if p in test]
-    assert split(said) == (train, test)
+    assert sorted(train + test) == sorted(texts)
+    assert train == [p for p in texts if p in train]  # in the original order
+    assert test == [p for p in texts if p in test]
+    assert split(texts) == (train, test)
 
 
 def test_the_split_of_another_seed_is_another_one():
@@ -197,10 +197,10 @@ def test_the_halves_of_animals_never_change():
 
 
 def test_a_file_is_split_as_a_list_is(tmp_path):
-    said = [f"prompt {k}" for k in range(10)]
+    texts = [f"prompt {k}" for k in range(10)]
     path = tmp_path / "of:ten.json"
-    path.write_text(json.dumps(said))
-    assert (prompts(f"{path}:train"), prompts(f"{path}:test")) == split(said)
+    path.write_text(json.dumps(texts))
+    assert (prompts(f"{path}:train"), prompts(f"{path}:test")) == split(texts)
 
 
 @pytest.mark.parametrize(

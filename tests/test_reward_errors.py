@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,37 +88,37 @@ def test_official_files_that_are_something_else_are_refused(models: Path, tmp_pa
     for file, kind in ((hps, rewards.HPSv21), (reader, rewards.ImageReward)):
         assert f"no file {str(file)!r}" in _refused(lambda kind=kind, file=file: kind(str(file)))
         file.write_bytes(b"not a checkpoint")
-        assert "cannot read the weights" in _refused(kind(str(file)).load)
+        assert "cannot read the weights" in _refused(partial(kind(str(file)).to, "cpu"))
         torch.save({"state_dict": {"weight": _Loud(tmp_path / "ran")}}, file)
-        assert "cannot read the weights" in _refused(kind(str(file)).load)
+        assert "cannot read the weights" in _refused(partial(kind(str(file)).to, "cpu"))
         assert not (tmp_path / "ran").exists()
         torch.save([torch.zeros(1)], file)
-        assert "not a dictionary of tensors" in _refused(kind(str(file)).load)
+        assert "not a dictionary of tensors" in _refused(partial(kind(str(file)).to, "cpu"))
         torch.save({"weight": torch.zeros(1)}, file)
-        assert re.search("is not an (open_clip|ImageReward) checkpoint: it has no '", _refused(kind(str(file)).load))
+        assert re.search("is not an (open_clip|ImageReward) checkpoint: it has no '", _refused(partial(kind(str(file)).to, "cpu")))
     state = torch.load(models / "hps21" / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
     torch.save(state, hps)
-    assert "cannot tell how many heads a tower 32 wide has; say it" in _refused(rewards.HPSv21(str(hps)).load)
+    assert "cannot tell how many heads a tower 32 wide has; say it" in _refused(lambda: rewards.HPSv21(str(hps)).to("cpu"))
     shutil.copy(models / "hps21" / "config.json", tmp_path)
     torch.save({**state, "ln_final.weight": torch.zeros(5)}, hps)
-    assert "does not fit" in _refused(rewards.HPSv21(str(hps)).load)
+    assert "does not fit" in _refused(lambda: rewards.HPSv21(str(hps)).to("cpu"))
     torch.save(state, hps)  # whole, but with no tokenizer beside it and no hub
-    assert "cannot load a tokenizer from 'laion/" in _refused(rewards.HPSv21(str(hps)).load)
+    assert "cannot load a tokenizer from 'laion/" in _refused(lambda: rewards.HPSv21(str(hps)).to("cpu"))
 
 
 def test_a_folder_of_another_model_is_not_filled_with_random_numbers(models: Path) -> None:
     """transformers would, with a warning."""
     clip = str(models / "clip")
     for reward in (rewards.SigLIP(clip), rewards.CLIPScore(str(models / "siglip")), rewards.Safe(clip), rewards.Concepts(clip)):
-        assert re.search("does not hold|cannot load|is not a", _refused(reward.load))
-    assert "is a clip, not an OWL-ViT" in _refused(rewards.Detection("a cat", clip).load)
+        assert re.search("does not hold|cannot load|is not a", _refused(partial(reward.to, "cpu")))
+    assert "is a clip, not an OWL-ViT" in _refused(lambda: rewards.Detection("a cat", clip).to("cpu"))
 
 
 def test_offline_every_published_model_is_missed_in_one_line() -> None:
     needs = {"directional": ":a face to a sad face", "classifier": ":dog", "detect": ":a cat", "area": ":a cat"}
     free = {"symmetry", "rotation", "compressible", "incompressible", "diversity", "style", "lpips"}
     for name in {*rewards.REGISTRY} - free:
-        assert re.search("cannot load|the hub does not give", _refused(parse(name + needs.get(name, "")).load))
+        assert re.search("cannot load|the hub does not give", _refused(partial(parse(name + needs.get(name, "")).to, "cpu")))
 
 
 def test_a_reward_has_a_place_that_exists() -> None:
@@ -125,7 +126,7 @@ def test_a_reward_has_a_place_that_exists() -> None:
     assert "device is like cpu, cuda or cuda:1, not 'gpu'" in _refused(lambda: rewards.On(inner, "gpu"))
     assert "dtype is float32, bfloat16, float16, not 'int8'" in _refused(lambda: rewards.On(inner, "cpu", "int8"))
     assert "cannot be moved as a whole" in _refused(lambda: rewards.On(inner + rewards.Symmetry(), "cpu"))
-    assert "no device 'cuda:77'" in _refused(rewards.On(inner, "cuda:77").load)
+    assert "no device 'cuda:77'" in _refused(lambda: rewards.On(inner, "cuda:77").to("cpu"))
     assert "reads images of shape (b, 3, h, w), got (3, 8, 8)" in _refused(lambda: checked(inner, torch.rand(3, 8, 8), [""] * 3))
     assert "got (2, 4, 8, 8)" in _refused(lambda: checked(rewards.Symmetry(), torch.rand(2, 4, 8, 8), ["", ""]))
 

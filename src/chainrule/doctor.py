@@ -1,6 +1,6 @@
-"""Does it work here, with these weights: the installation, a model against its own pipeline, its gradient, its memory.
+"""Checks the installation, and a loaded model: its samples against its pipeline's, its gradient, the memory it needs.
 
-Everything that the tests show on random weights can be asked of real ones by whoever has them.
+The tests show the same on small random weights. Here it is checked on the real ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,13 +21,17 @@ from torch import Tensor
 from chainrule.errors import UserError
 from chainrule.meters import saved_bytes, storages
 
+if TYPE_CHECKING:  # `environment` has to run where these cannot be imported
+    from chainrule.models import Model
+    from chainrule.rewards import Reward, RewardFunction
+
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 CARDS = (24, 48, 80)  # GB
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question, what was found, and whether that is as it should be (None: only a fact)."""
+    """One check: its name, what was found, and whether that is right (None: there is nothing to be right about)."""
 
     name: str
     found: str
@@ -38,7 +42,7 @@ class Check:
 
 
 def environment() -> Iterator[Check]:
-    """The installation. Imports torch and nothing else that could fail."""
+    """Check the packages, the device and the cache of downloads. Imports torch, and nothing else that could fail."""
     yield Check("packages", ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES))
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
@@ -60,44 +64,46 @@ def environment() -> Iterator[Check]:
     yield Check("downloads", f"{'switched off by HF_HUB_OFFLINE' if offline else f'go to {cache}'}, {free:.0f} GiB free there")
 
 
-def examine(model: Any, reward: Any = None, prompts: Sequence[str] = (), steps: int = 4) -> Iterator[Check]:
-    """A loaded model: its samples against the plain pipeline's, the gradient by finite differences, memory.
+def examine(
+    model: Model, reward: Reward | RewardFunction | None = None, prompts: Sequence[str] = (), steps: int = 4
+) -> Iterator[Check]:
+    """Check a loaded model: its samples against the plain pipeline's, its gradient by finite differences, its memory.
 
-    `reward` is a `Reward`, whose gradient is probed; by default the images' mean brightness. The chain has `steps` calls.
-    Adapters that are on are left out. Yields a `Check` as soon as it is known.
+    `reward` is probed and differentiated; the default is the images' mean brightness. The chain has `steps` calls.
+    Active adapters are switched off. Yields each `Check` as soon as it is known. Raises UserError for a reward without a gradient.
     """
     from chainrule.rewards import probe, reward_of
 
     model, prompts = replace(model, active={}), prompts or model.defaults.labels[:1] or ("a photo of a cat",)
     exact = next(model.network.parameters()).dtype in (torch.float32, torch.float64)
-    yield Check("model", f"{model.family}, {model.size[0]}x{model.size[1]} pixels, {model.sampler.name}, {_parts(model)}")
+    yield Check("model", f"{model.family}, {model.size[0]}x{model.size[1]} pixels, {model.sampler.name}, {_sizes(model)}")
     yield _samples(model, prompts, steps, 2e-4 if exact else 0.1)
-    judge = (reward_of(reward) if reward else reward_of(_brightness, "brightness")).to(model.device)
-    values = ", ".join(f"{value:.4g}" for value in probe(judge, model.size, model.device).tolist())
-    yield Check("reward", f"{judge.name}: {values} on two images of noise, its gradient reaches the pixels", True)
+    chosen = (reward_of(reward) if reward else reward_of(_brightness, "brightness")).to(model.device)
+    values = ", ".join(f"{value:.4g}" for value in probe(chosen, model.size, model.device).tolist())
+    yield Check("reward", f"{chosen.name}: {values} on two images of noise, its gradient reaches the pixels", True)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    yield _gradient(model, judge, prompts, steps, exact)
+    yield _gradient(model, chosen, prompts, steps, exact)
     if model.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(model.device) / 2**30
         yield Check("peak", f"{peak:.2f} GiB allocated while {len(prompts)} image(s) were differentiated through {steps} calls")
-    yield _memory(model, judge, prompts)
+    yield _memory(model, chosen, prompts)
 
 
 def _brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def _parts(model: Any) -> str:
+def _sizes(model: Model) -> str:
     sizes = {
-        name: sum(w.numel() * w.element_size() for w in part.parameters()) / 2**30
-        for name, part in model.pipe.components.items()
-        if isinstance(part, torch.nn.Module)
+        name: sum(w.numel() * w.element_size() for w in component.parameters()) / 2**30
+        for name, component in model.pipe.components.items()
+        if isinstance(component, torch.nn.Module)
     }
     return ", ".join(f"{name} {size:.2g} GiB" for name, size in sizes.items())
 
 
-def _samples(model: Any, prompts: Sequence[str], steps: int, allowed: float) -> Check:
+def _samples(model: Model, prompts: Sequence[str], steps: int, allowed: float) -> Check:
     from chainrule.models.compared import pipeline_images
 
     seeds, guidance = list(range(len(prompts))), model.defaults.guidance
@@ -106,11 +112,11 @@ def _samples(model: Any, prompts: Sequence[str], steps: int, allowed: float) -> 
     except UserError as error:
         return Check("samples", str(error))
     apart = float((model.render(prompts, seeds, steps, guidance) - theirs).abs().max())
-    said = f"{apart:.2g} apart at most from the plain {model.family}'s, of 1 (allowed: {allowed:g})"
-    return Check("samples", said, apart <= allowed)
+    found = f"{apart:.2g} apart at most from the plain {model.family}'s, of 1 (allowed: {allowed:g})"
+    return Check("samples", found, apart <= allowed)
 
 
-def _gradient(model: Any, judge: Any, prompts: Sequence[str], steps: int, exact: bool) -> Check:
+def _gradient(model: Model, reward: Reward, prompts: Sequence[str], steps: int, exact: bool) -> Check:
     """The slope of the reward along its own gradient at a fresh adapter, against a central difference."""
     from chainrule.adapters import unused_name
     from chainrule.gradient import backpropagate
@@ -121,10 +127,10 @@ def _gradient(model: Any, judge: Any, prompts: Sequence[str], steps: int, exact:
     try:
         plan = DRaFT().plan(model.grid(steps), Random(0))
         chain = model.chain(prompts, seeds)
-        value = lambda: float(judge(model.codec.decode(chain.end(model.noise(seeds), plan.branches[0])), prompts).mean())
-        backpropagate(chain, plan, model.noise(seeds), model.codec.decode, judge, prompts)
-        weights = [weight for weight in adapter.parameters() if weight.grad is not None]
-        slopes = [-weight.grad.clone() for weight in weights]  # of the reward; the loss is minus it
+        value = lambda: float(reward(model.codec.decode(chain.end(model.noise(seeds), plan.branches[0])), prompts).mean())
+        backpropagate(chain, plan, model.noise(seeds), model.codec.decode, reward, prompts)
+        reached = [(weight, weight.grad) for weight in adapter.parameters() if weight.grad is not None]
+        weights, slopes = [weight for weight, _ in reached], [-grad.clone() for _, grad in reached]  # of the reward, not the loss
         size = float(sum((s**2).sum() for s in slopes)) ** 0.5
         if not size:
             return Check("gradient", "zero at the adapter's weights", False)
@@ -137,12 +143,13 @@ def _gradient(model: Any, judge: Any, prompts: Sequence[str], steps: int, exact:
     off = abs(measured - size) / size
     # In half precision the gradient is noisy: its norm counts the noise, the difference along it does not.
     allowed = 0.05 if exact else 0.5
-    said = f"slope {size:.4g}, by finite differences {measured:.4g} over {steps} calls (allowed: {allowed:.0%} apart)"
-    return Check("gradient", said, off < allowed)
+    found = f"slope {size:.4g}, by finite differences {measured:.4g} over {steps} calls (allowed: {allowed:.0%} apart)"
+    return Check("gradient", found, off < allowed)
 
 
 @torch.no_grad()
-def _moved(weights: list[Any], slopes: list[Tensor], by: float, value: Callable[[], float]) -> float:
+def _moved(weights: Sequence[Tensor], slopes: Sequence[Tensor], by: float, value: Callable[[], float]) -> float:
+    """The value with `by` times the slopes added to the weights, which are put back."""
     for weight, slope in zip(weights, slopes, strict=True):
         weight += by * slope
     found = value()
@@ -151,8 +158,8 @@ def _moved(weights: list[Any], slopes: list[Tensor], by: float, value: Callable[
     return found
 
 
-def _memory(model: Any, judge: Any, prompts: Sequence[str]) -> Check:
-    """What one image adds: the graph of a call, guidance included, and of decoding and scoring; on top of what is there."""
+def _memory(model: Model, reward: Reward, prompts: Sequence[str]) -> Check:
+    """The memory one image adds to what is there: the graph of a call with its guidance, and of decoding and scoring."""
     from chainrule.adapters import unused_name
 
     adapter = model.adapt(unused_name(model.network, "doctor"), rank=8)
@@ -161,11 +168,11 @@ def _memory(model: Any, judge: Any, prompts: Sequence[str]) -> Check:
         x, level = model.noise([0]), model.grid(2)[0]
         there = storages(model.device)
         call = saved_bytes(lambda: member(x.clone().requires_grad_(), level, condition), there)
-        image = saved_bytes(lambda: judge(model.codec.decode(x.clone().requires_grad_()), [prompts[0]]), there)
+        image = saved_bytes(lambda: reward(model.codec.decode(x.clone().requires_grad_()), [prompts[0]]), there)
         fixed = sum(there.values()) + sum(weight.numel() for weight in adapter.parameters()) * 12  # gradient, two moments
     finally:
         model.drop(adapter)
     fits = {size: int((0.9 * size * 1e9 - fixed - image) // max(call, 1)) for size in CARDS}
     room = ", ".join(f"{max(count, 0)} in {size} GB" for size, count in fits.items())
-    said = f"weights and adapter {fixed / 2**30:.2f} GiB, a call's graph {call / 2**20:.0f} MiB an image, decoding and scoring"
-    return Check("memory", f"{said} {image / 2**20:.0f} MiB a micro-batch of one; images at a time by that: {room} (a forecast)")
+    found = f"weights and adapter {fixed / 2**30:.2f} GiB, a call's graph {call / 2**20:.0f} MiB an image, decoding and scoring"
+    return Check("memory", f"{found} {image / 2**20:.0f} MiB a micro-batch of one; images at a time by that: {room} (a forecast)")

@@ -1,4 +1,4 @@
-"""A mean and its 95% interval: the one place that computes one."""
+"""A mean with its 95% interval, by Student's t."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and the half width of its 95% interval."""
+    """A mean and the half width of its 95% interval; printed as "mean ± half width"."""
 
     mean: float
     interval: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Of independent values, by Student's t. One value has no interval: it is infinite."""
+        """The mean of at least one independent value. The interval of a single value is infinite."""
         n = len(values)
         mean = math.fsum(values) / n
         if n < 2:

@@ -1,4 +1,4 @@
-"""Comparing models: the same prompts and seeds for each, rewards with 95% intervals, and diversity."""
+"""Compares models on the same prompts and seeds: rewards with 95% intervals, and diversity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from chainrule.rewards import Reward, RewardFunction, checked, reward_of
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows are models, columns are rewards and diversity; gains are against the first row, paired by prompt."""
+    """A comparison: rows are models, columns are rewards and diversity. Gains are over the first row, paired by prompt."""
 
     prompts: list[str]
     rows: dict[str, dict[str, Estimate]]
@@ -38,21 +38,21 @@ class Table:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON, the form the report reads. An infinite interval is null: JSON has no infinity."""
+        """Write the table as JSON, which the report reads. An infinite interval becomes null, as JSON has no infinity."""
 
-        def plain(row: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
+        def finite(row: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
             return {n: {k: v if math.isfinite(v) else None for k, v in asdict(e).items()} for n, e in row.items()}
 
-        rows = [{"name": name, "metrics": plain(row)} for name, row in self.rows.items()]
-        last = plain(list(self.gains.values())[-1]) if self.gains else {}
+        rows = [{"name": name, "metrics": finite(row)} for name, row in self.rows.items()]
+        last = finite(list(self.gains.values())[-1]) if self.gains else {}
         Path(path).write_text(json.dumps({"prompts": self.prompts, "rows": rows, "gains": last}, indent=2) + "\n")
         return Path(path)
 
 
 def diversity(images: Tensor) -> float:
-    """Mean distance between images of one prompt, (seeds, 3, h, w): root mean square over 16x16 averaged pixels.
+    """The mean distance between the images of one prompt, (seeds, 3, h, w): root mean square over 16x16 averaged pixels.
 
-    0 when all seeds give the same picture. Raises UserError for a single image.
+    It is 0 when all seeds give the same picture. Raises UserError for a single image.
     """
     if len(images) < 2:
         raise UserError("diversity needs at least two seeds per prompt")
@@ -74,34 +74,34 @@ def evaluate(
     on_call: Callable[[], None] = lambda: None,
     processes: Processes = ALONE,
 ) -> Table:
-    """Score every model on every prompt with every seed. The first model is the one others are compared with.
+    """Score every model on every prompt with every seed, and compare the others with the first model.
 
     Each of several `processes` makes and scores a share of the images and returns the whole table.
 
-    Intervals are over prompts (the seeds of one prompt are averaged first), so they say how far the result carries to
-    other prompts of the same kind. Raises UserError for no model, prompt, seed or reward, two rewards of one name, and a
-    reward that does not return one float per image.
+    Intervals are over prompts, after the seeds of one prompt are averaged. So they cover other prompts of the same kind.
+    Raises UserError for no model, prompt, seed or reward, two rewards of one name, and a reward that does not return one float
+    per image.
     """
-    prompts, seeds, scorers = read_prompts(prompts), list(seeds), [reward_of(reward) for reward in rewards]
-    if not models or not seeds or not scorers:
+    prompts, seeds, chosen = read_prompts(prompts), list(seeds), [reward_of(each) for each in rewards]
+    if not models or not seeds or not chosen:
         raise UserError("evaluate needs at least one model, one seed and one reward")
-    names = ["diversity", *(scorer.name for scorer in scorers)]
+    names = ["diversity", *(reward.name for reward in chosen)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two columns of the table would be called {twice!r}; rename one with reward_of(fn, name=...)")
-    said = [prompt for prompt in prompts for _ in seeds]
+    repeated = [prompt for prompt in prompts for _ in seeds]
     per_prompt: dict[str, dict[str, list[float]]] = {}
     for name, model in models.items():
-        images = model.render(said, seeds * len(prompts), steps, guidance, batch, on_call, processes)
+        images = model.render(repeated, seeds * len(prompts), steps, guidance, batch, on_call, processes)
         columns: dict[str, list[float]] = {}
-        for scorer in scorers:
-            scorer.to(model.device)
-            mine, values = processes.share(range(len(said))), []
+        for reward in chosen:
+            reward.to(model.device)
+            mine, values = processes.share(range(len(repeated))), []
             for i in range(0, len(mine), batch):
                 some = mine[i : i + batch]
-                values += checked(scorer, images[some].to(model.device), [said[k] for k in some]).float().tolist()
-            columns[scorer.name] = torch.tensor(processes.gather(values)).view(len(prompts), len(seeds)).mean(1).tolist()
+                values += checked(reward, images[some].to(model.device), [repeated[k] for k in some]).float().tolist()
+            columns[reward.name] = torch.tensor(processes.gather(values)).view(len(prompts), len(seeds)).mean(1).tolist()
         if len(seeds) > 1:
-            columns["diversity"] = [diversity(part) for part in images.split(len(seeds))]
+            columns["diversity"] = [diversity(same) for same in images.split(len(seeds))]
         per_prompt[name] = columns
     first = next(iter(per_prompt.values()))
     rows = {name: {c: Estimate.of(v) for c, v in columns.items()} for name, columns in per_prompt.items()}

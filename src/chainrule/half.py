@@ -1,6 +1,6 @@
-"""Gradients through float16, in which those of a reward's size would vanish without a word.
+"""Backward passes through float16, where gradients as small as a reward's would be rounded to zero.
 
-They are brought to about 1 by a power of two on the way in, and back by it where they arrive: in float32 and wider that
+The upstream gradient is scaled to about 1 by a power of two, and the result is scaled back. In float32 and wider this
 changes no bit.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def backward(answer: Tensor, upstream: Tensor) -> None:
-    """`answer.backward(upstream)`."""
+    """`answer.backward(upstream)` with the upstream gradient scaled: adds to the `.grad` of the leaves."""
     scale = power_of_two(upstream)
     leaves = _leaves(answer)
     before = [leaf.grad for leaf in leaves]
@@ -28,13 +28,13 @@ def backward(answer: Tensor, upstream: Tensor) -> None:
 
 
 def gradient(answer: Tensor, at: Tensor, upstream: Tensor) -> Tensor:
-    """`torch.autograd.grad(answer, at, upstream)`, its one gradient."""
+    """`torch.autograd.grad(answer, at, upstream)[0]` with the upstream gradient scaled: the gradient at `at`."""
     scale = power_of_two(upstream)
     return torch.autograd.grad(answer, at, upstream * scale)[0] / scale
 
 
 def power_of_two(gradient: Tensor) -> float:
-    """What brings the largest number of a gradient to between 1 and 2; 1 where there is none to bring."""
+    """The power of two that scales the largest number of a gradient to between 1 and 2; 1 for zero or infinity."""
     largest = float(gradient.abs().max())
     return 2.0 ** -floor(log2(largest)) if 0 < largest < inf else 1.0
 

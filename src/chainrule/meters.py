@@ -1,4 +1,4 @@
-"""Counting bytes: what a function holds at its worst moment, what autograd keeps of a call, what is on a device already."""
+"""Measures memory: the peak of a function, what autograd saves for a call, and what is on a device already."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within the block, `live` is the bytes of all storages made in it that are still held, and `peak` its maximum.
+    """A context that counts bytes: `live` is those of all storages made within it and still held, `peak` the most there were.
 
-    Storages that were there before, weights above all, count nothing, nor do views. It sees what operations return, in
-    forward, backward and recomputed passes; not the scratch space inside a single kernel. With a `device` only its tensors
-    count. On the meta device tensors have no numbers: one that is read is 0 or true, and an operation seen before, on the
-    same shapes and arguments, is not asked again what it makes.
+    Storages from before it, such as weights, do not count, nor do views. It counts what operations return in forward, backward
+    and recomputed passes, but not the scratch space inside a kernel. With a `device` only its tensors count. Tensors on the
+    meta device have no numbers: one that is read is 0 or true, and the result of an operation is remembered for the same
+    shapes and arguments.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -33,36 +33,36 @@ class LiveBytes(TorchDispatchMode):
         self.device = device
         self._sizes: dict[int, int] = {}
         self._watches: dict[int, weakref.ref[Any]] = {}
-        self._known: dict[Any, _Made | None] = {}
+        self._known: dict[Any, _Results | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is ITEM and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 0.0
         repeats = self.device is not None and self.device.type == "meta" and _makes_new(func)
-        key = (func, _face(args), _face(kwargs)) if repeats else None
-        made = self._known.get(key) if repeats else None
-        if made is not None:
-            return self._again(made)
+        key = (func, _signature(args), _signature(kwargs)) if repeats else None
+        results = self._known.get(key) if repeats else None
+        if results is not None:
+            return self._again(results)
         for tensor in _tensors((args, *kwargs.values())):
             self._watch(tensor, new=False)
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
             self._watch(tensor, new=True)
         if repeats:
-            self._known[key] = _Made.of(out)
+            self._known[key] = _Results.of(out)
         return out
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
         self._watches.clear()  # a dropped weak reference calls nothing
 
-    def _again(self, made: _Made) -> Any:
-        found = [form and torch.empty_strided(form[0], form[1], dtype=form[2], device="meta") for form in made.forms]
+    def _again(self, results: _Results) -> Any:
+        found = [form and torch.empty_strided(form[0], form[1], dtype=form[2], device="meta") for form in results.forms]
         for tensor in found:
             if tensor is not None:
                 self._watch(tensor, new=True)
-        return tuple(found) if made.several else found[0]
+        return tuple(found) if results.several else found[0]
 
     def _watch(self, tensor: Tensor, new: bool) -> None:
         if self.device is not None and tensor.device.type != self.device.type:
@@ -90,15 +90,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
-    """What an operation makes: shape, strides and type of each result, None for one it leaves out."""
+class _Results:
+    """The form of an operation's results: shape, strides and type of each; None for one that is None."""
 
     several: bool
     forms: tuple[Any, ...]
 
     @classmethod
-    def of(cls, out: Any) -> _Made | None:
-        """None where that cannot be made again by its form alone."""
+    def of(cls, out: Any) -> _Results | None:
+        """The form of these results; None if they cannot be remade from it."""
         several = isinstance(out, (tuple, list))
         found = tuple(out) if several else (out,)
         if not all(t is None or (isinstance(t, Tensor) and t.is_meta and t.storage_offset() == 0) for t in found):
@@ -113,19 +113,19 @@ def _makes_new(func: Any) -> bool:
     return func is not ITEM and not any(value.alias_info for value in (*schema.arguments, *schema.returns))
 
 
-def _face(value: Any) -> Any:
-    """What of an argument decides about the form of the result."""
+def _signature(value: Any) -> Any:
+    """The part of an argument that determines the form of the result."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device.type
     if isinstance(value, dict):
-        return tuple((key, _face(each)) for key, each in value.items())
+        return tuple((key, _signature(each)) for key, each in value.items())
     if isinstance(value, (tuple, list)):
-        return tuple(map(_face, value))
+        return tuple(map(_signature, value))
     return type(value), value
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:
-    """The most bytes that `run()` held at once, above what was there before it.
+    """The most bytes that `run()` held at once, beyond what was there before.
 
     On a GPU the caching allocator's own count, which has the kernels' scratch space too; elsewhere `LiveBytes`.
     """
@@ -143,14 +143,14 @@ def peak_bytes(run: Callable[[], object], device: torch.device | None = None) ->
 
 
 def storages(device: torch.device) -> dict[int, int]:
-    """The storages of every tensor on a device by now, weights of models and rewards above all, and their bytes."""
+    """The storages of every tensor on a device, by address, with their bytes: the weights of models and rewards, above all."""
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.device.type == device.type]
     found = (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided)
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 def saved_bytes(run: Callable[[], Tensor], there: Mapping[int, int]) -> int:
-    """Bytes autograd keeps for the backward pass of `run`, without what was there before."""
+    """The bytes that autograd saves for the backward pass of `run()`, without the storages that were `there` (see `storages`)."""
     seen: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 
 class Schedule(Protocol):
-    """The scales of every level, from 0 to `top`, as Python floats (float64)."""
+    """The signal and noise scales of every level, from 0 to `top`, as Python floats (float64)."""
 
-    offset: ClassVar[int]  # a level minus the time the scheduler's timesteps count
+    offset: ClassVar[int]  # a level minus the scheduler's timestep for it
 
     @property
-    def top(self) -> int: ...
+    def top(self) -> int:
+        """The noisiest level."""
+        ...
 
     def __call__(self, level: float, finish: bool = False) -> tuple[float, float]:
         """(alpha, sigma) of a level; with `finish`, of the level the sampler's last step lands on."""
@@ -35,7 +37,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Diffusion:
-    """Variance preserving: alpha^2 + sigma^2 = 1, tabulated at whole levels; between them sigma / alpha is linear.
+    """A variance-preserving schedule: alpha^2 + sigma^2 = 1, tabulated at whole levels; between them sigma / alpha is linear.
 
     That is how diffusers' Euler scheduler reads the table between two timesteps. `end` is the level whose scales the
     sampler's own last step lands on: Stable Diffusion's DDIM (`set_alpha_to_one=False`) lands on `alphas_cumprod[0]`,
@@ -55,6 +57,7 @@ class Diffusion:
 
     @property
     def top(self) -> int:
+        """The noisiest level, the last of the table."""
         return len(self.alpha) - 1
 
     def __call__(self, level: float, finish: bool = False) -> tuple[float, float]:
@@ -67,6 +70,7 @@ class Diffusion:
         return (1 + ratio**2) ** -0.5, ratio * (1 + ratio**2) ** -0.5
 
     def level(self, alpha: float, sigma: float) -> float:
+        """The level with this ratio of sigma to alpha, in [0, top]; whole if it is within 1e-6 of a whole one."""
         ratios = [s / max(a, 1e-12) for a, s in zip(self.alpha, self.sigma, strict=True)]
         ratio = sigma / max(alpha, 1e-12)
         above = min(max(bisect_left(ratios, ratio), 1), self.top)
@@ -77,7 +81,7 @@ class Diffusion:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Rectified flow (arXiv:2209.03003): alpha = 1 - sigma and sigma = level / top, at every level, whole or not."""
+    """The schedule of rectified flow (arXiv:2209.03003): sigma = level / top and alpha = 1 - sigma at every level."""
 
     top: int = 1000
     offset: ClassVar[int] = 0
@@ -86,11 +90,12 @@ class Flow:
         return 1 - level / self.top, level / self.top
 
     def level(self, alpha: float, sigma: float) -> float:
+        """The level with this noise scale."""
         return sigma * self.top
 
 
 def derive(seed: int, *salt: int | str) -> int:
-    """A 63-bit seed from a seed and a purpose, the same on every machine."""
+    """A 63-bit seed made of a seed and what it is for (`salt`), the same on every machine."""
     return random.Random("/".join(map(str, (seed, *salt)))).getrandbits(63)
 
 
@@ -106,18 +111,18 @@ class Noise:
     _under_way: dict[int, tuple[int, torch.Generator]] = field(default_factory=dict, repr=False, compare=False)
 
     def initial(self) -> Tensor:
-        """(b, *shape): what a pipeline draws from `[torch.Generator().manual_seed(s) for s in seeds]`."""
+        """The initial noise, (b, *shape): what a pipeline draws from `[torch.Generator().manual_seed(s) for s in seeds]`."""
         return self._draw(self.seeds)
 
     def stream(self, number: int) -> Tensor:
-        """(b, *shape): the `number`-th draw of these images' generators after the initial one, counted from 0.
+        """The noise of a stochastic solver's step, (b, *shape): the `number`-th draw after the initial one, counted from 0.
 
-        What a stochastic scheduler of diffusers draws from the pipeline's generators, step by step.
+        It equals what diffusers' schedulers draw from the pipeline's generators.
         """
         return torch.stack([self._next(i, number) for i in range(len(self.seeds))])
 
     def fresh(self, number: int) -> Tensor:
-        """(b, *shape): the `number`-th re-noising of these images, independent of the initial noise."""
+        """The noise of the `number`-th jump up, (b, *shape), independent of the initial noise."""
         return self._draw([derive(seed, "up", number) for seed in self.seeds])
 
     def _draw(self, seeds: Sequence[int]) -> Tensor:

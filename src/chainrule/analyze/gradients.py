@@ -27,8 +27,10 @@ from chainrule.rewards import RewardFunction
 
 @dataclass(frozen=True, slots=True)
 class Depths:
-    """For every depth K, estimates over batches: the norm of DRaFT-K's gradient of a fresh LoRA, the cosine of its angle to
-    DRaFT-1's, and the norm of SDO's with its one call K steps before the end (times the number of calls: an estimate of the whole).
+    """The gradients of a fresh LoRA at every depth K, as estimates over batches.
+
+    `draft` is the norm of DRaFT-K's gradient. `cosine` is that of its angle to DRaFT-1's. `sdo` is the norm of SDO's gradient
+    with its one live call K steps before the end, times the number of calls, which makes it an estimate of the whole.
     """
 
     draft: dict[int, Estimate]
@@ -40,6 +42,7 @@ class Depths:
         return markdown(columns, [(k, self.draft[k], self.cosine[k], self.sdo[k]) for k in self.draft])
 
     def picture(self) -> Image.Image:
+        """A plot of the norms against the depth, on a logarithmic scale."""
         curves = {"DRaFT-K": self.draft, "SDO, its call at K": self.sdo}
         points = {name: [(float(k), e.mean) for k, e in curve.items()] for name, curve in curves.items()}
         return plot(points, "Norm of the gradient against the depth of backpropagation", "depth K", log=True)
@@ -50,27 +53,30 @@ def gradients(
     depths: Sequence[int] = (1, 2, 5, 10, 20, 35, 50), batches: int = 4, batch: int = 4, rank: int = 8,
     on_call: Callable[[], None] = lambda: None,
 ) -> Depths:  # fmt: skip
-    """Gradients of the same batches at every depth, with respect to a LoRA that is put in for it and taken out again."""
+    """Measure the gradients of the same batches at every depth, with respect to a LoRA that is removed afterwards.
+
+    `batches` batches of `batch` random prompts each. Depths beyond `steps` are left out, and 1 is always measured.
+    """
     model, levels = model.guided(guidance), model.grid(steps)
     depths = sorted({k for k in depths if k <= steps} | {1})
     adapter = model.adapt("measured", rank=rank)
     norms: dict[str, dict[int, list[float]]] = {name: {k: [] for k in depths} for name in ("draft", "cosine", "sdo")}
 
-    def gradient(chain: Chain, plan: Plan, x: Tensor, said: list[str]) -> Tensor:
-        backpropagate(chain, plan, x, model.codec.decode, reward, said)
-        parts = [w.grad.flatten() if w.grad is not None else torch.zeros(w.numel(), device=w.device) for w in adapter.parameters()]
+    def gradient(chain: Chain, plan: Plan, x: Tensor, texts: list[str]) -> Tensor:
+        backpropagate(chain, plan, x, model.codec.decode, reward, texts)
+        found = [w.grad.flatten() if w.grad is not None else torch.zeros(w.numel(), device=w.device) for w in adapter.parameters()]
         for weight in adapter.parameters():
             weight.grad = None
-        return torch.cat(parts)
+        return torch.cat(found)
 
     try:
         for number in range(batches):
             rng = Random(number)
-            said, seeds = [rng.choice(list(prompts)) for _ in range(batch)], [rng.getrandbits(32) for _ in range(batch)]
-            chain, x = model.chain(said, seeds, on_call=on_call), model.noise(seeds)
-            first = gradient(chain, DRaFT(1).plan(levels, rng), x, said)
+            texts, seeds = [rng.choice(list(prompts)) for _ in range(batch)], [rng.getrandbits(32) for _ in range(batch)]
+            chain, x = model.chain(texts, seeds, on_call=on_call), model.noise(seeds)
+            first = gradient(chain, DRaFT(1).plan(levels, rng), x, texts)
             for k in depths:
-                whole = gradient(chain, DRaFT(k).plan(levels, rng), x, said)
+                whole = gradient(chain, DRaFT(k).plan(levels, rng), x, texts)
                 norms["draft"][k].append(float(whole.norm()))
                 norms["cosine"][k].append(float(torch.cosine_similarity(whole, first, dim=0)))
                 path = walk(levels)
@@ -78,7 +84,7 @@ def gradients(
                     Jump(j.start, j.stop, j.via, Grad.WEIGHTS if i == steps - k else Grad.NONE, j.finish)
                     for i, j in enumerate(path)
                 )
-                norms["sdo"][k].append(steps * float(gradient(chain, Plan((), (live,)), x, said).norm()))
+                norms["sdo"][k].append(steps * float(gradient(chain, Plan((), (live,)), x, texts).norm()))
     finally:
         model.drop(adapter)
     return Depths(*({k: Estimate.of(values) for k, values in norms[name].items()} for name in ("draft", "cosine", "sdo")))

@@ -25,12 +25,12 @@ from chainrule.plan import Grad, Jump, Plan, walk
 from chainrule.report.tables import markdown
 from chainrule.rewards import RewardFunction
 
-DONE = 1e-6  # a trajectory that moved less than this stands still
+DONE = 1e-6  # a trajectory whose last state moved by less than this share of its norm has converged
 
 
 @dataclass(frozen=True, slots=True)
 class Picard:
-    """What was measured, one estimate over images per quantity.
+    """What `picard` measured, an estimate over images for each quantity.
 
     `change` and `error` have a row per iteration: how far the trajectory moved, and how far it is from the sequential one, as
     root mean squares of the final latent over that latent's. `converged` is the first iteration whose image differs from the
@@ -61,8 +61,8 @@ def picard(
 ) -> Picard:  # fmt: skip
     """Iterate every trajectory to its fixed point, measure the contraction, and compare SDO's gradient with the exact one.
 
-    `powers` power iterations find the norm; products with dF/dy use central
-    differences, those with its transpose are exact.
+    Every prompt is run with `seeds` seeds. `powers` power iterations find the operator norm; products with dF/dy use central
+    differences, and those with its transpose are exact. Raises UserError for a solver other than DDIM.
     """
     if model.solver.reads or model.solver.stochastic:
         raise UserError(f"Picard iteration is written for DDIM's map, and the solver is {model.sampler.name}; take the solver ddim")
@@ -127,7 +127,7 @@ def _gradient(
 
 
 class Trajectory:
-    """The map F of one chain, on trajectories (steps + 1, c, h, w) in y."""
+    """The map F of one chain (Eq. 6-9), on trajectories (steps + 1, c, h, w) in the variable y = x / A."""
 
     def __init__(self, chain: Chain, path: tuple[Jump, ...]) -> None:
         self.chain, self.path = chain, path
@@ -152,13 +152,13 @@ class Trajectory:
         return self.chain.cast[self.path[i].via](x, self.path[i].start, self.chain.condition)
 
     def forward(self, whole: Tensor, direction: Tensor, step: float = 1e-2) -> Tensor:
-        """dF/dy times a direction whose first state, the given one, stays."""
+        """dF/dy times a direction (steps + 1, c, h, w), by a central difference. The first state of the direction is zero."""
         scale = step * whole.norm() / direction.norm()
         both = [self(whole + sign * scale * direction) for sign in (1, -1)]
         return (both[0] - both[1]) / (2 * scale)
 
     def backward(self, whole: Tensor, direction: Tensor) -> Tensor:
-        """The transpose of dF/dy times a direction."""
+        """The transpose of dF/dy times a direction (steps + 1, c, h, w), exactly."""
         later = direction.flip(0).cumsum(0).flip(0)  # sum over i >= j
         found = [torch.zeros_like(whole[0])]
         for i in range(1, len(self.path)):
@@ -169,7 +169,7 @@ class Trajectory:
         return torch.stack([*found, torch.zeros_like(whole[0])])
 
     def norm(self, whole: Tensor, powers: int) -> float:
-        """The largest singular value of dF/dy, the initial state held, by power iteration."""
+        """The largest singular value of dF/dy with the initial state held fixed, by `powers` power iterations."""
         direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(0)).to(whole)
         direction[0] = 0
         size = 0.0

@@ -29,7 +29,7 @@ Distances: TypeAlias = dict[float, dict[str, list[dict[str, Tensor]]]]  # level 
 
 @dataclass(frozen=True, slots=True)
 class Shortcut:
-    """How far from the base model's own end each way down leads, from each level: rows of a table, and pictures.
+    """How far each way from a level to an image ends from the base model's own image: a table and a picture.
 
     `rows[level][way][measure]`; measures are `latent` and `pixels`, root mean squares, `perceptual`, 1 - cosine of CLIP's
     embeddings, and the absolute change of every reward. The ways are `shortcut` (the student's jumps), `ddim` (the base
@@ -68,7 +68,7 @@ def shortcut(
     shown: int = 4,
     on_call: Callable[[], None] = lambda: None,
 ) -> Shortcut:
-    """ShortFT's Fig. 3 (arXiv:2507.22604) for this model and its student: from `points` levels of the sampling grid.
+    """Measure ShortFT's Fig. 3 (arXiv:2507.22604) for a model and its student, from `points` levels of the sampling grid.
 
     `clip` names the CLIP of the perceptual distance, 1 - cosine of two images' embeddings; a bundled model has its own.
     Without `rewards` a bundled model is measured by the preference rewards that come with it. Raises UserError for a model
@@ -172,7 +172,7 @@ def _estimates(batches: list[dict[str, Tensor]], seeds: int) -> dict[str, Estima
 
 
 def save(found: Shortcut, folder: str | Path) -> Path:
-    """Write `shortcut.md` and `shortcut.png` into a folder."""
+    """Write `shortcut.md` and `shortcut.png` into a folder, which is made if need be. Returns the folder."""
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     (place / "shortcut.md").write_text(f"{found}\n")

@@ -18,34 +18,37 @@ STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
 def read(path: Path, column: str = "") -> list[str]:
-    """The prompts of a file by its suffix, in order, duplicates kept, blank ones left out. UserError for a file that holds none."""
+    """The prompts of a file, in order and with duplicates. Its suffix is its format; blank prompts are left out.
+
+    `column` names the column of a file that has columns. Raises UserError for a file that cannot be read or holds no prompts.
+    """
     text, kind = _text(path), path.suffix.lower()
     try:
         if kind == ".json":
-            said = _json(text, column, path)
+            found = _json(text, column, path)
         elif kind == ".jsonl":
-            said = _lines(text, column, path)
+            found = _lines(text, column, path)
         elif kind in DELIMITERS:
-            said = _table(text, column, path, DELIMITERS[kind])
+            found = _table(text, column, path, DELIMITERS[kind])
         elif column:
             raise UserError(f"the prompt file {path} is plain text and has no column {column!r}")
         else:
-            said = [line.strip() for line in text.splitlines()]
+            found = [line.strip() for line in text.splitlines()]
     except RecursionError as error:
         raise UserError(f"the prompt file {path} is not valid {kind[1:].upper()}: nested too deeply") from error
-    said = [prompt for prompt in said if prompt]
-    if not said:
+    found = [prompt for prompt in found if prompt]
+    if not found:
         raise UserError(f"the prompt file {path} holds no prompts")
-    return said
+    return found
 
 
 def is_benchmark(folder: Path) -> bool:
-    """Whether the folder holds a style of HPDv2's benchmark."""
+    """Whether the folder holds at least one style of HPDv2's benchmark."""
     return any((folder / f"{style}.json").is_file() for style in STYLES)
 
 
 def read_benchmark(folder: Path) -> list[str]:
-    """The prompts of all four styles, in the order of STYLES. UserError for a style that is missing."""
+    """The prompts of all four styles of HPDv2's benchmark, in the order of STYLES. Raises UserError for a missing style."""
     missing = [f"{style}.json" for style in STYLES if not (folder / f"{style}.json").is_file()]
     if missing:
         raise UserError(f"the prompt folder {folder} lacks {', '.join(missing)}; pass one style by itself, or add the file")
@@ -77,7 +80,7 @@ def _json(text: str, column: str, path: Path) -> list[str]:
 
 
 def _lines(text: str, column: str, path: Path) -> list[str]:
-    said = []
+    found = []
     for number, line in enumerate(text.split("\n"), 1):  # and not at U+2028, which may stand inside a JSON string
         if line.strip():
             where = f"line {number} of the prompt file {path}"
@@ -85,13 +88,13 @@ def _lines(text: str, column: str, path: Path) -> list[str]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{where} is not valid JSON: {error}") from error
-            said.append(text_of(row, column, where, str(path)))
-    return said
+            found.append(text_of(row, column, where, str(path)))
+    return found
 
 
 def _table(text: str, column: str, path: Path, delimiter: str) -> list[str]:
     """Strict, so that an open quote or an unquoted comma in a prompt is an error instead of half a prompt."""
-    said, name = [], ""
+    found, name = [], ""
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = next((row for row in rows if row), [])
@@ -102,8 +105,8 @@ def _table(text: str, column: str, path: Path, delimiter: str) -> list[str]:
                 where = f"line {rows.line_num} of the prompt file {path}"
                 how = f"; put a field that holds {delimiter!r} in quotes"
                 raise UserError(f"the number of fields in {where} is {len(row)}, but the header's is {len(header)}{how}")
-            said += [row[header.index(name)].strip()] if row else []
+            found += [row[header.index(name)].strip()] if row else []
     except csv.Error as error:
         kind = path.suffix[1:].upper()
         raise UserError(f"line {rows.line_num} of the prompt file {path} is not valid {kind}: {error}") from error
-    return said
+    return found

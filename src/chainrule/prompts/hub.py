@@ -15,18 +15,18 @@ SPLITS = "dataset_dict.json"  # what save_to_disk writes beside the folders of s
 
 
 def read_hub(source: str) -> list[str]:
-    """The prompts of `hub:owner/name[/configuration][:split[:column]]`, by `datasets.load_dataset`, which runs no code of the set.
+    """The prompts of a dataset on the hub, `hub:owner/name[/configuration][:split[:column]]`. No code from the dataset is run.
 
-    The split may be left out where there is one, and the column where its name says what it is (see `column_of`).
-    Raises UserError in one line where the package is missing, the hub out of reach, or the split or column not there.
+    The split may be left out if there is only one, and the column if its name is a usual one (see `column_of`).
+    Raises UserError if the package `datasets` is missing, the hub cannot be reached, or there is no such split or column.
     """
     repository, split, column = ([*source.removeprefix(PREFIX).split(":"), "", ""])[:3]
-    parts = repository.split("/")
-    if source.count(":") > 3 or not 1 <= len(parts) <= 3 or not all(parts):
+    names = repository.split("/")
+    if source.count(":") > 3 or not 1 <= len(names) <= 3 or not all(names):
         raise UserError(f"the prompt source {source!r} must look like hub:owner/name or hub:owner/name:split:column")
     package, where = _package(source), f"{PREFIX}{repository}"
     hint = "; check the name and the network (HF_HUB_OFFLINE must not be 1), or pass a file"
-    splits = _loaded(lambda: package.load_dataset("/".join(parts[:2]), *parts[2:]), f"{where} from the hub", hint)
+    splits = _loaded(lambda: package.load_dataset("/".join(names[:2]), *names[2:]), f"{where} from the hub", hint)
     split = _split(splits, split, where, f"{where}:")
     return _column(splits[split], column, f"the dataset {where}", f"{where}:{split}")
 
@@ -37,7 +37,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_saved(folder: Path, column: str = "") -> list[str]:
-    """The prompts of a dataset that `save_to_disk` wrote. UserError for several splits, each of which is a folder of its own."""
+    """The prompts of a dataset that `save_to_disk` wrote. Raises UserError for several splits: each has a folder of its own."""
     package = _package(str(folder))
     found = _loaded(lambda: package.load_from_disk(str(folder)), f"the folder {folder}")
     if (folder / SPLITS).is_file():
@@ -47,7 +47,7 @@ def read_saved(folder: Path, column: str = "") -> list[str]:
 
 
 def read_parquet(path: Path, column: str = "") -> list[str]:
-    """The prompts of a Parquet file. UserError for one that is not."""
+    """The prompts of a Parquet file. Raises UserError for a file in another format."""
     try:
         with path.open("rb") as file:
             is_parquet = file.read(4) == b"PAR1"
@@ -61,7 +61,10 @@ def read_parquet(path: Path, column: str = "") -> list[str]:
 
 
 def _split(splits: Any, wanted: str, dataset: str, form: str) -> str:
-    """The wanted split, or the only one. UserError naming the splits; `form` is the source that one is appended to."""
+    """The wanted split, or the only one. `form` is the source without a split, for the error.
+
+    Raises UserError naming the splits.
+    """
     names = [str(name) for name in splits]
     listed = ", ".join(names) or "none"
     if wanted and wanted not in names:
@@ -73,7 +76,7 @@ def _split(splits: Any, wanted: str, dataset: str, form: str) -> str:
 
 
 def _package(source: str) -> Any:
-    """The package `datasets`; a folder of that name beside the program is not it."""
+    """The package `datasets`, and not a folder of that name in the current directory. Raises UserError if it is missing."""
     try:
         package = importlib.import_module("datasets")
         if hasattr(package, "load_dataset"):

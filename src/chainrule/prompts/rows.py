@@ -1,4 +1,4 @@
-"""Prompts out of rows: which column holds them, and that they are text."""
+"""Finds the column of a table that holds the prompts, and reads them as text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ COLUMNS = ("prompt", "prompts", "caption", "text")
 def column_of(names: Iterable[Any], wanted: str, where: str, form: str) -> str:
     """The column that holds the prompts: the wanted one, or else "prompt", or else the only one with a name of COLUMNS.
 
-    `where` is what the columns belong to and `form` the source that a column is appended to, both for the errors.
-    Raises UserError naming the columns where the wanted one is missing, and where none or several could be meant.
+    `where` names the table and `form` is the source without a column; both are for errors.
+    Raises UserError naming the columns if the wanted one is missing, or if none or several could hold prompts.
     """
     there = [str(name) for name in names]
     listed = ", ".join(map(repr, there)) or "none"
@@ -32,17 +32,17 @@ def column_of(names: Iterable[Any], wanted: str, where: str, form: str) -> str:
 
 
 def text_of(row: Any, wanted: str, where: str, form: str) -> str:
-    """The prompt of one JSON row, which is a text or an object with one. UserError for anything else."""
-    said = row[column_of(row, wanted, where, form)] if isinstance(row, dict) else row
-    return _text(said, where, "neither text nor an object with a 'prompt'")
+    """The prompt of one JSON row: a text, or an object with a column of prompts. Raises UserError for anything else."""
+    value = row[column_of(row, wanted, where, form)] if isinstance(row, dict) else row
+    return _text(value, where, "neither text nor an object with a 'prompt'")
 
 
 def texts_of(column: Iterable[Any], where: str, name: str) -> list[str]:
-    """The prompts of a dataset's column. UserError for a row that is not text."""
-    return [_text(said, f"row {row} of {where}", f"not text in its column {name!r}") for row, said in enumerate(column, 1)]
+    """The prompts of a dataset's column. Raises UserError for a row that is not text."""
+    return [_text(value, f"row {row} of {where}", f"not text in its column {name!r}") for row, value in enumerate(column, 1)]
 
 
-def _text(said: Any, where: str, otherwise: str) -> str:
-    if not isinstance(said, str):
+def _text(value: Any, where: str, otherwise: str) -> str:
+    if not isinstance(value, str):
         raise UserError(f"{where} is {otherwise}")
-    return said.strip()
+    return value.strip()

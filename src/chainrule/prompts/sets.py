@@ -13,14 +13,14 @@ PAINTING = "a painting of "
 
 
 def _emoji() -> list[str]:
-    """What tiny-emoji can draw: things, counts, pairs and backgrounds; a fixed list."""
+    """Prompts for what tiny-emoji can draw: things, counts, pairs and backgrounds. The list is always the same."""
     rng = random.Random("emoji prompts")
     names, backgrounds = list(THINGS), list(BACKGROUNDS)
-    said = [f"{PAINTING}{article(name)}" for name in names]
-    said += [f"{article(rng.choice(names))} on a {rng.choice(backgrounds)} background" for _ in range(60)]
-    said += [f"{rng.choice(('two', 'three'))} {plural(rng.choice(names))}" for _ in range(30)]
-    said += [" and ".join(article(name) for name in rng.sample(names, 2)) for _ in range(30)]
-    return said
+    found = [f"{PAINTING}{article(name)}" for name in names]
+    found += [f"{article(rng.choice(names))} on a {rng.choice(backgrounds)} background" for _ in range(60)]
+    found += [f"{rng.choice(('two', 'three'))} {plural(rng.choice(names))}" for _ in range(30)]
+    found += [" and ".join(article(name) for name in rng.sample(names, 2)) for _ in range(30)]
+    return found
 
 
 SETS = {
@@ -38,5 +38,5 @@ DESCRIPTIONS = {
 
 
 def subjects(name: str) -> list[str]:
-    """What the prompts of a set show, without saying how it is drawn: "a fox" of "a painting of a fox"."""
+    """The subjects of a set's prompts, without "a painting of": "a fox" of "a painting of a fox"."""
     return [prompt.removeprefix(PAINTING) for prompt in SETS[name]()]

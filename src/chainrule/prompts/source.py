@@ -1,4 +1,4 @@
-"""A source of prompts as it is written: `NAME`, `NAME:test@3`, `NAME as a photo of {}`; and where a name leads."""
+"""Reads a source of prompts, written as `NAME`, `NAME:test@3` or `NAME as a photo of {}`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLOT = re.compile(r"(?:\b(a|an|a\(n\)) )?\{\}", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a source says: a set, file, folder or dataset, the half of it that is meant, and the template it fills."""
+    """A source of prompts: a set, file, folder or dataset, which half of it ("train" or "test"), and a template to fill."""
 
     name: str
     half: str = ""
@@ -28,7 +28,7 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """NAME[:train|:test[@SEED]][ as TEMPLATE with {}]. A file or folder of exactly this name is that."""
+        """Read NAME[:train|:test[@SEED]][ as TEMPLATE with {}]. The name of an existing file or folder is taken whole."""
         if os.path.exists(text):
             return cls(name=text)
         front, _, template = text.partition(" as ")
@@ -40,7 +40,7 @@ class Source:
 
 
 def prompts(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompts from a set, a file, a folder, a dataset or a list; docs/prompts.md shows every form.
+    """Read prompts from a set, a file, a folder, a dataset or a list; docs/prompts.md shows every form.
 
     A source is a set (`animals`, `unseen-animals`, `faces`, `emoji`), a file (.txt, .json, .jsonl, .csv, .tsv, .parquet; its
     column after a colon), the folder of HPDv2's benchmark or of a saved dataset, or `hub:owner/name:split:column`.
@@ -50,45 +50,48 @@ def prompts(source: str | Path | Sequence[str]) -> list[str]:
     Raises UserError for an unknown name, and for a file that is missing, empty, not text or without a column of prompts.
     """
     if not isinstance(source, (str, Path)):
-        said = [str(prompt) for prompt in source]
-        if not said:
+        texts = [str(prompt) for prompt in source]
+        if not texts:
             raise UserError("the list holds no prompts")
-        return said
+        return texts
     parsed = Source.parse(str(source))
-    said = _subjects(parsed) if parsed.template else _named(parsed.name)
+    texts = _subjects(parsed) if parsed.template else _named(parsed.name)
     if parsed.half:
-        train, test = split(said, seed=_seed(parsed, str(source)))
-        said = train if parsed.half == "train" else test
-    if not said:
+        train, test = split(texts, seed=_seed(parsed, str(source)))
+        texts = train if parsed.half == "train" else test
+    if not texts:
         raise UserError(f"{source} holds no prompts")
-    return [fill(parsed.template, subject) for subject in said] if parsed.template else said
+    return [fill(parsed.template, subject) for subject in texts] if parsed.template else texts
 
 
 def is_source(text: str) -> bool:
-    """Whether the text says where prompts are, and is no prompt itself: a set, a file, a folder of prompts, a dataset."""
+    """Whether a text names a source of prompts (a set, a file, a folder of prompts, a dataset) and is not itself a prompt."""
     name = Source.parse(text).name
     place, _ = _place(name)
     known = name in SETS or name.startswith(hub.PREFIX)
     return known or os.path.isfile(place) or place.lower().endswith(files.SUFFIXES) or _holds_prompts(place)
 
 
-def split(said: Sequence[str], share: float = 0.8, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Train and held-out prompts; each keeps the original order."""
-    chosen = set(random.Random(seed).sample(range(len(said)), round(share * len(said))))
-    return [p for i, p in enumerate(said) if i in chosen], [p for i, p in enumerate(said) if i not in chosen]
+def split(texts: Sequence[str], share: float = 0.8, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Split prompts at random into two lists, for training and held out, each in the original order.
+
+    `share` of them, rounded, are for training. The same seed gives the same split.
+    """
+    chosen = set(random.Random(seed).sample(range(len(texts)), round(share * len(texts))))
+    return [p for i, p in enumerate(texts) if i in chosen], [p for i, p in enumerate(texts) if i not in chosen]
 
 
 def fill(template: str, subject: str) -> str:
-    """The template with the subject for every {}. An article before {} becomes the subject's own, or one that fits it."""
+    """Put the subject for every {} of a template. An article before {} is made to fit: "a {}" gives "an ant"."""
 
-    def said(slot: re.Match[str]) -> str:
+    def filled(slot: re.Match[str]) -> str:
         if not slot[1]:
             return subject
         own = subject.lower().startswith(("a ", "an "))
         fitting = subject if own else f"{'an' if subject[0].lower() in 'aeiou' else 'a'} {subject}"
         return fitting[0].upper() + fitting[1:] if slot[1][0] == "A" else fitting
 
-    return _SLOT.sub(said, template)
+    return _SLOT.sub(filled, template)
 
 
 def _seed(parsed: Source, source: str) -> int:
