@@ -8,7 +8,7 @@ the size, u first, as in diffusers. A guidance of one's own is a frozen dataclas
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
@@ -55,8 +55,14 @@ def _off(scale: Scale) -> bool:
     return not isinstance(scale, Tensor) and scale <= 1
 
 
-def _mixed(u: Tensor, c: Tensor, scale: Scale) -> Tensor:
-    return u + (scale.to(c) if isinstance(scale, Tensor) else scale) * (c - u)
+def _guided(
+    scale: Scale, ask: Denoiser, x: Tensor, level: float, condition: Condition, then: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`then(m, c)` with m = u + scale (c - u); c alone where that is off."""
+    if _off(scale):
+        return ask(x, level, condition.positive)
+    u, c = both(ask, x, level, condition)
+    return then(u + (scale.to(c) if isinstance(scale, Tensor) else scale) * (c - u), c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,7 @@ class CFG:
         return not _off(self.scale)
 
     def __call__(self, ask: Denoiser, x: Tensor, level: float, condition: Condition) -> Tensor:
-        if _off(self.scale):
-            return ask(x, level, condition.positive)
-        return _mixed(*both(ask, x, level, condition), self.scale)
+        return _guided(self.scale, ask, x, level, condition, lambda m, c: m)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +94,10 @@ class Rescaled:
         return not _off(self.scale)
 
     def __call__(self, ask: Denoiser, x: Tensor, level: float, condition: Condition) -> Tensor:
-        if _off(self.scale):
-            return ask(x, level, condition.positive)
-        u, c = both(ask, x, level, condition)
-        m, axes = _mixed(u, c, self.scale), tuple(range(1, c.ndim))
+        return _guided(self.scale, ask, x, level, condition, self._rescaled)
+
+    def _rescaled(self, m: Tensor, c: Tensor) -> Tensor:
+        axes = tuple(range(1, c.ndim))
         rescaled = m * (c.std(axes, keepdim=True) / m.std(axes, keepdim=True))
         return self.rescale * rescaled + (1 - self.rescale) * m
 
@@ -113,11 +117,7 @@ class NormRescaled:
         return not _off(self.scale)
 
     def __call__(self, ask: Denoiser, x: Tensor, level: float, condition: Condition) -> Tensor:
-        if _off(self.scale):
-            return ask(x, level, condition.positive)
-        u, c = both(ask, x, level, condition)
-        m = _mixed(u, c, self.scale)
-        return m * (self._norms(c) / self._norms(m))
+        return _guided(self.scale, ask, x, level, condition, lambda m, c: m * (self._norms(c) / self._norms(m)))
 
     def _norms(self, answer: Tensor) -> Tensor:
         """The norm of each token, at every one of its latents: (b, 1, h, w). UserError for sides that the patch does not divide."""
