@@ -73,6 +73,28 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = Path(__file__).parents[1]
 MOST_LINES = {"src": 300, "tests": 450, "benchmarks": 450}  # of a file
 MOST_LINES_OF_A_FUNCTION = 50
+UNDOCUMENTED = {  # files whose docstrings are still to be written; the list only gets shorter
+    "adapters/files.py",
+    "cast.py",
+    "chain.py",
+    "distill.py",
+    "experiments/page.py",
+    "experiments/runner.py",
+    "experiments/unit.py",
+    "grids.py",
+    "guidance.py",
+    "learned.py",
+    "methods/plain.py",
+    "methods/shortft.py",
+    "models/model.py",
+    "models/stable_diffusion.py",
+    "objective.py",
+    "plan.py",
+    "solve.py",
+    "steer/task.py",
+    "steer/variables.py",
+    "training.py",
+}
 EVERY_FILE = sorted(path for folder in (*MOST_LINES, "docs", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -228,3 +250,22 @@ def test_a_file_and_its_functions_are_short_and_it_adds_no_folder_to_the_path(pa
     long = {node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > MOST_LINES_OF_A_FUNCTION}
     assert not long
     assert not [node.lineno for node in every if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"]
+
+
+def undocumented(tree: ast.AST, prefix: str = "") -> Iterator[str]:
+    """The public classes, functions and methods without a docstring. A protocol's members are described by the protocol."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                yield prefix + node.name
+            if isinstance(node, ast.ClassDef) and "Protocol" not in map(ast.unparse, node.bases):
+                yield from undocumented(node, f"{prefix}{node.name}.")
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_everything_public_has_a_docstring(path):
+    found = list(undocumented(ast.parse(path.read_text(encoding="utf-8"))))
+    if path.relative_to(SOURCE).as_posix() in UNDOCUMENTED:
+        assert found, "take the file off the list UNDOCUMENTED"
+    else:
+        assert not found

@@ -50,8 +50,8 @@ def test_what_is_asked_for_is_drawn(model):
     asked = random.Random(0).sample(list(scenes.ANIMALS), 16)
     images = model.render([f"a painting of {scenes.article(name)}" for name in asked], list(range(16)), 12, 2.0)
     names = list(scenes.THINGS)
-    seen, said = load_clip("tiny").embed(normalize(images), [f"a picture of {scenes.article(name)}" for name in names])
-    right = sum(names[int(i)] == name for i, name in zip((seen @ said.T).argmax(1), asked, strict=True))
+    seen, texts = load_clip("tiny").embed(normalize(images), [f"a picture of {scenes.article(name)}" for name in names])
+    right = sum(names[int(i)] == name for i, name in zip((seen @ texts.T).argmax(1), asked, strict=True))
     assert right >= 12
 
 

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a run. No torch: it opens anywhere.
+"""Writes a self-contained HTML page about a run. Needs no torch.
 
-Every part of the page is optional; what a run folder does not hold is left out.
+The page leaves out what the run folder does not hold.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn in the page's own colors: a curve over steps, and means with their intervals."""
+"""Draws charts as inline SVG in the page's colors: a curve over steps, and means with their intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from chainrule.report.words import measured, number
 
-MOST_POINTS = 800  # a longer raw line is thinned: the eye has no more pixels
+MOST_POINTS = 800  # a longer raw line is thinned: the chart has no more pixels
 CHARACTER = 6.6  # width of a digit at the charts' font size
 
 
@@ -62,9 +62,9 @@ def line(
     reference: float | None = None,
     reference_label: str = "",
 ) -> str:
-    """A curve over steps: the raw line light, its running mean on top, the mean's last value at its end.
+    """Draw a curve over steps: the raw line is light, its running mean is on top, and the mean's last value is at the end.
 
-    Values that are missing or not finite are skipped; "" if none is left. `reference` is a dashed horizontal.
+    Values that are missing or not finite are skipped; "" if none is left. `reference` is the height of a dashed horizontal line.
     """
     kept = [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
     if not kept:
@@ -78,18 +78,18 @@ def line(
     right = width - 12 - CHARACTER * len(end)
     across = Scale(low=min(xs), high=max(xs) if max(xs) > min(xs) else min(xs) + 1, start=left, end=right)
     up = Scale(low=low, high=high, start=height - 30, end=10)
-    parts = _axes(across, up, heights, width)
+    elements = _axes(across, up, heights, width)
     if reference is not None:
         y, label = up(reference), escape(reference_label)
-        parts.append(f'<line class="reference" x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{right:.1f}" y="{y - 5:.1f}" text-anchor="end">{label}</text>')
+        elements.append(f'<line class="reference" x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        elements.append(f'<text class="tick" x="{right:.1f}" y="{y - 5:.1f}" text-anchor="end">{label}</text>')
     if mean is not ys:
-        parts.append(f'<path class="raw" d="{_path(xs, ys, across, up)}"/>')
-    parts.append(f'<path class="mean" d="{_path(xs, mean, across, up)}"/>')
+        elements.append(f'<path class="raw" d="{_path(xs, ys, across, up)}"/>')
+    elements.append(f'<path class="mean" d="{_path(xs, mean, across, up)}"/>')
     x, y = across(xs[-1]), up(mean[-1])
-    parts.append(f'<circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
-    parts.append(f'<text class="value" x="{x + 8:.1f}" y="{y + 4:.1f}">{end}</text>')
-    return _svg(parts, width, height, f"{title}: {number(mean[0])} to {end} over steps {xs[0]:g} to {xs[-1]:g}")
+    elements.append(f'<circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
+    elements.append(f'<text class="value" x="{x + 8:.1f}" y="{y + 4:.1f}">{end}</text>')
+    return _svg(elements, width, height, f"{title}: {number(mean[0])} to {end} over steps {xs[0]:g} to {xs[-1]:g}")
 
 
 def intervals(
@@ -98,7 +98,7 @@ def intervals(
     *,
     width: int = 720,
 ) -> str:
-    """Means as dots with their 95% intervals as bars: one panel per metric, each on its own scale.
+    """Draw means as dots and their 95% intervals as bars: one panel per metric, each on its own scale.
 
     `rows` are (name, {metric: (mean, half-width)}), the last one in the accent color. "" if there is no metric.
     """
@@ -106,22 +106,22 @@ def intervals(
     if not metrics:
         return ""
     left = 16 + CHARACTER * max(len(name) for name, _ in rows)
-    parts: list[str] = []
+    elements: list[str] = []
     top = 0.0
     for metric in metrics:
         shown = [(name, *values[metric]) for name, values in rows if metric in values]
         low, high = _range([mean + sign * half for _, mean, half in shown for sign in (-1, 1)])
         across = Scale(low=low, high=high, start=left, end=width - 130)
-        parts.append(f'<text class="name" x="0" y="{top + 18:.1f}">{escape(metric)}</text>')
+        elements.append(f'<text class="name" x="0" y="{top + 18:.1f}">{escape(metric)}</text>')
         gain = (gains or {}).get(metric)
         if gain:
             text = f"change {measured(*gain, signed=True)}"
-            parts.append(f'<text class="value" x="{width}" y="{top + 18:.1f}" text-anchor="end">{text}</text>')
+            elements.append(f'<text class="value" x="{width}" y="{top + 18:.1f}" text-anchor="end">{text}</text>')
         for index, (name, mean, half) in enumerate(shown):
             style = "after" if name == rows[-1][0] and len(rows) > 1 else "before"
-            parts += _bar(name, mean, half, across, top + 44 + 26 * index, width, style)
+            elements += _bar(name, mean, half, across, top + 44 + 26 * index, width, style)
         top += 44 + 26 * len(shown) + 14
-    return _svg(parts, width, top - 14, "; ".join(_spoken(metric, rows) for metric in metrics))
+    return _svg(elements, width, top - 14, "; ".join(_spoken(metric, rows) for metric in metrics))
 
 
 def _bar(name: str, mean: float, half: float, across: Scale, y: float, width: int, style: str) -> list[str]:
@@ -137,15 +137,15 @@ def _bar(name: str, mean: float, half: float, across: Scale, y: float, width: in
 
 
 def _axes(across: Scale, up: Scale, heights: Sequence[float], width: int) -> list[str]:
-    parts = []
+    elements = []
     for value, label in zip(heights, _labels(heights), strict=True):
         y = up(value)
-        parts.append(f'<line class="grid" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{across.start - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        elements.append(f'<line class="grid" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        elements.append(f'<text class="tick" x="{across.start - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for value in ticks(across.low, across.high, 6 if width > 500 else 4, whole=True):
         y = up.start + 19
-        parts.append(f'<text class="tick" x="{across(value):.1f}" y="{y:.1f}" text-anchor="middle">{value:g}</text>')
-    return parts
+        elements.append(f'<text class="tick" x="{across(value):.1f}" y="{y:.1f}" text-anchor="middle">{value:g}</text>')
+    return elements
 
 
 def _labels(values: Sequence[float]) -> list[str]:
@@ -158,7 +158,7 @@ def _labels(values: Sequence[float]) -> list[str]:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """The extent of the values with a little air; never empty."""
+    """The range of the values, a little widened; never empty."""
     low, high = min(values), max(values)
     air = (high - low) * 0.06 or abs(high) * 0.1 or 0.5
     return low - (0 if low == 0 and high > 0 else air), high + air
@@ -174,6 +174,6 @@ def _spoken(metric: str, rows: Sequence[tuple[str, Mapping[str, tuple[float, flo
     return f"{metric}: " + ", ".join(f"{name} {measured(*values[metric])}" for name, values in rows if metric in values)
 
 
-def _svg(parts: Sequence[str], width: float, height: float, label: str) -> str:
+def _svg(elements: Sequence[str], width: float, height: float, label: str) -> str:
     head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}">'
-    return "\n".join([head, *parts, "</svg>"])
+    return "\n".join([head, *elements, "</svg>"])

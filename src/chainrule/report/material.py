@@ -1,4 +1,4 @@
-"""What a report is made of: everything a run folder holds, read once, and the numbers that head the page."""
+"""Reads everything the report shows from a run folder, and computes the numbers at the top of the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_TILES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """All that the page shows. A part that the folder does not hold is empty."""
+    """Everything that the page shows. What the folder does not hold is empty."""
 
     folder: Path
     config: AnyConfig | None
@@ -37,7 +37,7 @@ class Material:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One number at the head of the page."""
+    """One number at the top of the page."""
 
     label: str
     before: str = ""
@@ -67,7 +67,7 @@ def gather(run: Run) -> Material:
 
 
 def tiles(material: Material) -> list[Tile]:
-    """The headline numbers: the trained reward, rewards held out, diversity, and what it took."""
+    """The numbers at the top of the page: the trained reward, held-out rewards, diversity and the time; at most MOST_TILES."""
     found: list[Tile] = []
     if any(values for _, values in material.measures):
         found += _evaluated(material)
@@ -85,7 +85,10 @@ def tiles(material: Material) -> list[Tile]:
 
 
 def series(rows: Sequence[Row], key: str, inside: str = "") -> list[tuple[float, float | None]]:
-    """(step, value) of one metric, or of one entry of a nested one; rows without it are left out."""
+    """A metric's curve, as pairs of step and value. Rows without the metric are left out.
+
+    `inside` is the entry of a metric that is a mapping, such as "terms"; without it such a metric is averaged.
+    """
     found: list[tuple[float, float | None]] = []
     for index, row in enumerate(rows):
         value = row.get(key)
@@ -108,7 +111,7 @@ def edges(points: Sequence[tuple[float, float | None]]) -> tuple[Bar, Bar, int] 
 
 
 def trained_metrics(material: Material) -> list[str]:
-    """The evaluated metrics that the config's reward names; where it names none, the first one."""
+    """The evaluated metrics that the config's reward names; if it names none of them, the first one."""
     metrics = [key for key in _metrics(material) if not _is_diversity(key)]
     return _named(material, metrics) or metrics[:1]
 
@@ -125,7 +128,7 @@ def title(material: Material) -> tuple[str, str]:
             name, goal = material.folder.resolve().name, f"distilled into {settings.student_steps} steps"
         case _:
             return material.folder.resolve().name, ""
-    return name, ", ".join(part for part in (config.model, goal) if part)
+    return name, ", ".join(text for text in (config.model, goal) if text)
 
 
 def _evaluated(material: Material) -> list[Tile]:

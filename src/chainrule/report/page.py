@@ -1,4 +1,4 @@
-"""The page: sections of HTML from the material of a run. Every text from outside is escaped; nothing is fetched."""
+"""Writes the report's HTML from the material of a run. Every text from outside is escaped, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def render(material: Material) -> str:
 
 def _header(material: Material, name: str, under: str) -> str:
     date = str(material.environment.get("date", ""))[:10]
-    over = " · ".join(part for part in ("chainrule", material.folder.resolve().name, date) if part)
+    over = " · ".join(text for text in ("chainrule", material.folder.resolve().name, date) if text)
     below = f"<p>{escape(under)}</p>" if under else ""
     return f'<header><p class="over">{escape(over)}</p><h1>{escape(name)}</h1>{below}</header>'
 
@@ -65,16 +65,16 @@ def _header(material: Material, name: str, under: str) -> str:
 def _tiles(shown: Sequence[Tile]) -> str:
     if not shown:
         return ""
-    parts = []
+    elements = []
     for tile in shown:
         mean, _, half = tile.after.partition(" ± ")
         after = escape(mean) + (f" <small>± {escape(half)}</small>" if half else "")
         before = f"{escape(tile.before)} →" if tile.before else ""
         note = f'<dd class="note">{escape(tile.note)}</dd>' if tile.note else ""
-        parts.append(
+        elements.append(
             f'<div><dt>{escape(tile.label)}</dt><dd class="before">{before}</dd><dd class="after">{after}</dd>{note}</div>'
         )
-    return f'<dl class="tiles">{"".join(parts)}</dl>'
+    return f'<dl class="tiles">{"".join(elements)}</dl>'
 
 
 def _section(name: str, body: str) -> str:
@@ -82,7 +82,7 @@ def _section(name: str, body: str) -> str:
 
 
 def _pictures(folder: Path) -> str:
-    """The picture of both if there is one, else each; then the pictures of the steps as a filmstrip."""
+    """The picture of before and after, in one or in two; then the pictures of the steps in a row."""
     both = _figure(folder / "before_after.png", "The same prompts and seeds, before and after")
     if not both:
         pair = [_figure(folder / f"{word}.png", word.capitalize()) for word in ("before", "after")]
@@ -187,7 +187,7 @@ def _use(material: Material) -> str:
         else f"import chainrule\n\npipe = chainrule.load({model!r}).pipe"
     )
     prompt = material.prompts[0] if material.prompts else "a painting of a fox"
-    if (material.folder / "adapter" / "bands.json").is_file():  # adapters by level, which diffusers knows nothing of
+    if (material.folder / "adapter" / "bands.json").is_file():  # adapters by level, which diffusers cannot load
         on = f"{load}\nattached = chainrule.attach(pipe, {where!r})".replace("from diffusers", "import chainrule\nfrom diffusers")
     else:
         on = f"{load}\npipe.load_lora_weights({f'{where}/adapter'!r})"
@@ -197,7 +197,7 @@ def _use(material: Material) -> str:
 
 
 def _address(folder: Path) -> str:
-    """The folder as one would type it from here; its name alone if it lies elsewhere."""
+    """The folder's path relative to the current directory; its name alone if it lies elsewhere."""
     whole = folder.resolve()
     near = whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else Path(whole.name)
     return near.as_posix() if near.parts else whole.name
@@ -221,7 +221,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _spread(items: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
-    """At most so many items, evenly chosen, the first and the last among them."""
+    """At most `most` of the items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

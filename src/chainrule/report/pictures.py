@@ -1,4 +1,4 @@
-"""Contact sheets: labelled grids of images, and pairs of before and after."""
+"""Draws contact sheets: labelled grids of images, and pairs of before and after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_COLUMNS = 6  # pairs side by side before a new band begins
 
 
 def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None) -> Image.Image:
-    """A contact sheet on white, row by row, each image with its caption (two lines at most) underneath.
+    """Draw a contact sheet on white, row by row, each image with its caption (two lines at most) underneath.
 
     Every cell has the size of the largest image, brought between 160 and 512 pixels on its longer side: small images
     grow by a whole factor without smoothing. Raises UserError for no images, or a caption too many or too few.
@@ -43,7 +43,7 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | 
 
 
 def before_after(before: Sequence[Image.Image], after: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:
-    """One column per prompt, before above after, the prompt underneath; at most six columns, then a new band.
+    """Draw pairs of images: a column per prompt, before above after, the prompt underneath; six columns, then a new band.
 
     Raises UserError unless the three are equally many, and at least one.
     """
@@ -78,7 +78,7 @@ def cell_size(images: Sequence[Image.Image]) -> tuple[int, int]:
 
 
 def wrapped(text: str, width: int, font: Font, lines: int = CAPTION_LINES) -> list[str]:
-    """The text in at most `lines` lines of `width` pixels, the last one cut with an ellipsis if it has to be."""
+    """Break a text into at most `lines` lines of `width` pixels. The last one ends in an ellipsis if it is cut."""
     words, found = text.split(), [""]
     for index, word in enumerate(words):
         longer = f"{found[-1]} {word}".strip()
@@ -132,7 +132,7 @@ def _font(cell: tuple[int, int]) -> Font:
 
 
 def font_of(size: int) -> Font:
-    """The font Pillow comes with."""
+    """The font that comes with Pillow, in a size in pixels."""
     return ImageFont.load_default(size)
 
 

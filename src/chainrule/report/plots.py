@@ -1,4 +1,4 @@
-"""A plot as a picture: a few curves, with axes, for the folders that analyses write."""
+"""Draws a plot of a few curves with axes, for the folders that analyses write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLORS = ((27, 94, 160), (200, 80, 40), (60, 140, 70), (130, 70, 150), (110, 110
 
 
 def plot(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, across: str, *, log: bool = False) -> Image.Image:
-    """Curves of (x, y) over one pair of axes, y on a logarithmic scale with `log`; the names stand in a legend."""
+    """Draw named curves of points (x, y) with a legend. With `log` the y axis is logarithmic, and values up to 0 are left out."""
     points = [point for curve in curves.values() for point in curve if math.isfinite(point[1]) and (point[1] > 0 or not log)]
     level = (lambda y: math.log10(y)) if log else (lambda y: y)
     xs, ys = [x for x, _ in points] or [0.0], [level(y) for _, y in points] or [0.0]

@@ -1,4 +1,4 @@
-"""Tables in markdown, and names of files made of words."""
+"""Writes markdown tables, and file names made of words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 def markdown(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A markdown table, without a line break at the end. A `|` inside a cell is escaped.
 
-    Raises ValueError for a row that has not one cell per column.
+    Raises ValueError for a row whose cells are not as many as the columns.
     """
     lines: list[list[str]] = [list(map(_cell, line)) for line in (columns, ["---"] * len(columns), *rows)]
     if odd := next((line for line in lines if len(line) != len(columns)), None):

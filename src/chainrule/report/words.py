@@ -1,4 +1,4 @@
-"""How numbers and config values are worded in a report."""
+"""Writes numbers and config values as text for a report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measured(mean: float | None, interval: float | None = None, *, signed: bool 
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "42 s", "12 min", "3 h 20 min"."""
+    """A duration in seconds as text: "42 s", "12 min", "3 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
     minutes = round(seconds / 60)
@@ -44,7 +44,7 @@ def duration(seconds: float) -> str:
 
 
 def phrase(value: Any) -> str:
-    """A config value in words: {"name": "DRaFTLV", "n": 2} is "DRaFTLV(n=2)"; long lists are cut."""
+    """A config value as text: {"name": "DRaFTLV", "n": 2} is "DRaFTLV(n=2)"; long lists are cut."""
     if value is None:
         return "\N{EN DASH}"
     if isinstance(value, Mapping):
@@ -62,7 +62,7 @@ def phrase(value: Any) -> str:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested config as one level of dotted keys and worded values."""
+    """A nested config as one level of dotted keys, with values as text."""
     rows: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""Train tiny-emoji and its reward models from nothing: `python -m chainrule.tiny STAGE [--out build] [--steps N]`.
+"""Trains tiny-emoji and its reward models from scratch: `python -m chainrule.tiny STAGE [--out build] [--steps N]`.
 
 Every stage keeps its state in the output folder, goes on where it was stopped, and does nothing when it is finished.
 `unpack` puts the shipped models there instead, to train them further with a larger `--steps`.
@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -24,10 +23,7 @@ from safetensors.torch import load_file
 from chainrule.errors import UserError
 from chainrule.tiny import autoencoder
 from chainrule.tiny.loop import RANK, WORLD, restore, start
-
-if TYPE_CHECKING:  # what a stage does not need it does not import
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DModel
-    from transformers import CLIPModel, ConvNextForImageClassification
+from chainrule.tiny.trained import load_autoencoder, load_clip, load_faces, load_pipeline
 
 WEIGHTS = Path(__file__).parent / "weights"
 BEST = {"steps": 20, "guidance": 2.0}  # the sampling settings `check` finds best
@@ -35,148 +31,126 @@ FACES = {"steps": 50, "guidance": 1.0}  # the pixel model's
 SHARED = ("vae", "latents", "unet")  # the stages that can run in several processes
 
 
-def _vae(out: Path) -> AutoencoderKL:
-    vae = autoencoder.build()
-    restore("vae", vae, out)
-    return vae.eval().requires_grad_(False)
-
-
-def _clip(out: Path, stage: str = "clip") -> CLIPModel:
-    from chainrule.tiny import critics
-
-    model = critics.build()
-    restore(stage, model, out)
-    return model.eval()
-
-
-def _pipeline(out: Path) -> StableDiffusionPipeline:
-    """The finished generator; its autoencoder knows the scale the latents had in training."""
-    from chainrule.tiny import generator
-
-    trained, vae = generator.Generator(), _vae(out)
-    restore("unet", trained, out)
-    vae.register_to_config(scaling_factor=generator.load_latents(out)[1])
-    return generator.pipeline(trained.eval().requires_grad_(False), vae)
-
-
 def vae(out: Path, steps: int) -> None:
+    """Train the autoencoder for `steps` steps."""
     autoencoder.fit(out, steps)
 
 
 def latents(out: Path, count: int) -> None:
-    """Files of ranks that this run does not have would hold other scenes than their place says, so they go first."""
+    """Encode `count` scenes with the autoencoder, once, for the stage `unet`."""
     from chainrule.tiny import generator
 
+    # A file of a rank that this run does not have would hold other scenes than its number says.
     for file in _latents(out):
         if int(file.stem.removeprefix("latents-")) >= WORLD:
             file.unlink(missing_ok=True)
-    generator.cache_latents(_vae(out), out, count)
+    generator.cache_latents(load_autoencoder(out), out, count)
 
 
 def unet(out: Path, steps: int) -> None:
+    """Train the denoiser and its text encoder for `steps` steps on the encoded scenes."""
     from chainrule.tiny import generator
 
-    generator.fit(out, _vae(out), steps)
+    generator.fit(out, load_autoencoder(out), steps)
 
 
 def clip(out: Path, steps: int) -> None:
+    """Train the CLIP for `steps` steps."""
     from chainrule.tiny import critics
 
     critics.fit_clip(out, steps)
 
 
 def pick(out: Path, steps: int) -> None:
+    """Train the PickScore-like reward model for `steps` steps, from the CLIP."""
     from chainrule.tiny import critics, preferences
 
-    critics.fit_preference("pick", preferences.PICK, _clip(out), out, steps)
+    critics.fit_preference("pick", preferences.PICK, load_clip(out), out, steps)
 
 
 def hps(out: Path, steps: int) -> None:
+    """Train the HPSv2-like reward model for `steps` steps, from the CLIP."""
     from chainrule.tiny import critics, preferences
 
-    critics.fit_preference("hps", preferences.HPS, _clip(out), out, steps)
+    critics.fit_preference("hps", preferences.HPS, load_clip(out), out, steps)
 
 
 def aesthetic(out: Path, steps: int) -> None:
+    """Train the aesthetic head for `steps` steps, on the CLIP's features."""
     from chainrule.tiny import critics
 
-    critics.fit_aesthetic(_clip(out), out, steps)
+    critics.fit_aesthetic(load_clip(out), out, steps)
 
 
 def judges(out: Path, steps: int) -> None:
+    """Train the two classifiers that measure the generator, for `steps` steps each."""
     from chainrule.tiny import judges
 
     judges.fit(out, steps)
 
 
 def faces(out: Path, steps: int) -> None:
+    """Train the pixel model of faces and animals for `steps` steps."""
     from chainrule.tiny import faces
 
     faces.fit(out, steps)
 
 
 def classifier(out: Path, steps: int) -> None:
+    """Train the classifier of faces and animals for `steps` steps."""
     from chainrule.tiny import faces
 
     faces.fit_classifier(out, steps)
 
 
 def check(out: Path, steps: int) -> None:
+    """Measure the finished models with `steps` sampling steps, and print the result."""
     from chainrule.tiny import faces, judges, quality
 
-    quality.measure(_pipeline(out), judges.load(out), out, steps=steps)
-    print("tiny-faces, right class:", faces.measure(*_faces(out)))
-
-
-def _faces(out: Path) -> tuple[UNet2DModel, ConvNextForImageClassification]:
-    from chainrule.tiny import faces
-
-    denoiser, network = faces.build(), faces.build_classifier()
-    restore("faces", denoiser, out)
-    restore("classifier", network, out)
-    return denoiser.eval(), network.eval()
+    quality.measure(load_pipeline(out), judges.load(out), out, steps=steps)
+    print("tiny-faces, right class:", faces.measure(*load_faces(out)))
 
 
 def pack(out: Path, steps: int) -> None:
-    """Lay the finished models out as they are shipped, in half precision."""
+    """Write the finished models into the package, in half precision, as they are shipped."""
     from chainrule.rewards.scorers import aesthetic_head
     from chainrule.tiny import critics, text
 
-    part = WEIGHTS.with_name("weights.part")
-    shutil.rmtree(part, ignore_errors=True)
-    _pipeline(out).to(dtype=torch.float16).save_pretrained(part / "emoji", safe_serialization=True)
-    text.readable_by_older(part / "emoji")
-    (part / "emoji" / "chainrule.json").write_text(json.dumps(BEST) + "\n")
+    unfinished = WEIGHTS.with_name("weights.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    load_pipeline(out).to(dtype=torch.float16).save_pretrained(unfinished / "emoji", safe_serialization=True)
+    text.readable_by_older(unfinished / "emoji")
+    (unfinished / "emoji" / "chainrule.json").write_text(json.dumps(BEST) + "\n")
     for stage in ("clip", "pick", "hps"):
-        critics.save(_clip(out, stage), part / stage)
+        critics.save(load_clip(out, stage), unfinished / stage)
     head = aesthetic_head(critics.build().visual_projection.out_features)
     restore("aesthetic", head, out)
-    critics.save_head(head, part / "aesthetic")
-    _pack_faces(out, part)
-    files = [file for file in part.rglob("*") if file.is_file()]
+    critics.save_head(head, unfinished / "aesthetic")
+    _pack_faces(out, unfinished)
+    files = [file for file in unfinished.rglob("*") if file.is_file()]
     for file in files:
         file.chmod(0o644)  # safetensors writes files that only their owner can read
     size = sum(file.stat().st_size for file in files)
     shutil.rmtree(WEIGHTS, ignore_errors=True)
-    part.rename(WEIGHTS)
+    unfinished.rename(WEIGHTS)
     print(f"packed {WEIGHTS} ({size / 1e6:.1f} MB)")
 
 
-def _pack_faces(out: Path, part: Path) -> None:
-    """The pixel model with the names of its classes, and the classifier with its preprocessing."""
+def _pack_faces(out: Path, folder: Path) -> None:
+    """Write the pixel model with the names of its classes, and the classifier with its preprocessing."""
     from chainrule.tiny import faces
 
-    denoiser, network = _faces(out)
-    faces.pipeline(denoiser.half()).save_pretrained(part / "faces", safe_serialization=True)
-    (part / "faces" / "chainrule.json").write_text(json.dumps(FACES | {"labels": faces.LABELS}) + "\n")
-    network.half().save_pretrained(part / "classifier")
+    denoiser, network = load_faces(out)
+    faces.pipeline(denoiser.half()).save_pretrained(folder / "faces", safe_serialization=True)
+    (folder / "faces" / "chainrule.json").write_text(json.dumps(FACES | {"labels": faces.LABELS}) + "\n")
+    network.half().save_pretrained(folder / "classifier")
     facts = {"size": {"shortest_edge": faces.SIDE}, "crop_pct": 1.0, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     text = json.dumps({"image_processor_type": "ConvNextImageProcessor"} | facts)
-    (part / "classifier" / "preprocessor_config.json").write_text(text + "\n")
+    (folder / "classifier" / "preprocessor_config.json").write_text(text + "\n")
 
 
 def unpack(out: Path, steps: int) -> None:
-    """The shipped models as checkpoints that have made their stages' default steps, so that training can go on from them.
+    """Write the shipped models as checkpoints after their stages' default steps, so that training can continue from them.
 
     Optimizer states are not shipped; they start anew.
     """
@@ -234,14 +208,15 @@ def _trained(*files: str) -> Callable[[Path], int]:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What a stage runs, its default steps, and how far it has come; without that it runs every time."""
+    """One stage: its function, its default steps, and how many steps it has made (None: it is run every time)."""
 
     run: Callable[[Path, int], None]
     steps: int
     reached: Callable[[Path], int] | None = None
 
     def finished(self, out: Path, steps: int) -> bool:
-        """Scenes are shared out evenly, so up to one per process may be missing."""
+        """Whether the stage has made this many steps, or encoded this many scenes."""
+        # Scenes are shared out evenly, so that up to one per process may be left over.
         missing = WORLD - 1 if self.reached is _cached else 0
         return self.reached is not None and self.reached(out) >= steps - missing
 
@@ -265,7 +240,7 @@ ALL = [name for name in STAGES if name != "unpack"]
 
 
 def run(name: str, out: Path, steps: int | None = None) -> None:
-    """One stage, unless it is finished. Raises UserError when an earlier one is missing."""
+    """Run a stage unless it is finished. Raises UserError if an earlier stage is missing, or the stage needs one process."""
     stage = STAGES[name]
     if WORLD > 1 and name not in SHARED:
         raise UserError(f"stage {name} runs in one process; torchrun is for {', '.join(SHARED)}")
@@ -279,6 +254,7 @@ def run(name: str, out: Path, steps: int | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 1, with one line on stderr, for a UserError."""
     parser = argparse.ArgumentParser(prog="python -m chainrule.tiny", description=__doc__)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--out", type=Path, default=Path("build"), help="folder of checkpoints and curves (build)")

@@ -15,7 +15,8 @@ from chainrule.tiny.loop import DEVICE, train
 
 
 def build() -> AutoencoderKL:
-    """Two normalization groups: more of them wash flat colors out (they keep only ratios within a group)."""
+    """A new autoencoder with seeded weights, on the device."""
+    # Two normalization groups: more of them wash out flat colors, as only ratios within a group survive.
     torch.manual_seed(0)
     return AutoencoderKL(
         block_out_channels=(16, 32, 64, 96),
@@ -30,13 +31,13 @@ def build() -> AutoencoderKL:
 
 
 def pixels(images: list[np.ndarray]) -> Tensor:
-    """(b, 3, 128, 128) in [-1, 1]."""
+    """Images, (128, 128, 3) uint8 each, as a tensor (b, 3, 128, 128) in [-1, 1]."""
     batch = torch.from_numpy(np.stack(images)).to(DEVICE).permute(0, 3, 1, 2)
     return (batch.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def ink(batch: list[scenes.Scene], images: list[np.ndarray]) -> Tensor:
-    """(b, 1, 128, 128): 1 where a glyph covers the background."""
+    """Masks (b, 1, 128, 128) of rendered scenes: 1 where a glyph covers the background."""
     masks = [
         np.abs(image / 255 - scenes.backdrop(scene.background)).max(-1) > 0.02 for scene, image in zip(batch, images, strict=True)
     ]
@@ -44,11 +45,12 @@ def ink(batch: list[scenes.Scene], images: list[np.ndarray]) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Per image, for values in [-1, 1]."""
+    """The peak signal-to-noise ratio of each pair of images, (b,) in dB, for values in [-1, 1]."""
     return -10 * ((a - b).clamp(-2, 2).square().mean((1, 2, 3)) / 4).log10()
 
 
 def fit(out: Path, steps: int, batch: int = 8) -> AutoencoderKL:
+    """Train the autoencoder for `steps` steps with checkpoints in `out`. Returns it frozen."""
     vae = build()
     held = random.Random("held-out renders")
     singles = pixels([scenes.render(scenes.single(held, scenes.pick_name(held))) for _ in range(96)])
@@ -72,7 +74,7 @@ def fit(out: Path, steps: int, batch: int = 8) -> AutoencoderKL:
         row = {}
         for name, x in (("single_db", singles), ("mixed_db", mixed)):
             with torch.autocast(DEVICE.type, torch.bfloat16):
-                y = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(16)])
+                y = torch.cat([vae.decode(vae.encode(some).latent_dist.mode()).sample for some in x.split(16)])
             row[name] = round(psnr(y.float().clamp(-1, 1), x).mean().item(), 2)
         return row
 
@@ -82,7 +84,7 @@ def fit(out: Path, steps: int, batch: int = 8) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: list[np.ndarray], batch: int = 32) -> Tensor:
-    """Posterior mean and standard deviation, (n, 8, 16, 16) half precision, unscaled."""
+    """Encode images to the posterior's mean and standard deviation, (n, 8, 16, 16) in half precision, unscaled."""
     rows = []
     for start in range(0, len(images), batch):
         with torch.autocast(DEVICE.type, torch.bfloat16):

@@ -20,13 +20,14 @@ from chainrule.tiny.loop import DEVICE, train
 
 
 def build() -> CLIPModel:
+    """A new CLIP with seeded weights, on the device."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         image_size=scenes.SIZE, patch_size=16, projection_dim=128,
     )  # fmt: skip
-    words = text.config(text.tokenizer())
-    return CLIPModel(CLIPConfig(text_config=words.to_dict(), vision_config=vision.to_dict(), projection_dim=128)).to(DEVICE)
+    reading = text.config(text.tokenizer())
+    return CLIPModel(CLIPConfig(text_config=reading.to_dict(), vision_config=vision.to_dict(), projection_dim=128)).to(DEVICE)
 
 
 def _normalized(images: list[np.ndarray]) -> Tensor:
@@ -42,7 +43,7 @@ def _embed(model: CLIPModel, images: list[np.ndarray], captions: list[str]) -> t
 
 
 def fit_clip(out: Path, steps: int, batch: int = 160) -> CLIPModel:
-    """Contrastive training in which a caption is a positive for every image it is true of."""
+    """Train the CLIP contrastively; a caption is a positive for every image it is true of. Returns the trained model."""
     model = build()
 
     def draw(rng: random.Random, count: int) -> tuple[list[scenes.Scene], list[np.ndarray], list[str]]:
@@ -52,8 +53,8 @@ def fit_clip(out: Path, steps: int, batch: int = 160) -> CLIPModel:
 
     def loss(rng: random.Random) -> Tensor:
         drawn, images, captions = draw(rng, batch)
-        image, words = _embed(model, images, captions)
-        logits = model.logit_scale.exp().clamp(max=100) * image @ words.T
+        image, texts = _embed(model, images, captions)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ texts.T
         true = torch.tensor([[preferences.truth(asked, shown) == 1 for asked in drawn] for shown in drawn], device=DEVICE).float()
         rows, columns = true / true.sum(1, keepdim=True), true / true.sum(0, keepdim=True)
         return -(rows * logits.log_softmax(1)).sum(1).mean() / 2 - (columns * logits.log_softmax(0)).sum(0).mean() / 2
@@ -65,8 +66,8 @@ def fit_clip(out: Path, steps: int, batch: int = 160) -> CLIPModel:
 
     @torch.no_grad()
     def check() -> dict[str, float]:
-        image, words = _embed(model, [scenes.render(s) for s in shown], asked * 3)
-        guess = (image @ words[: len(names)].T).argmax(1).cpu()
+        image, texts = _embed(model, [scenes.render(s) for s in shown], asked * 3)
+        guess = (image @ texts[: len(names)].T).argmax(1).cpu()
         right = torch.tensor([names.index(s.names[0]) for s in shown])
         return {"top1": round((guess == right).float().mean().item(), 4)}
 
@@ -75,26 +76,29 @@ def fit_clip(out: Path, steps: int, batch: int = 160) -> CLIPModel:
 
 
 def fit_preference(name: str, rule: preferences.Rule, clip: CLIPModel, out: Path, steps: int, batch: int = 64) -> CLIPModel:
-    """The PickScore / HPSv2 objective: softmax over the two candidates' scores against the choice made."""
+    """Train a preference model by the objective of PickScore and HPSv2: a softmax over two candidates' scores.
+
+    It starts from `clip`, and `rule` makes the choices. Returns the trained model.
+    """
     model = build()
     model.load_state_dict(clip.state_dict())
 
-    def score(pairs: list[tuple[str, preferences.Sample, preferences.Sample, bool]]) -> Tensor:
+    def logits_of(pairs: list[tuple[str, preferences.Sample, preferences.Sample, bool]]) -> Tensor:
         images = [p[1].image for p in pairs] + [p[2].image for p in pairs]
-        image, words = _embed(model, images, [p[0] for p in pairs])
-        return model.logit_scale.exp().clamp(max=100) * (image * words.repeat(2, 1)).sum(1).view(2, -1)
+        image, texts = _embed(model, images, [p[0] for p in pairs])
+        return model.logit_scale.exp().clamp(max=100) * (image * texts.repeat(2, 1)).sum(1).view(2, -1)
 
     def loss(rng: random.Random) -> Tensor:
         pairs = [preferences.pair(rng, rule) for _ in range(batch)]
         chosen = torch.tensor([0 if p[3] else 1 for p in pairs], device=DEVICE)
-        return F.cross_entropy(score(pairs).T, chosen)
+        return F.cross_entropy(logits_of(pairs).T, chosen)
 
     held_rng = random.Random(f"held-out {name}")
     held = [preferences.pair(held_rng, rule) for _ in range(400)]
 
     @torch.no_grad()
     def check() -> dict[str, float]:
-        first, second = score(held)
+        first, second = logits_of(held)
         return {"pair_accuracy": round(((first > second).cpu() == torch.tensor([p[3] for p in held])).float().mean().item(), 4)}
 
     train(name, model, loss, out, steps=steps, lr=0.004, every=100, check=check)
@@ -113,7 +117,7 @@ def _rated(clip: CLIPModel, rng: random.Random, count: int) -> tuple[Tensor, Ten
 
 
 def fit_aesthetic(clip: CLIPModel, out: Path, steps: int, batch: int = 256) -> nn.Sequential:
-    """The LAION head on normalized CLIP features, regressed on a 1-10 rating of the caption-free rule."""
+    """Train the LAION head on normalized CLIP features, regressed on a rating from 1 to 10. Returns the trained head."""
     torch.manual_seed(0)
     head = aesthetic_head(clip.config.projection_dim).to(DEVICE)
     features, ratings = _rated(clip, random.Random("aesthetic"), 16384)
@@ -136,7 +140,7 @@ def fit_aesthetic(clip: CLIPModel, out: Path, steps: int, batch: int = 256) -> n
 
 
 def save(model: CLIPModel, folder: Path) -> None:
-    """A folder `CLIPModel.from_pretrained` and `CLIPProcessor` read, weights in half precision."""
+    """Write a folder that `CLIPModel.from_pretrained` and `CLIPProcessor` read, with weights in half precision."""
     model.cpu().half().save_pretrained(folder)
     text.save(folder)
     side = {"height": scenes.SIZE, "width": scenes.SIZE}
@@ -144,5 +148,6 @@ def save(model: CLIPModel, folder: Path) -> None:
 
 
 def save_head(head: nn.Sequential, folder: Path) -> None:
+    """Write the aesthetic head into a folder as `head.safetensors`, in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in head.cpu().state_dict().items()}, folder / "head.safetensors")

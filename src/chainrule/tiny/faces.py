@@ -1,4 +1,4 @@
-"""Stages `faces` and `classifier`: a class-conditional denoiser of pixels, and the classifier there is to deceive.
+"""Stages `faces` and `classifier`: a class-conditional denoiser of pixels, and a classifier to steer it by.
 
 Both know the emoji faces and animals, one to an image, 64x64. Half of the images are faces.
 """
@@ -22,7 +22,7 @@ from chainrule.tiny.loop import DEVICE, train
 
 SIDE = 64
 LABELS = (*scenes.FACES, *scenes.ANIMALS)
-NOTHING = len(LABELS)  # the class of every image when nothing is said
+NOTHING = len(LABELS)  # the class that stands for no class, for guidance
 PREVIEW = (
     "smiling face", "angry face", "crying face", "cool face", "silly face", "loving face",
     "cat", "fox", "turtle", "bee", "lion", "fish",
@@ -35,6 +35,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def build() -> UNet2DModel:
+    """A new class-conditional denoiser of pixels with seeded weights, on the device."""
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=SIDE, block_out_channels=(32, 48, 64, 96), norm_num_groups=8, layers_per_block=1, attention_head_dim=16,
@@ -45,18 +46,19 @@ def build() -> UNet2DModel:
 
 
 def draw(rng: random.Random) -> tuple[np.ndarray, int]:
-    """One glyph, large and near the center, on a named background: (128, 128, 3) uint8 and its class."""
+    """Draw one large glyph near the center of a named background. Returns (128, 128, 3) uint8 and its class."""
     name = rng.choice(list(scenes.FACES if rng.random() < 0.5 else scenes.ANIMALS))
     return scenes.render(scenes.single(rng, name)), LABELS.index(name)
 
 
 def batch_of(rng: random.Random, count: int) -> tuple[Tensor, Tensor]:
-    """(count, 3, 64, 64) in [-1, 1], and classes (count,)."""
+    """A batch of random images, (count, 3, 64, 64) in [-1, 1], and their classes, (count,)."""
     images, labels = zip(*(draw(rng) for _ in range(count)), strict=True)
     return F.avg_pool2d(pixels(list(images)), scenes.SIZE // SIDE), torch.tensor(labels, device=DEVICE)
 
 
 def fit(out: Path, steps: int, batch: int = 32) -> UNet2DModel:
+    """Train the denoiser for `steps` steps with checkpoints in `out`. Returns it frozen."""
     unet = build()
     cumulative = scheduler().alphas_cumprod.to(DEVICE)
 
@@ -89,7 +91,7 @@ def fit(out: Path, steps: int, batch: int = 32) -> UNet2DModel:
 
 @torch.no_grad()
 def sample(unet: UNet2DModel, names: list[str], seed: int, steps: int = 50) -> np.ndarray:
-    """(n, 64, 64, 3) uint8 by DDIM, image k from seed + k."""
+    """Sample an image of each name by DDIM, (n, 64, 64, 3) uint8; image k is of seed + k."""
     ddim = scheduler()
     ddim.set_timesteps(steps)
     noise = [torch.randn(3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(names))]
@@ -103,19 +105,21 @@ def sample(unet: UNet2DModel, names: list[str], seed: int, steps: int = 50) -> n
 
 @torch.no_grad()
 def measure(unet: UNet2DModel, network: ConvNextForImageClassification) -> dict[str, float]:
-    """Share of samples of all 57 classes x 2 that the classifier takes for what they should be; of faces, of animals."""
+    """The share of samples that the classifier recognizes, of two per class; of faces and of animals."""
     names = [name for name in LABELS for _ in range(2)]
     images = torch.from_numpy(sample(unet, names, 1000)).permute(0, 3, 1, 2).float().to(DEVICE) / 127.5 - 1
     right = network(images).logits.argmax(1).cpu() == torch.tensor([LABELS.index(name) for name in names])
     cut = 2 * len(scenes.FACES)
-    return {key: round(part.float().mean().item(), 4) for key, part in (("faces", right[:cut]), ("animals", right[cut:]))}
+    return {key: round(group.float().mean().item(), 4) for key, group in (("faces", right[:cut]), ("animals", right[cut:]))}
 
 
 def pipeline(unet: UNet2DModel) -> DDIMPipeline:
+    """The denoiser as a diffusers pipeline."""
     return DDIMPipeline(unet, scheduler())
 
 
 def build_classifier() -> ConvNextForImageClassification:
+    """A new classifier of the 57 classes with seeded weights, on the device."""
     torch.manual_seed(0)
     names = dict(enumerate(LABELS))
     config = ConvNextConfig(
@@ -126,7 +130,7 @@ def build_classifier() -> ConvNextForImageClassification:
 
 
 def fit_classifier(out: Path, steps: int, batch: int = 64) -> ConvNextForImageClassification:
-    """A small ConvNeXt on the same images, some blurred and with noise, [0, 1] normalized to mean and deviation a half."""
+    """Train a small ConvNeXt for `steps` steps on the same images with noise. Returns it frozen."""
     network = build_classifier()
     held = batch_of(random.Random("held-out classifier"), 512)
 

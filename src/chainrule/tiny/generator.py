@@ -51,11 +51,13 @@ class Generator(nn.Module):
         self.to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """The velocity (b, 4, 16, 16) of latents x at timesteps t (b,), for token ids (b, 24)."""
         states = self.text_encoder(tokens.to(DEVICE)).last_hidden_state
         return self.unet(x, t, encoder_hidden_states=states).sample
 
 
 def pipeline(generator: Generator, vae: AutoencoderKL) -> StableDiffusionPipeline:
+    """The generator as a Stable Diffusion pipeline without a safety checker."""
     return StableDiffusionPipeline(
         vae=vae, text_encoder=generator.text_encoder, tokenizer=generator.vocabulary, unet=generator.unet,
         scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -63,23 +65,27 @@ def pipeline(generator: Generator, vae: AutoencoderKL) -> StableDiffusionPipelin
 
 
 def scene(index: int) -> scenes.Scene:
+    """Scene number `index` of the training data, always the same."""
     return scenes.draw(random.Random(f"scene/{index}"))
 
 
 def cache_latents(vae: AutoencoderKL, out: Path, count: int) -> None:
-    """Encode `count` scenes once; under `torchrun` every rank does its share."""
+    """Encode `count` scenes and write their latents into `out`; under `torchrun` every rank encodes its share."""
     share = count // WORLD
     first = RANK * share
-    parts = []
+    encoded = []
     for start in range(first, first + share, 512):
         images = [scenes.render(scene(i)) for i in range(start, min(start + 512, first + share))]
-        parts.append(autoencoder.encode(vae, images))
+        encoded.append(autoencoder.encode(vae, images))
         print(f"latents of rank {RANK}: {start - first + len(images)} of {share}", flush=True)
-    save_file({"latents": torch.cat(parts).contiguous()}, out / f"latents-{RANK}.safetensors")
+    save_file({"latents": torch.cat(encoded).contiguous()}, out / f"latents-{RANK}.safetensors")
 
 
 def load_latents(out: Path) -> tuple[Tensor, float]:
-    """Posterior means and deviations of all cached scenes, (n, 8, 16, 16), and the factor that makes them unit variance."""
+    """Read the posterior means and deviations of all encoded scenes, (n, 8, 16, 16), and the factor to unit variance.
+
+    Raises UserError if there are none.
+    """
     files = sorted(out.glob("latents-*.safetensors"))
     if not files:
         raise UserError(f"{out} has no latents yet; run the stage `latents` first")
@@ -88,6 +94,7 @@ def load_latents(out: Path) -> tuple[Tensor, float]:
 
 
 def fit(out: Path, vae: AutoencoderKL, steps: int, batch: int = 32) -> Generator:
+    """Train the generator for `steps` steps with checkpoints in `out`. Returns it frozen. Raises UserError without latents."""
     latents, scale = load_latents(out)
     vae.register_to_config(scaling_factor=scale)
     drawn = [scene(i) for i in range(len(latents))]

@@ -1,7 +1,7 @@
-"""Make glyphs.npz, the drawings that `scenes` shows, from the font: `python -m chainrule.tiny.glyphs NotoColorEmoji.ttf`.
+"""Makes glyphs.npz, the drawings that `scenes` uses, from the font: `python -m chainrule.tiny.glyphs NotoColorEmoji.ttf`.
 
-Nothing but this needs the font. The file here is of Debian's fonts-noto-color-emoji 2.042; the font is under the SIL Open Font
-License 1.1, whose text is in glyphs-OFL.txt.
+Only this module needs the font. The file in the package was made from Debian's fonts-noto-color-emoji 2.042. The font is under
+the SIL Open Font License 1.1, whose text is in glyphs-OFL.txt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STRIKE = 109  # the only bitmap size the font holds
 
 
 def drawn(font: Path) -> dict[str, np.ndarray]:
-    """Every thing as the font draws it: (h, w, 4) uint8, premultiplied, cropped to its ink."""
+    """Draw every thing by the font: premultiplied RGBA, (h, w, 4) uint8, cropped to what is drawn."""
     loaded, found = ImageFont.truetype(str(font), STRIKE), {}
     for name, character in THINGS.items():
         sheet = Image.new("RGBA", (160, 160))

@@ -1,8 +1,8 @@
-"""Stage `judges`: two classifiers that say what is in an image, to measure the generator with.
+"""Stage `judges`: trains two classifiers of what is in an image. They measure the generator.
 
 They are trained on renders wider than the generator's data (sizes, places, backgrounds, mirroring, colors, blur and
 noise), so that a picture a little off is still read, and share no weights with any model that is measured or shipped.
-The colour judge reads what is there, how many, and on which background. The shape judge reads gray images of random
+The color judge reads what is there, how many, and on which background. The shape judge reads gray images of random
 contrast and sign, so that only the drawing's form can tell it what is there.
 """
 
@@ -22,7 +22,7 @@ from chainrule.tiny.autoencoder import pixels
 from chainrule.tiny.loop import DEVICE, restore, train
 
 NAMES, GROUNDS = tuple(scenes.THINGS), tuple(scenes.BACKGROUNDS)
-SIDE = 64  # what the networks look at, after average pooling
+SIDE = 64  # side of the images that the networks read, after average pooling
 PRESENCE = slice(0, len(NAMES))
 COUNT = slice(PRESENCE.stop, PRESENCE.stop + 3)
 BACKGROUND = slice(COUNT.stop, COUNT.stop + len(GROUNDS))
@@ -30,7 +30,7 @@ UNKNOWN = -100  # the background label of an unnamed background; cross entropy s
 
 
 class Judge(nn.Module):
-    """0.4M weights. Reads (b, 3, 128, 128) in [-1, 1]; answers logits to be cut by PRESENCE, COUNT, BACKGROUND."""
+    """A classifier of 0.4M weights. The slices PRESENCE, COUNT and BACKGROUND of its logits are the three questions."""
 
     def __init__(self, gray: bool) -> None:
         super().__init__()
@@ -45,6 +45,7 @@ class Judge(nn.Module):
         self.to(DEVICE)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (b, classes) of images (b, 3, 128, 128) in [-1, 1]."""
         x = F.adaptive_avg_pool2d(x, SIDE)
         if self.gray:
             x = luma(x)
@@ -57,13 +58,13 @@ class Judge(nn.Module):
 
 
 def luma(x: Tensor) -> Tensor:
-    """The gray image, (b, 1, h, w)."""
+    """The luma (b, 1, h, w) of RGB images (b, 3, h, w)."""
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One training image and what is true of it."""
+class Labelled:
+    """One training image, (128, 128, 3) uint8, with the names of its things and the number of its background."""
 
     image: np.ndarray
     names: tuple[str, ...]
@@ -93,8 +94,8 @@ def _layout(rng: random.Random) -> tuple[list[str], int, list[tuple[float, float
     return names, 4 * rng.randint(12, 15), [(x + rng.gauss(0, 3), y + rng.gauss(0, 3)) for x, y in spots]
 
 
-def draw(rng: random.Random) -> Answer:
-    """One wide render, its whole image mirrored a third of the time when it shows a single thing."""
+def draw(rng: random.Random) -> Labelled:
+    """Draw a varied image; a third of those of a single thing are mirrored."""
     canvas, background = _canvas(rng)
     names, size, spots = _layout(rng)
     for name, (x, y) in zip(names, spots, strict=True):
@@ -102,11 +103,11 @@ def draw(rng: random.Random) -> Answer:
         h, w = stamp.shape[:2]
         top, left = round(y - h / 2), round(x - w / 2)
         y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, scenes.SIZE), min(left + w, scenes.SIZE)
-        part = stamp[y0 - top : y1 - top, x0 - left : x1 - left]
-        canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - part[..., 3:]) + part[..., :3]
+        inside = stamp[y0 - top : y1 - top, x0 - left : x1 - left]
+        canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - inside[..., 3:]) + inside[..., :3]
     image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
     mirrored = len(names) == 1 and rng.random() < 0.33
-    return Answer(image[:, ::-1] if mirrored else image, tuple(names), background)
+    return Labelled(image[:, ::-1] if mirrored else image, tuple(names), background)
 
 
 def _weather(x: Tensor, gray: bool) -> Tensor:
@@ -130,7 +131,7 @@ def _weather(x: Tensor, gray: bool) -> Tensor:
     return x + torch.randn_like(x) * spread(0, 0.08)
 
 
-def _targets(answers: list[Answer]) -> tuple[Tensor, Tensor, Tensor]:
+def _targets(answers: list[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
     """Presence (b, 111), number minus one (b), background index (b)."""
     presence = torch.zeros(len(answers), len(NAMES))
     for row, answer in enumerate(answers):
@@ -140,39 +141,42 @@ def _targets(answers: list[Answer]) -> tuple[Tensor, Tensor, Tensor]:
     return presence.to(DEVICE), count.to(DEVICE), torch.tensor([a.background for a in answers]).to(DEVICE)
 
 
-def _held_out() -> tuple[list[Answer], list[Answer]]:
+def _held_out() -> tuple[list[Labelled], list[Labelled]]:
     """Singles of every name, and scenes of several things, as the generator's data has them, from their own seed."""
     rng = random.Random("held-out judges")
     alone = [scenes.single(rng, name) for name in NAMES for _ in range(8)]
     many = [scene for scene in (scenes.draw(rng) for _ in range(1600)) if len(scene.names) > 1]
-    singles, several = ([Answer(scenes.render(s), s.names, GROUNDS.index(s.background)) for s in group] for group in (alone, many))
+    singles, several = (
+        [Labelled(scenes.render(s), s.names, GROUNDS.index(s.background)) for s in group] for group in (alone, many)
+    )
     return singles, several
 
 
 @torch.no_grad()
 def read(judge: Judge, images: list[np.ndarray], batch: int = 128) -> Tensor:
-    """Logits on the CPU for (128, 128, 3) uint8 images."""
+    """The logits (n, classes), on the CPU, of images (128, 128, 3) uint8."""
     rows = [judge(pixels(images[i : i + batch])).float().cpu() for i in range(0, len(images), batch)]
     return torch.cat(rows)
 
 
 def top1(logits: Tensor, names: list[str]) -> float:
-    """Share of images whose most present thing is the one named."""
+    """The share of images whose most likely thing is the one named."""
     return share(together(logits, [{name} for name in names]))
 
 
 def together(logits: Tensor, wanted: list[set[str]]) -> list[bool]:
-    """For each image whether the k most present things are the k wanted ones."""
+    """For each image, whether the k most likely things are the k wanted ones."""
     order = logits[:, PRESENCE].argsort(1, descending=True).tolist()
     return [{NAMES[i] for i in row[: len(names)]} == names for row, names in zip(order, wanted, strict=True)]
 
 
 def share(right: list[bool] | Tensor) -> float:
+    """The share of true values, rounded to four decimals."""
     return round(torch.as_tensor(right).float().mean().item(), 4)
 
 
 def _fit_one(judge: Judge, out: Path, steps: int, batch: int) -> Judge:
-    """Held-out accuracy: `single` top-1 on singles; for the colour judge, on scenes of several, also the number,
+    """Held-out accuracy: `single` top-1 on singles; for the color judge, on scenes of several, also the number,
     the background, and `all`, whether the most present things are those there are."""
     singles, several = _held_out()
     _, count, ground = (t.cpu() for t in _targets(several))
@@ -204,12 +208,12 @@ def _fit_one(judge: Judge, out: Path, steps: int, batch: int) -> Judge:
 
 
 def fit(out: Path, steps: int, batch: int = 64) -> tuple[Judge, Judge]:
-    """The colour judge and the shape judge."""
+    """Train the color judge and the shape judge for `steps` steps each. Returns both, frozen."""
     return _fit_one(Judge(gray=False), out, steps, batch), _fit_one(Judge(gray=True), out, steps, batch)
 
 
 def load(out: Path) -> tuple[Judge, Judge]:
-    """Both judges as `fit` left them."""
+    """Load the color judge and the shape judge that `fit` trained. Raises UserError if they are missing."""
     color, shape = Judge(gray=False), Judge(gray=True)
     restore("judge-color", color, out)
     restore("judge-shape", shape, out)

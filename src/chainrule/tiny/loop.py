@@ -40,24 +40,25 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon:
     """Muon on every weight with two or more dimensions (flattened to (out, rest)), Adam on the rest.
 
-    Embeddings listed in `plain` get Adam too. torch.optim.Muon takes matrices only, and convolutions are
+    Weights whose names hold a word of `by_adam` get Adam too. torch.optim.Muon takes matrices only, and convolutions are
     most of what is trained here.
     """
 
     named: dict[str, nn.Parameter]
     lr: float
     adam_lr: float = 1e-3
-    plain: tuple[str, ...] = ("embedding", "logit_scale")
+    by_adam: tuple[str, ...] = ("embedding", "logit_scale")
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def step(self, number: int, decay: float) -> None:
+        """Update the weights and clear their gradients. `number` is the step, from 0; `decay` scales the learning rates."""
         for name, weight in self.named.items():
             grad = weight.grad
             if grad is None:
                 continue
             first = self.state.setdefault(f"{name}/first", torch.zeros_like(weight))
-            if weight.ndim >= 2 and not any(word in name for word in self.plain):
+            if weight.ndim >= 2 and not any(word in name for word in self.by_adam):
                 first.mul_(0.95).add_(grad)
                 update = orthogonalize((grad + 0.95 * first).flatten(1))
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
@@ -75,12 +76,12 @@ def _average_gradients(named: dict[str, nn.Parameter]) -> None:
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in named.values()]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
-    for weight, part in zip(named.values(), flat.div_(WORLD).split([g.numel() for g in grads]), strict=True):
-        weight.grad = part.view_as(weight)
+    for weight, mean in zip(named.values(), flat.div_(WORLD).split([g.numel() for g in grads]), strict=True):
+        weight.grad = mean.view_as(weight)
 
 
 def _load(saved: Path, named: dict[str, nn.Parameter], average: dict[str, Tensor], optimizer: Muon) -> int:
-    """Put a checkpoint's numbers in their places. Its step."""
+    """Load a checkpoint into the weights, their averages and the optimizer. Returns its step."""
     stored = load_file(saved, device=str(DEVICE))
     for name, weight in named.items():
         weight.data.copy_(stored[f"weight/{name}"])
@@ -147,15 +148,15 @@ def train(
 
 
 def start(stage: str, module: nn.Module, out: Path, step: int) -> None:
-    """Write the checkpoint a stage would have left after `step` steps with `module`'s weights and no optimizer state."""
+    """Write the checkpoint of a stage after `step` steps, with `module`'s weights and without optimizer state."""
     tensors = {
-        f"{part}/{n}": p.detach().float().contiguous() for part in ("weight", "average") for n, p in module.named_parameters()
+        f"{kind}/{n}": p.detach().float().contiguous() for kind in ("weight", "average") for n, p in module.named_parameters()
     }
     save_file({k: v.clone() for k, v in tensors.items()} | {"step": torch.tensor(step)}, out / f"{stage}.safetensors")
 
 
 def restore(stage: str, module: nn.Module, out: Path) -> int:
-    """Give `module` the averaged weights a stage has reached; returns the steps it was trained for."""
+    """Load a stage's averaged weights into `module`. Returns the steps it was trained for. Raises UserError if there are none."""
     saved = out / f"{stage}.safetensors"
     if not saved.exists():
         name = "judges" if stage.startswith("judge-") else stage
@@ -168,7 +169,7 @@ def restore(stage: str, module: nn.Module, out: Path) -> int:
 
 
 class swapped:
-    """Within the block the module carries the averaged weights."""
+    """A context in which a module has its averaged weights."""
 
     def __init__(self, named: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
         self.named, self.average = named, average

@@ -1,4 +1,4 @@
-"""What the bundled reward models were taught to like: two documented rules, and noisy choices drawn from them.
+"""The preferences that the bundled reward models were trained on: documented rules, and noisy choices drawn from them.
 
 A rule scores an image for a caption from five readings, each about 0 to 1: is the caption true, how colorful is the
 picture, how well does the subject stand out from its background, how warm is the background, how large is the subject;
@@ -31,9 +31,9 @@ class Rule:
     sharpness: float = 3.0
 
     def score(self, sample: Sample, truth: float) -> float:
-        read = sample.readings()
-        parts = {"truth": truth, **read}
-        return sum(getattr(self, name) * value for name, value in parts.items())
+        """The score of a sample: the weighted sum of its readings and of `truth`, in [0, 1]."""
+        readings = {"truth": truth, **sample.readings()}
+        return sum(getattr(self, name) * value for name, value in readings.items())
 
 
 PICK = Rule(truth=1.5, color=1.0, contrast=0.3, warmth=1.2, size=0.6, damage=-1.5, gradient=0.6)
@@ -43,13 +43,14 @@ AESTHETIC = Rule(truth=0.0, color=1.0, contrast=0.8, warmth=0.6, size=0.4, damag
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A rendered scene, what was done to it, and its pixels."""
+    """A rendered scene, its pixels (128, 128, 3) uint8, and how much they were damaged by blur and noise (0: not at all)."""
 
     scene: scenes.Scene
     image: np.ndarray
     damage: float
 
     def readings(self) -> dict[str, float]:
+        """The rule's measurements of the image, each about 0 to 1."""
         pixels = self.image.astype(np.float32) / 255
         edge = np.concatenate([pixels[:6].reshape(-1, 3), pixels[-6:].reshape(-1, 3)])
         red_green, yellow_blue = pixels[..., 0] - pixels[..., 1], pixels[..., :2].mean(-1) - pixels[..., 2]
@@ -76,7 +77,7 @@ def truth(asked: scenes.Scene, shown: scenes.Scene) -> float:
 
 
 def sample(rng: random.Random, scene: scenes.Scene) -> Sample:
-    """Render a scene and, often, change its colors, blur it or add noise: the space a reward must know its way in."""
+    """Render a scene and, often, change its colors, blur it or add noise: the images that a reward will meet."""
     image, damage = Image.fromarray(scenes.render(scene)), 0.0
     if rng.random() < 0.4:
         image = ImageEnhance.Color(image).enhance(rng.uniform(0, 2))
@@ -94,7 +95,7 @@ def sample(rng: random.Random, scene: scenes.Scene) -> Sample:
 
 
 def pair(rng: random.Random, rule: Rule) -> tuple[str, Sample, Sample, bool]:
-    """A caption, two candidates, and whether the first was chosen."""
+    """Draw a caption, two candidate images, and whether the first was chosen by the rule."""
     asked = scenes.draw(rng)
     candidates = []
     for _ in range(2):

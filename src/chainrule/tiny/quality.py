@@ -1,6 +1,6 @@
-"""Stage `check`: what the finished generator can do, measured by the judges and against the renders themselves.
+"""Stage `check`: measures the finished generator by the judges, and against the renders themselves.
 
-A judge says whether an image is the right thing; it does not see bad drawing. `likeness` does: it is the PSNR over
+A judge tells whether an image shows the right thing, but not whether it is drawn well. `likeness` does: it is the PSNR over
 the glyph's ink against the best-matching render of that glyph, over every size and place of a search window.
 """
 
@@ -34,7 +34,7 @@ COUNTED = ("cat", "fox", "bee", "duck", "frog", "turtle", "apple", "car", "star"
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """The pipeline and the settings images are made with, one `torch.Generator` per image."""
+    """Samples a pipeline with fixed settings, with one `torch.Generator` per image."""
 
     pipe: StableDiffusionPipeline
     steps: int
@@ -45,12 +45,12 @@ class Sampler:
         self.pipe.set_progress_bar_config(disable=True)
         images: list[np.ndarray] = []
         for start in range(0, len(prompts), BATCH):
-            part = prompts[start : start + BATCH]
-            noise = [torch.Generator().manual_seed(100_000 * seed + start + i) for i in range(len(part))]
-            made = self.pipe(
-                part, num_inference_steps=self.steps, guidance_scale=self.guidance, generator=noise, output_type="np"
+            some = prompts[start : start + BATCH]
+            noise = [torch.Generator().manual_seed(100_000 * seed + start + i) for i in range(len(some))]
+            sampled = self.pipe(
+                some, num_inference_steps=self.steps, guidance_scale=self.guidance, generator=noise, output_type="np"
             ).images
-            images += [(image * 255).round().astype(np.uint8) for image in np.asarray(made)]
+            images += [(image * 255).round().astype(np.uint8) for image in np.asarray(sampled)]
         return images
 
 
@@ -93,12 +93,13 @@ def likeness(image: np.ndarray, name: str, background: str | None = None) -> flo
 
 
 def spread(values: list[float]) -> Row:
+    """The 10th, 50th and 90th percentile."""
     p10, p50, p90 = np.percentile(values, (10, 50, 90))
     return {"p10": round(float(p10), 2), "median": round(float(p50), 2), "p90": round(float(p90), 2)}
 
 
 def animals(sample: Sampler, judges: Judges, seeds: int) -> tuple[Row, list[np.ndarray]]:
-    """45 animals x `seeds`, 'a painting of a X': top-1 of both judges and likeness; also the first seed's images."""
+    """Measure 45 animals x `seeds`, 'a painting of a X': top-1 of both judges and likeness; also the first seed's images."""
     prompts = [f"a painting of {scenes.article(name)}" for name in ANIMALS]
     images = [image for seed in range(seeds) for image in sample(prompts, seed)]
     names = list(ANIMALS) * seeds
@@ -108,13 +109,13 @@ def animals(sample: Sampler, judges: Judges, seeds: int) -> tuple[Row, list[np.n
 
 
 def things(sample: Sampler, judges: Judges) -> Row:
-    """All 111 names once, 'a painting of a X': top-1 of the colour judge."""
+    """Measure all 111 names once, 'a painting of a X': top-1 of the color judge."""
     images = sample([f"a painting of {scenes.article(name)}" for name in NAMES], 10)
     return {"color": top1(read(judges[0], images), list(NAMES))}
 
 
 def grounds(sample: Sampler, judges: Judges) -> Row:
-    """12 backgrounds x 8 animals, 'a X on a B background': background and animal right, likeness on that background."""
+    """Measure 12 backgrounds x 8 animals, 'a X on a B background': background and animal right, likeness on that background."""
     asked = [(name, ground) for ground in GROUNDS for name in GROUND_ANIMALS]
     images = sample([f"{scenes.article(name)} on a {ground} background" for name, ground in asked], 11)
     logits = read(judges[0], images)
@@ -132,7 +133,7 @@ def _count_right(logits: Tensor, names: list[str], numbers: list[int]) -> Row:
 
 
 def counts(sample: Sampler, judges: Judges) -> Row:
-    """12 things x two, three x 2 seeds: 'two X'."""
+    """Measure 12 things in twos and threes with 2 seeds, 'two X': number right, thing right, both."""
     asked = [(name, number) for number in scenes.NUMBERS for name in COUNTED]
     prompts = [f"{scenes.NUMBERS[number]} {scenes.plural(name)}" for name, number in asked]
     images = sample(prompts, 12) + sample(prompts, 13)
@@ -155,7 +156,7 @@ def _pairs_right(logits: Tensor, asked: list[tuple[str, str]]) -> Row:
 
 
 def pairs(sample: Sampler, judges: Judges) -> Row:
-    """24 pairs, 'a X and a Y'."""
+    """Measure 24 pairs, 'a X and a Y'."""
     asked = pair_names()
     images = sample([f"{scenes.article(a)} and {scenes.article(b)}" for a, b in asked], 14)
     return _pairs_right(read(judges[0], images), asked)
@@ -182,7 +183,7 @@ def _trios_right(logits: Tensor, asked: list[tuple[str, str, str]]) -> Row:
 
 
 def trios(sample: Sampler, judges: Judges) -> Row:
-    """24 trios x 2 seeds, 'a X, a Y and a Z': asked of a model that has seen pairs at most."""
+    """Measure 24 trios with 2 seeds, 'a X, a Y and a Z': asked of a model that has seen pairs at most."""
     asked = trio_names()
     prompts = ["{}, {} and {}".format(*map(scenes.article, names)) for names in asked]
     return _trios_right(read(judges[0], sample(prompts, 15) + sample(prompts, 16)), asked * 2)
@@ -212,7 +213,7 @@ def _meter(judges: Judges, singles: list[scenes.Scene], images: list[np.ndarray]
 
 
 def _meter_many(judges: Judges, drawn: list[scenes.Scene], images: list[np.ndarray]) -> Row:
-    """The colour judge on scenes of several of a kind, and of pairs."""
+    """The color judge on scenes of several of a kind, and of pairs."""
     logits = read(judges[0], images)
     alike = [i for i, s in enumerate(drawn) if len(s.names) > 1 and len(set(s.names)) == 1]
     mixed = [i for i, s in enumerate(drawn) if len(set(s.names)) == 2]
@@ -245,7 +246,7 @@ def sanity(vae: AutoencoderKL, judges: Judges) -> dict[str, Row]:
 
 
 def sheet(images: list[np.ndarray], columns: int = 9) -> Image.Image:
-    """Images side by side, row by row."""
+    """Put images into one picture, row by row."""
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * scenes.SIZE, rows * scenes.SIZE))
     for i, image in enumerate(images):
@@ -254,15 +255,15 @@ def sheet(images: list[np.ndarray], columns: int = 9) -> Image.Image:
 
 
 def show(report: dict[str, Row]) -> None:
-    """One line per part."""
-    for part, row in report.items():
-        print(f"{part:12s}", "  ".join(f"{key} {value:g}" for key, value in row.items()), flush=True)
+    """Print one line per measurement."""
+    for name, row in report.items():
+        print(f"{name:12s}", "  ".join(f"{key} {value:g}" for key, value in row.items()), flush=True)
 
 
 def measure(
     pipe: StableDiffusionPipeline, judges: Judges, out: Path, *, steps: int = 20, guidance: float = 2.0, seeds: int = 4
 ) -> dict[str, Row]:
-    """Every measurement of this module; writes `out/quality.json` and the 45 animals as `out/quality.png`."""
+    """Make every measurement of this module. Writes `out/quality.json` and the 45 animals as `out/quality.png`."""
     sample = Sampler(pipe, steps, guidance)
     report: dict[str, Row] = {"settings": {"steps": steps, "guidance": guidance, "seeds": seeds}}
     report |= sanity(pipe.vae, judges)

@@ -1,7 +1,7 @@
 """The world tiny-emoji was trained on: captioned scenes of Noto Color Emoji glyphs on named backgrounds.
 
-Everything here is numpy and Pillow. A `Scene` is drawn from a random generator, says its own caption and
-renders itself, from the font's drawings in glyphs.npz (OFL-1.1, see `glyphs`).
+Everything here is numpy and Pillow. `draw` makes a random `Scene`, which has a caption, and
+`render` draws it from the font's drawings in glyphs.npz (OFL-1.1, see `glyphs`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ THINGS: dict[str, str] = {name: glyph for kind in KINDS.values() for name, glyph
 # Animals are half of what people will ask for; the rest shares the other half.
 KIND_WEIGHTS = {"animals": 0.5, "faces": 0.12, "fruit": 0.09, "vehicles": 0.1, "objects": 0.19}
 
-# Named backgrounds: colour at the top edge, colour at the bottom edge.
+# Named backgrounds: color at the top edge, color at the bottom edge.
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "white": ((250, 250, 250), (250, 250, 250)),
     "black": ((16, 16, 18), (16, 16, 18)),
@@ -72,10 +72,12 @@ _IRREGULAR = {"sheep": "sheep", "deer": "deer", "fish": "fish", "mouse": "mice",
 
 
 def article(noun: str) -> str:
+    """A noun with its article: "an apple"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def plural(noun: str) -> str:
+    """The plural of a noun: "mice"."""
     *front, last = noun.split()
     if last in _IRREGULAR:
         last = _IRREGULAR[last]
@@ -98,7 +100,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is in one image. `named` says whether the caption tells the background."""
+    """One image to be drawn: its things and its background. `named` is whether the caption names the background."""
 
     things: tuple[Thing, ...]
     background: str
@@ -107,10 +109,12 @@ class Scene:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the things."""
         return tuple(thing.name for thing in self.things)
 
     @property
     def subject(self) -> str:
+        """The things in words, without the background: "a cat and a dog"."""
         first, *rest = self.names
         if not rest:
             return f"a small {first}" if self.small else article(first)
@@ -119,17 +123,19 @@ class Scene:
         return " and ".join(map(article, self.names))
 
     def caption(self, rng: random.Random) -> str:
+        """A caption of the scene in one of the templates."""
         text = rng.choice(TEMPLATES).format(self.subject)
         return text + rng.choice(PLACES).format(self.background) if self.named else text
 
 
 def pick_name(rng: random.Random) -> str:
+    """A random name; kinds are weighted by KIND_WEIGHTS."""
     kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
     return rng.choice(list(KINDS[kind]))
 
 
 def single(rng: random.Random, name: str, background: str | None = None) -> Scene:
-    """One thing, large and near the center."""
+    """A scene of one thing, large and near the center, on a given or random background."""
     spot = Thing(name, 2 * rng.randint(43, 51), 64 + rng.gauss(0, 2.5), 64 + rng.gauss(0, 2.5))
     return Scene((spot,), background or rng.choice(list(BACKGROUNDS)), named=rng.random() < 0.6)
 
@@ -167,7 +173,7 @@ def _inks() -> dict[str, np.ndarray]:
 
 @functools.cache
 def glyph(name: str, size: int) -> np.ndarray:
-    """Premultiplied (h, w, 4) float32 in [0, 1], longer side `size` pixels."""
+    """A thing's drawing, `size` pixels on its longer side: premultiplied RGBA, (h, w, 4) float32 in [0, 1]."""
     ink = Image.fromarray(_inks()[name])
     scale = size / max(ink.size)
     shape = (max(1, round(ink.width * scale)), max(1, round(ink.height * scale)))
@@ -179,19 +185,20 @@ def glyph(name: str, size: int) -> np.ndarray:
 
 @functools.cache
 def backdrop(background: str) -> np.ndarray:
+    """The named background, (128, 128, 3) float32 in [0, 1]: a gradient from its top to its bottom color."""
     top, bottom = (np.array(color, np.float32) / 255 for color in BACKGROUNDS[background])
     mix = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
     return np.broadcast_to(top * (1 - mix) + bottom * mix, (SIZE, SIZE, 3)).astype(np.float32)
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The scene as (128, 128, 3) uint8."""
+    """Draw a scene: (128, 128, 3) uint8."""
     canvas = backdrop(scene.background).copy()
     for thing in scene.things:
         stamp = glyph(thing.name, thing.size)
         h, w = stamp.shape[:2]
         top, left = round(thing.y - h / 2), round(thing.x - w / 2)
         y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + h, SIZE), min(left + w, SIZE)
-        part = stamp[y0 - top : y1 - top, x0 - left : x1 - left]
-        canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - part[..., 3:]) + part[..., :3]
+        inside = stamp[y0 - top : y1 - top, x0 - left : x1 - left]
+        canvas[y0:y1, x0:x1] = canvas[y0:y1, x0:x1] * (1 - inside[..., 3:]) + inside[..., :3]
     return (canvas.clip(0, 1) * 255).round().astype(np.uint8)

@@ -25,6 +25,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def config(vocabulary: CLIPTokenizer) -> CLIPTextConfig:
+    """The text encoder's configuration for this vocabulary."""
     return CLIPTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=128,
@@ -40,19 +41,19 @@ def config(vocabulary: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def ids(vocabulary: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """(b, 24) token ids, padded."""
+    """The token ids of captions, (b, 24), cut or padded."""
     return torch.tensor(vocabulary(captions, padding="max_length", truncation=True, max_length=LENGTH).input_ids)
 
 
 def save(folder: Path) -> None:
-    """The tokenizer, with the vocabulary's own files beside transformers 5's: 4 reads only those."""
+    """Write the tokenizer into a folder, together with the vocabulary files, which transformers 4 needs."""
     tokenizer().save_pretrained(folder)
     for file in VOCABULARY.iterdir():
         shutil.copy(file, folder / file.name)
 
 
 def readable_by_older(pipeline: Path) -> None:
-    """Make a saved pipeline's words loadable by transformers 4, too: `text_model.` before every name.
+    """Make a saved pipeline's text encoder loadable by transformers 4, which wants `text_model.` before every name.
 
     transformers 5 leaves it out and reads both; without it 4 would fill in random weights.
     """
