@@ -156,7 +156,7 @@ class FunctionReward(Reward):
 
     @property
     def name(self) -> str:
-        """The name that `rewards.parse` reads back."""
+        """The label. `rewards.parse` reads it back only for a function from a file, `path/to/file.py:function`."""
         return self.label
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -170,9 +170,10 @@ class FunctionReward(Reward):
 
 
 def reward_of(fn: Reward | RewardFunction, name: str | None = None) -> Reward:
-    """A reward from a plain function of (images, prompts); a reward passes through.
+    """Make a reward of a function of (images, prompts). A reward is returned unchanged.
 
-    A `torch.nn.Module` is put in evaluation mode and its parameters stop requiring gradients.
+    A `torch.nn.Module` is put in evaluation mode and its parameters stop requiring gradients. Raises UserError for anything that
+    cannot be called with images and prompts.
     """
     if isinstance(fn, Reward):
         return fn
