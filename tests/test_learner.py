@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from chainrule.learner import Learner, gradients
 class Numbers:
     weights: nn.Parameter
     rate: float
+    decay: float = 1.0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {"weights": self.weights}
@@ -41,3 +43,15 @@ def test_a_part_that_is_not_trained_stays_and_keeps_its_optimizer_state():
     one, two = (learner.optimizer.state[part.weights] for part in parts.values())
     assert (float(one["step"]), float(two["step"])) == (1.0, 2.0)
     assert float(parts["one"].weights.detach()) > float(parts["two"].weights.detach())
+
+
+def test_weight_decay_is_a_part_of_its_own_too():
+    """Adam moves nothing without a gradient; AdamW's decay takes lr * weight_decay off what there is."""
+    parts = {
+        name: Numbers(nn.Parameter(torch.full((2,), 4.0)), 1.0, decay) for name, decay in (("adapter", 1.0), ("guidance", 0.0))
+    }
+    learner = Learner.of(parts, weight_decay=0.1)
+    weights = learner.train_only(parts)
+    learner.update(weights, torch.zeros(4), 0.0, lr=0.5, clip=1.0, ema=0.0)
+    assert parts["adapter"].weights.tolist() == pytest.approx([4.0 * (1 - 0.5 * 0.1)] * 2)
+    assert parts["guidance"].weights.tolist() == [4.0, 4.0]
