@@ -36,6 +36,7 @@ class Member:
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
+        """The modules it calls."""
         return (self.denoiser.network,)
 
     def __call__(self, x: Tensor, level: float, condition: Condition) -> Tensor:

@@ -117,9 +117,11 @@ class Computed:
 
     @classmethod
     def of(cls, value: Tensor) -> Computed:
+        """A leaf with the value of this tensor."""
         return cls(value, value.detach().requires_grad_(value.requires_grad))
 
     def pull(self) -> None:
+        """Send the leaf's gradient on to what the tensor was computed from."""
         if self.leaf.grad is not None:
             self.value.backward(self.leaf.grad)
             self.leaf.grad = None
@@ -221,7 +223,7 @@ class Chain:
 
 
 def check_members(members: Iterable[str], cast: Cast) -> None:
-    """UserError for members to jump by that the cast does not have; it names the members there are."""
+    """Raises UserError for members to jump by that the cast does not have; it names the members there are."""
     missing = sorted(set(members) - set(cast))
     if missing:
         hint = "; give the model one by model.with_student(...)" if "student" in missing else ""

@@ -63,22 +63,27 @@ class DistillTask:
 
     @property
     def label(self) -> str:
+        """What the progress bar calls the update."""
         return "distill"
 
     @property
     def watched(self) -> str:
+        """The number of a row that the progress bar shows."""
         return "loss"
 
     @property
     def batch(self) -> int:
+        """Images per update."""
         return self.settings.batch
 
     @property
     def total(self) -> int:
+        """Updates until it is done."""
         return self.settings.updates
 
     @property
     def step(self) -> int:
+        """Updates done so far."""
         return self.learner.step
 
     def grid(self, rng: Random) -> Grid:
@@ -98,6 +103,7 @@ class DistillTask:
         return [pairs[n] for n in by_segment[: self.settings.starts]]
 
     def update(self) -> Row:
+        """Make one update and return its row of the log."""
         s, step, began = self.settings, self.step, time.perf_counter()
         rng = Random(derive(s.seed, "distill", step))
         grid = self.grid(rng)
@@ -132,9 +138,11 @@ class DistillTask:
         return abs(alpha * sigma2 - alpha2 * sigma)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a checkpoint needs: tensors, and values for JSON."""
         return self.learner.tensors(), self.learner.state
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a saved state. Raises KeyError, TypeError or RuntimeError when it is of another task."""
         self.learner.restore(tensors, state)
 
     def save(self, folder: Path) -> None:

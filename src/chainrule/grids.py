@@ -39,6 +39,7 @@ class SampleGrids:
 
     @property
     def listener(self) -> Listener:
+        """What the loop tells of its updates."""
         return Listener(started=self.before, updated=self.during, finished=self.after)
 
     @property
@@ -54,6 +55,7 @@ class SampleGrids:
             self._save(self.first, "before")
 
     def during(self, row: Row) -> str | None:
+        """Make a grid every few updates."""
         s, step = self.settings, row["step"]
         if not s.sample_every or step % s.sample_every or step >= s.updates:
             return None
@@ -69,6 +71,7 @@ class SampleGrids:
         return "held-out reward stopped rising" if s.patience and self.stale >= s.patience else None
 
     def after(self, reason: str) -> None:
+        """Make the last grids."""
         if reason == "interrupted":
             return
         images = self._images()

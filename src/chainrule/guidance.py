@@ -73,6 +73,7 @@ class CFG:
 
     @property
     def reads_negative(self) -> bool:
+        """Whether the negative embedding matters."""
         return not _off(self.scale)
 
     def __call__(self, ask: Denoiser, x: Tensor, level: float, condition: Condition) -> Tensor:
@@ -91,6 +92,7 @@ class Rescaled:
 
     @property
     def reads_negative(self) -> bool:
+        """Whether the negative embedding matters."""
         return not _off(self.scale)
 
     def __call__(self, ask: Denoiser, x: Tensor, level: float, condition: Condition) -> Tensor:
@@ -114,13 +116,17 @@ class NormRescaled:
 
     @property
     def reads_negative(self) -> bool:
+        """Whether the negative embedding matters."""
         return not _off(self.scale)
 
     def __call__(self, ask: Denoiser, x: Tensor, level: float, condition: Condition) -> Tensor:
         return _guided(self.scale, ask, x, level, condition, lambda m, c: m * (self._norms(c) / self._norms(m)))
 
     def _norms(self, answer: Tensor) -> Tensor:
-        """The norm of each token, at every one of its latents: (b, 1, h, w). UserError for sides that the patch does not divide."""
+        """The norm of each token, at every one of its latents: (b, 1, h, w).
+
+        Raises UserError for sides that the patch does not divide.
+        """
         if answer.shape[-1] % self.patch or answer.shape[-2] % self.patch:
             sides = f"{answer.shape[-2]} x {answer.shape[-1]}"
             raise UserError(f"patch is {self.patch}, but must divide both sides of the latents, {sides}")
@@ -162,6 +168,7 @@ class ByLevel:
 
     @property
     def reads_negative(self) -> bool:
+        """Whether the negative embedding matters."""
         scales = self.scales
         each = [scales] if isinstance(scales, Tensor) else scales
         return any(reads_negative(replace(self.inner, scale=one)) for one in each)  # type: ignore[type-var]
@@ -198,6 +205,7 @@ class Interval:
 
     @property
     def reads_negative(self) -> bool:
+        """Whether the negative embedding matters."""
         return reads_negative(self.inner)
 
     def __call__(self, ask: Denoiser, x: Tensor, level: float, condition: Condition) -> Tensor:

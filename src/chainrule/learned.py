@@ -72,9 +72,11 @@ class GuidanceWeights:
         return cls(calls, weights, inner or CFG(scale), rate)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters, by names that are the same in every run."""
         return {"weights": self.weights}
 
     def into(self, chain: Chain) -> Chain:
+        """The chain with this part in it."""
         base = chain.cast["base"]
         if not isinstance(base, Member):
             raise UserError("guidance weights need a base member that is guided; this cast's answers in a way of its own")
@@ -103,9 +105,11 @@ class NegativeEmbedding:
     decay: float = 1.0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters, by names that are the same in every run."""
         return dict(self.network.named_parameters())
 
     def into(self, chain: Chain) -> Chain:
+        """The chain with this part in it."""
         states: Tensor = self.network(chain.condition.positive.states)
         computed = Computed.of(states)
         negative = replace(chain.condition.negative, states=computed.leaf)

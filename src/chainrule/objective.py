@@ -73,9 +73,11 @@ class RewardTerm:
 
     @property
     def name(self) -> str:
+        """What the log calls it."""
         return self.reward.name
 
     def of_images(self, images: Tensor, prompts: Sequence[str], rows: slice) -> Tensor:
+        """The value of each image, (b,)."""
         reward = self.reward if self.reference is None else self.reward.with_reference(self.reference[rows])
         return checked(reward, images, prompts)
 
@@ -92,6 +94,7 @@ class Distance:
     name: str = "distance"
 
     def of_images(self, images: Tensor, prompts: Sequence[str], rows: slice) -> Tensor:
+        """The value of each image, (b,)."""
         return distance(images, self.reference[rows])
 
 
@@ -113,6 +116,7 @@ class KL:
     name: str = "kl"
 
     def of_call(self, call: Call) -> Tensor | None:
+        """The value of each image at this call, (b,); None for a call it does not look at."""
         if call.jump.stop != 0:
             return None
         with torch.no_grad():
@@ -135,6 +139,7 @@ class SegmentError:
     name: str = "segment error"
 
     def of_call(self, call: Call) -> Tensor:
+        """The value of each image at this call, (b,); None for a call it does not look at."""
         a, b = self.move
         missed = (a * call.state + b * call.answer - self.target) / self.reach
         return missed.flatten(1).square().mean(1)

@@ -134,6 +134,7 @@ class Forecast:
 
     @classmethod
     def of(cls, plan: Plan, *, recompute: bool) -> Forecast:
+        """The cost of a plan, with or without recomputing its live calls."""
         live = [sum(j.grad is not Grad.NONE for j in branch) for branch in plan.branches]
         passes = plan.calls() + sum(live) * (2 if recompute else 1)
         base = plan.calls()

@@ -206,7 +206,7 @@ def environment() -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """The nearest thing that exists on the way to an output folder has to be a folder. UserError if not."""
+    """The nearest thing that exists on the way to an output folder has to be a folder. Raises UserError if not."""
     for place in (folder, *folder.parents):
         if place.is_dir():
             return

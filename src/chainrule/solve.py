@@ -109,6 +109,7 @@ class DDIM:
     stochastic: ClassVar[bool] = False
 
     def step(self, run: Path, at: int) -> Step:
+        """The move of `run[at]` as coefficients."""
         jump = run[at]
         return Step(*self.process.coefficients(jump.start, jump.stop, jump.finish))
 
@@ -126,6 +127,7 @@ class Ancestral:
     stochastic: ClassVar[bool] = True
 
     def step(self, run: Path, at: int) -> Step:
+        """The move of `run[at]` as coefficients."""
         jump = run[at]
         (alpha, sigma), (alpha2, sigma2) = self.process.schedule(jump.start), self.process.schedule(jump.stop, jump.finish)
         ratio = alpha / alpha2
@@ -160,9 +162,11 @@ class DPMSolver:
 
     @property
     def reads(self) -> int:
+        """How many earlier clean predictions a step reads."""
         return self.order - 1
 
     def step(self, run: Path, at: int) -> Step:
+        """The move of `run[at]` as coefficients."""
         jump, settled = run[at], len(run) < self.settle and at == len(run) - 2 and run[-1].finish
         order = 1 if jump.stop == 0 else min(self.order, at + 1, 2 if settled else self.order)
         if order == 1:
@@ -202,6 +206,7 @@ class Consistency:
     stochastic: ClassVar[bool] = True
 
     def step(self, run: Path, at: int) -> Step:
+        """The move of `run[at]` as coefficients."""
         jump = run[at]
         a, b = self.process.coefficients(jump.start, 0)
         time = self.scaling * (jump.start - 1)
@@ -224,6 +229,7 @@ class TCD:
     stochastic: ClassVar[bool] = True
 
     def step(self, run: Path, at: int) -> Step:
+        """The move of `run[at]` as coefficients."""
         jump = run[at]
         if jump.stop == 0:
             return Step(*self.process.coefficients(jump.start, 0, jump.finish))

@@ -118,22 +118,27 @@ class FinetuneTask:
 
     @property
     def label(self) -> str:
+        """What the progress bar calls the update."""
         return f"stage {self.stages.now.number + 1} of {len(self.stages)}" if len(self.stages) > 1 else "update"
 
     @property
     def watched(self) -> str:
+        """The number of a row that the progress bar shows."""
         return "reward"
 
     @property
     def batch(self) -> int:
+        """Images per update."""
         return self.settings.batch
 
     @property
     def total(self) -> int:
+        """Updates until it is done."""
         return self.settings.updates
 
     @property
     def step(self) -> int:
+        """Updates done so far."""
         return self.learner.step
 
     @property
@@ -161,6 +166,7 @@ class FinetuneTask:
         return objective.with_terms(KL(replace(self.model, active={}).cast()["base"], self.settings.kl))
 
     def update(self) -> Row:
+        """Make one update and return its row of the log."""
         s, step, began = self.settings, self.step, time.perf_counter()
         plan, trained = self.plan(), needs(self.stages.method, self.grid).trained
         weights = self.learner.train_only((*trained, *self.model.learned))
@@ -195,9 +201,11 @@ class FinetuneTask:
         return {name: self.processes.mean_of(sum(values) / len(values)) for name, values in means.items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a checkpoint needs: tensors, and values for JSON."""
         return self.learner.tensors(), {**self.learner.state, "stage": asdict(self.stages.now)}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a saved state. Raises KeyError, TypeError or RuntimeError when it is of another task."""
         self.stages.now = Stage(**state["stage"])
         self.learner.restore(tensors, state)
 

@@ -35,10 +35,12 @@ class Weights:
 
     @property
     def rank(self) -> int:
+        """The rank of its matrices."""
         return next(t.shape[0] for k, t in self.tensors.items() if "lora_A" in k)
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """The names of the adapted layers."""
         return tuple(sorted({key.split(".lora_")[0] for key in self.tensors}))
 
     def half(self) -> Weights:
@@ -65,7 +67,7 @@ def save_bands(folder: str | Path, bands: Mapping[str, Spans | None]) -> None:
 
 
 def adapter_files(source: str | Path) -> dict[Path, Spans | None]:
-    """The files of one adapter, or of several by level, with their levels (None: all). UserError if there is none."""
+    """The files of one adapter, or of several by level, with their levels (None: all). Raises UserError if there is none."""
     for folder in (Path(source), Path(source) / "adapter"):
         if (folder / BANDS).is_file():
             try:
@@ -82,7 +84,7 @@ def _spans(levels: Any) -> Spans | None:
 
 
 def find(source: str | Path) -> Path:
-    """The safetensors file of an adapter file, an adapter folder or a run folder. UserError if there is none."""
+    """The safetensors file of an adapter file, an adapter folder or a run folder. Raises UserError if there is none."""
     path = Path(source)
     if any((folder / BANDS).is_file() for folder in (path, path / "adapter")):
         raise UserError(f"{source} has several adapters, each for its own levels; this needs a single one")
@@ -151,7 +153,7 @@ def one_rank(tensors: Mapping[str, Tensor], scales: Mapping[str, float], compone
 def mix(weights: Mapping[str, float] | Mapping[Path, float]) -> Weights:
     """The exact sum of scaled adapters, as one: ranks concatenate (arXiv:2309.17400, section 5.3).
 
-    sum_j s_j * alpha_j / r_j * B_j A_j = [B_1 ... B_n] diag(...) [A_1; ...; A_n]. UserError when two of them adapt
+    sum_j s_j * alpha_j / r_j * B_j A_j = [B_1 ... B_n] diag(...) [A_1; ...; A_n]. Raises UserError when two of them adapt
     different layers.
     """
     if not weights:

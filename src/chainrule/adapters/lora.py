@@ -168,7 +168,7 @@ def lease(network: nn.Module, name: str, source: str | Path | Weights) -> Lease:
 
 
 def load(network: nn.Module, name: str, source: str | Path | Weights) -> Adapter:
-    """Add a saved adapter to a network, frozen. UserError when it was made for another architecture."""
+    """Add a saved adapter to a network, frozen. Raises UserError when it was made for another architecture."""
     stored = source if isinstance(source, Weights) else read(source)
     modules = dict(network.named_modules())
     for target in stored.targets:

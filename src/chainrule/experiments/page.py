@@ -30,6 +30,7 @@ class Results:
 
     @cached_property
     def runs(self) -> dict[str, list[Unit]]:
+        """The runs of every row."""
         found: dict[str, list[Unit]] = {label: [] for label in self.table.rows}
         for unit in units(self.table):
             found[unit.label].append(unit)
@@ -44,10 +45,12 @@ class Results:
 
     @property
     def done(self) -> int:
+        """How many runs have a result."""
         return sum(map(len, self.numbers.values()))
 
     @property
     def total(self) -> int:
+        """How many runs the table has."""
         return sum(map(len, self.runs.values()))
 
 

@@ -100,6 +100,7 @@ class Worker:
 
     @classmethod
     def start(cls, unit: Unit, root: Path) -> Worker:
+        """Start the process."""
         fresh = multiprocessing.get_context("spawn")  # a forked torch may hang
         here, there = fresh.Pipe()
         process = fresh.Process(target=_serve, args=(there, root), daemon=True)

@@ -74,6 +74,7 @@ class Unit:
 
     @property
     def title(self) -> str:
+        """What the run is called."""
         return self.label if self.seed is None else f"{self.label}, seed {self.seed}"
 
 

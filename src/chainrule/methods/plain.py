@@ -22,10 +22,12 @@ class DRaFT:
         within("k", self.k, 1)
 
     def needs(self, grid: Grid) -> Needs:
+        """Say which members, adapters and learned parts it needs on this grid."""
         within("k", self.k, 1, len(grid) - 1)
         return Needs()
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
         self.needs(grid)
         steps = len(grid) - 1
         cut = steps - (self.k or steps)
@@ -48,6 +50,7 @@ class DRaFTLV:
         within("n", self.n, 1)
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
         last = grid[-2]
         copy = (Jump(0, last), Jump(last, 0, grad=Grad.FULL))
         branches = (walk(grid[-2:], Grad.FULL), *(copy,) * self.n)
@@ -69,10 +72,12 @@ class ReFL:
         within("m", self.m, 1)
 
     def needs(self, grid: Grid) -> Needs:
+        """Say which members, adapters and learned parts it needs on this grid."""
         within("m", self.m, 1, len(grid) - 1)
         return Needs(members=() if self.guided else ("unguided",))
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
         via = next(iter(self.needs(grid).members), "base")
         start = len(grid) - 1 - rng.randint(1, self.m)
         return Plan(walk(grid[: start + 1]), ((Jump(grid[start], 0, via, Grad.FULL),),))
@@ -89,6 +94,7 @@ class AlignProp:
     last_only: bool = False
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
         return DRaFT(1 if self.last_only else rng.randint(1, len(grid) - 1)).plan(grid, rng)
 
 
@@ -109,11 +115,13 @@ class DRTune:
         within("m", self.m, 1)
 
     def needs(self, grid: Grid) -> Needs:
+        """Say which members, adapters and learned parts it needs on this grid."""
         within("k", self.k, 1, len(grid) - 1)
         within("m", self.m, 1, len(grid) - 1)
         return Needs()
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
         self.needs(grid)
         steps = len(grid) - 1
         stride = steps // self.k
@@ -144,10 +152,12 @@ class SDO:
         within("samples", self.samples, 1)
 
     def needs(self, grid: Grid) -> Needs:
+        """Say which members, adapters and learned parts it needs on this grid."""
         within("samples", self.samples, 1, len(grid) - 1)
         return Needs()
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
         self.needs(grid)
         first, *rest = sorted(rng.sample(range(len(grid) - 1), self.samples))
         grads = {first: Grad.FULL} | dict.fromkeys(rest, Grad.WEIGHTS)

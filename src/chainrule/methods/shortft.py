@@ -61,6 +61,7 @@ class ShortFT:
         return (self,) if self.stage else tuple(replace(self, stage=i + 1) for i in range(self.k))
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
         within("k", self.k, 1, len(grid) - 1)
         ends, spans, stage = self._ends(grid), self._spans(grid), self.stage or 1
         begins = [0, *(end + 1 for end in ends)]

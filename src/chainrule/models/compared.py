@@ -18,8 +18,8 @@ from chainrule.models.pipeline import weight_type
 def pipeline_images(model: Model, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
     """What `model.render` should give: the pipeline's answer, with its own code, under the scheduler the sampler equals.
 
-    Images as (n, 3, h, w) in [0, 1] on the CPU. Adapters are off. UserError where there is nothing to compare with: pipelines
-    in pixel space know no classes.
+    Images as (n, 3, h, w) in [0, 1] on the CPU. Adapters are off. Raises UserError where there is nothing to compare with:
+    pipelines in pixel space know no classes.
     """
     known = inspect.signature(type(model.pipe).__call__).parameters
     if "prompt" not in known and weight_type(model.network) == torch.bfloat16:

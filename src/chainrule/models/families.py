@@ -43,7 +43,7 @@ TIMES: Mapping[str, tuple[float, int]] = {"SD3Transformer2DModel": (1.0, 0), "Fl
 
 
 def index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's folder says its components are. UserError for another folder."""
+    """What a pipeline's folder says its components are. Raises UserError for another folder."""
     file = folder / "model_index.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a diffusers folder: it has no model_index.json")

@@ -97,7 +97,7 @@ def load(
     is one. `solver` samples by another solver than the pipeline's own scheduler, `size` is that of the images
     in pixels: 512, a square; (768, 1024) or "768x1024", height and width. `quantize` holds the denoiser's weights in fewer
     bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32. Only safetensors are read. Raises
-    UserError in one line before anything heavy is loaded.
+    Raises UserError in one line before anything heavy is loaded.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -130,7 +130,7 @@ def _defaults_of(pipe: Any) -> Defaults:
 
 
 def _device(name: str | None) -> str:
-    """The device by name, or the GPU if there is one. UserError for one that is not there."""
+    """The device by name, or the GPU if there is one. Raises UserError for one that is not there."""
     import torch
 
     from chainrule.processes import default_device

@@ -20,7 +20,7 @@ OWN = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
 
 
 def keys_of(file: Path) -> list[str]:
-    """The names of a file's tensors. UserError for a damaged one."""
+    """The names of a file's tensors. Raises UserError for a damaged one."""
     try:
         with safe_open(file, "pt") as stored:
             return list(stored.keys())
@@ -37,7 +37,7 @@ def read(file: Path, pipeline: str) -> Weights:
     """A LoRA for the denoiser of a diffusers pipeline class: in diffusers' spelling, or in any that its loader converts.
 
     Layers may have scales and ranks of their own: scales go into the up matrices, smaller ranks are filled up with zeros.
-    UserError for a LoRA that adapts a text encoder too, and for a spelling the pipeline's loader does not know.
+    Raises UserError for a LoRA that adapts a text encoder too, and for a spelling the pipeline's loader does not know.
     """
     keys = keys_of(file)
     if any(key.startswith(("text_encoder", "lora_te")) for key in keys):
@@ -73,7 +73,7 @@ def _peft(state: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
 def save_kohya(weights: Weights, file: Path) -> Path:
     """Write a LoRA of a UNet as ComfyUI and kohya's scripts read it, by diffusers' converter; its scale goes into the matrices.
 
-    UserError for a transformer's: there is no converter, and ComfyUI reads diffusers' own file.
+    Raises UserError for a transformer's: there is no converter, and ComfyUI reads diffusers' own file.
     """
     from diffusers.utils import convert_state_dict_to_kohya as renamed
 

@@ -62,6 +62,7 @@ class Model:
 
     @property
     def network(self) -> nn.Module:
+        """The module that denoises."""
         return self.denoiser.network
 
     @property
@@ -71,6 +72,7 @@ class Model:
 
     @property
     def solver(self) -> Solver:
+        """How a step is made."""
         return self.sampler.solver
 
     @property
@@ -91,6 +93,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        """Where the network is."""
         return next(self.network.parameters()).device
 
     @property
@@ -162,7 +165,7 @@ class Model:
     def blockwise(self, memory: Memory) -> AbstractContextManager[None]:
         """Within the block, with `Memory.BLOCKS`, networks and VAE keep their blocks' inputs and make the rest again.
 
-        About one block's activations instead of a call's, for one more forward pass. UserError for a network that cannot.
+        About one block's activations instead of a call's, for one more forward pass. Raises UserError for a network that cannot.
         """
         if memory is not Memory.BLOCKS:
             return nullcontext()
@@ -221,7 +224,7 @@ class Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).
 
         `source` is a LoRA for this model (a folder of `distill`, a file, or OWNER/NAME:FILE on the hub), or the folder or
-        hub id of a network of its own; by default the student that ships with a bundled model. UserError when it does
+        hub id of a network of its own; by default the student that ships with a bundled model. Raises UserError when it does
         not fit.
         """
         student = students.load(
@@ -250,7 +253,7 @@ class Model:
         yield from chain.states(self.noise(seeds), walk(levels))
 
     def check_bands(self, levels: Grid) -> None:
-        """UserError for an adapter by levels that would be on in no call of this grid."""
+        """Raises UserError for an adapter by levels that would be on in no call of this grid."""
         adapters.check_calls(self.active, levels[:-1])
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ PUBLISHED: Mapping[str, Published] = {
 
 
 def find(source: object, pipeline: str) -> Published | None:
-    """What is published under a name, for this pipeline; None for any other source. UserError for another pipeline's."""
+    """What is published under a name, for this pipeline; None for any other source. Raises UserError for another pipeline's."""
     known = PUBLISHED.get(str(source))
     if known and known.pipeline != pipeline:
         raise UserError(f"{source} is for {known.pipeline}, and the model is a {pipeline}")

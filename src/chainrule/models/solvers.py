@@ -74,7 +74,7 @@ NEAREST = {
 
 
 def check(name: str | None) -> None:
-    """UserError for a solver that is not there."""
+    """Raises UserError for a solver that is not there."""
     if name is not None and name not in KINDS:
         raise unknown("solver", name, SOLVERS)
 
@@ -85,7 +85,7 @@ def own_spacing(scheduler: Any, steps: int, **options: Any) -> None:
 
 
 def check_scheduler(scheduler: str, name: str | None) -> None:
-    """UserError for a pipeline's scheduler, by its class, that has no solver here, unless another one is asked for."""
+    """Raises UserError for a pipeline's scheduler, by its class, that has no solver here, unless another one is asked for."""
     if scheduler == FLOW and name not in (None, "euler"):
         raise UserError(f"the solver {name} is for diffusion models, and this one is a flow; its solver is euler")
     if name is None and scheduler != FLOW and scheduler not in {kind.scheduler for kind in KINDS.values()}:
@@ -116,7 +116,7 @@ def sampler_of(
 ) -> Sampler:  # fmt: skip
     """The sampler of a pipeline's scheduler as it is configured, or by another solver over the same noise schedule.
 
-    `spacing` sets the timesteps as the pipeline does, `settings` change the scheduler's own. UserError for a scheduler or a
+    `spacing` sets the timesteps as the pipeline does, `settings` change the scheduler's own. Raises UserError for a scheduler or a
     setting no solver here has.
     """
     check(name)
@@ -180,7 +180,7 @@ def _check(scheduler: Any, needs: Mapping[str, object]) -> None:
 
 
 def _levels(scheduler: Any, steps: int, spacing: Spacing, offset: int, strides: bool) -> Grid:
-    """The levels of diffusers' own timesteps, then 0. UserError for a number of steps the scheduler does wrong."""
+    """The levels of diffusers' own timesteps, then 0. Raises UserError for a number of steps the scheduler does wrong."""
     fresh, total = type(scheduler).from_config(scheduler.config), scheduler.config.num_train_timesteps
     try:
         spacing(fresh, steps)

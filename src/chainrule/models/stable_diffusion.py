@@ -30,6 +30,7 @@ class UNet:
 
     @property
     def guidance_is_input(self) -> bool:
+        """Whether the network reads its guidance scale."""
         return self.embed_guidance is not None
 
     def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding, scale: float | Tensor = 1.0) -> Tensor:

@@ -52,7 +52,7 @@ def _lora_in(place: Path) -> Path | None:
 
 
 def _network(place: Path) -> Path:
-    """The folder or file of a network, of a pipeline's or its own. UserError when there is none."""
+    """The folder or file of a network, of a pipeline's or its own. Raises UserError when there is none."""
     if place.is_file():
         return place
     for folder in (*(place / component for component in COMPONENTS), place):
@@ -161,7 +161,7 @@ def _loaded(base_network: Any, base: str, place: Path) -> Any:
 
 
 def _download(name: str) -> Path:
-    """A pipeline's network from the hub. UserError when there is no such thing here or there."""
+    """A pipeline's network from the hub. Raises UserError when there is no such thing here or there."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         given = "give a folder, a .safetensors file, a published one (chainrule models), or a hub id OWNER/NAME or OWNER/NAME:FILE"
         raise UserError(f"no student at {name!r}: {given}")

@@ -60,14 +60,17 @@ class SteerTask:
 
     @property
     def label(self) -> str:
+        """What the progress bar calls the update."""
         return "steer"
 
     @property
     def watched(self) -> str:
+        """The number of a row that the progress bar shows."""
         return "reward"
 
     @property
     def batch(self) -> int:
+        """Images per update."""
         return min(self.settings.batch, sum(len(each.prompts) for each in self.batches))
 
     @property
@@ -79,6 +82,7 @@ class SteerTask:
 
     @torch.no_grad()
     def update(self) -> Row:
+        """Make one update and return its row of the log."""
         began = time.perf_counter()
         search = self._searched()
         with self.model.blockwise(Memory(self.settings.memory)):
@@ -112,6 +116,7 @@ class SteerTask:
         return joined([*self.found, *([self._result(self.search)] if self.search else [])])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a checkpoint needs: tensors, and values for JSON."""
         tensors = {
             f"found/{n}/{name}": torch.from_numpy(np.stack([np.asarray(picture) for picture in getattr(each, name)]))
             for n, each in enumerate(self.found)
@@ -126,6 +131,7 @@ class SteerTask:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go back to a saved state. Raises KeyError, TypeError or RuntimeError when it is of another task."""
         self.found = []
         for n, lists in enumerate(state["found"]):
             images, before = ([Image.fromarray(p.numpy()) for p in tensors[f"found/{n}/{name}"]] for name in PICTURES)

@@ -36,6 +36,7 @@ class Latent:
     decay: float = 0.0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters, by names that are the same in every run."""
         return {"latent": self.x}
 
     def into(self, chain: Chain) -> Chain:
@@ -57,6 +58,7 @@ class Embedding:
     decay: float = 0.0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters, by names that are the same in every run."""
         return {self.side: self.states}
 
     def into(self, chain: Chain) -> Chain:
@@ -78,6 +80,7 @@ class Controls:
     decay: float = 0.0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters, by names that are the same in every run."""
         return {f"{level:g}": value for level, value in self.values.items()}
 
     def into(self, chain: Chain) -> Chain:
@@ -108,6 +111,7 @@ class Controlled:
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
+        """The modules it calls."""
         return tuple(networks_of({"base": self.member}))
 
     def __call__(self, x: Tensor, level: float, condition: Condition) -> Tensor:
@@ -147,14 +151,16 @@ class LatentKind:
     is_state: ClassVar[bool] = True
 
     def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
+        """The variable before its first update, and the state the chain starts from."""
         latent = nn.Parameter(x.clone())
         return Latent(latent), latent
 
     def live(self, calls: int, rng: Random) -> list[Grad]:
+        """What the gradient of SDO reaches through every call."""
         return _one(calls, 0)
 
     def check(self, model: Model, images: int, batch: int) -> None:
-        pass
+        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +173,15 @@ class EmbeddingKind:
     is_state: ClassVar[bool] = False
 
     def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
+        """The variable before its first update, and the state the chain starts from."""
         return Embedding(nn.Parameter(getattr(chain.condition, self.side).states.clone()), self.side), x
 
     def live(self, calls: int, rng: Random) -> list[Grad]:
+        """What the gradient of SDO reaches through every call."""
         return _one(calls, rng.randrange(calls))
 
     def check(self, model: Model, images: int, batch: int) -> None:
+        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
         self.fits(model)
         known = model.defaults.labels[:1] or ("",)
         if not model.embed(list(known)).positive.states.is_floating_point():
@@ -200,13 +209,15 @@ class ControlsKind:
     is_state: ClassVar[bool] = False
 
     def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
+        """The variable before its first update, and the state the chain starts from."""
         return Controls({level: nn.Parameter(torch.zeros_like(x)) for level in grid[:-1]}), x
 
     def live(self, calls: int, rng: Random) -> list[Grad]:
+        """What the gradient of SDO reaches through every call."""
         return [Grad.WEIGHTS] * calls
 
     def check(self, model: Model, images: int, batch: int) -> None:
-        pass
+        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +232,16 @@ class WeightsKind:
     is_state: ClassVar[bool] = False
 
     def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
+        """The variable before its first update, and the state the chain starts from."""
         assert adapter is not None
         return adapter, x
 
     def live(self, calls: int, rng: Random) -> list[Grad]:
+        """What the gradient of SDO reaches through every call."""
         return _one(calls, rng.randrange(calls))
 
     def check(self, model: Model, images: int, batch: int) -> None:
+        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
         if images > batch:
             raise UserError(f"batch is {batch}, but over weights all {images} images are steered together; raise it")
 
