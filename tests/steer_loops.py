@@ -15,8 +15,8 @@ import chainrule as cr
 from chainrule.chain import Memory
 from chainrule.denoise import Condition
 from chainrule.objective import Objective
+from chainrule.steer.kinds import Over
 from chainrule.steer.problem import Problem
-from chainrule.steer.variables import Over
 
 STEPS, GUIDANCE, SEEDS, PROMPTS = 5, 3.0, [4, 9], ["a fox", "two bees"]
 close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-12)

@@ -21,6 +21,7 @@ from chainrule.learned import GuidanceWeights, Learned, NegativeEmbedding
 from chainrule.methods import SDO, DRaFT, DRaFTLV, Method, ShortFT, needs
 from chainrule.plan import Grad, Plan
 from chainrule.plan import Path as Jumps
+from chainrule.steer.variables import Controls, Embedding
 
 STEPS, SEEDS, PROMPTS = 5, [4, 9], ["a fox", "two bees"]
 
@@ -44,6 +45,8 @@ class Case:
     part: Callable[[cr.Model], Learned]
     scale: Callable[[Learned, int], Tensor | float] = lambda part, call: 3.0
     negative: Callable[[Learned, Tensor, Tensor], Tensor] = lambda part, positive, negative: negative
+    positive: Callable[[Learned, Tensor], Tensor] = lambda part, positive: positive
+    control: Callable[[Learned, float], Tensor | float] = lambda part, level: 0.0
 
 
 def guidance_weights(model: cr.Model) -> GuidanceWeights:
@@ -52,11 +55,31 @@ def guidance_weights(model: cr.Model) -> GuidanceWeights:
     return part
 
 
+def embedding(side: str) -> Callable[[cr.Model], Embedding]:
+    """One away from the prompts' own."""
+
+    def part(model: cr.Model) -> Embedding:
+        torch.manual_seed(3)
+        states = getattr(model.embed(PROMPTS), side).states
+        return Embedding(nn.Parameter(states + 0.1 * torch.randn_like(states)), side)
+
+    return part
+
+
+def controls(model: cr.Model) -> Controls:
+    torch.manual_seed(4)
+    x = model.noise(SEEDS)
+    return Controls({level: nn.Parameter(0.1 * torch.randn_like(x)) for level in model.grid(STEPS)[:-1]})
+
+
 CASES = {
     "guidance weights": Case(guidance_weights, scale=lambda part, call: part.weights[call]),
     "negative embedding": Case(
         lambda model: NegativeEmbedding(Mixer()), negative=lambda part, positive, negative: part.network(positive)
     ),
+    "steered prompt": Case(embedding("positive"), positive=lambda part, positive: part.states),
+    "steered negative prompt": Case(embedding("negative"), negative=lambda part, positive, negative: part.states),
+    "steered controls": Case(controls, control=lambda part, level: part.values[level]),
 }
 METHODS = [DRaFT(1), DRaFT(), DRaFTLV(2), SDO(), SDO(2), ShortFT(k=2, stage=1), ShortFT(k=2, stage=2)]
 
@@ -84,8 +107,11 @@ def prepared(method: Method, case: Case, folder: Path) -> tuple[cr.Model, dict[s
 def plain_loss(model: cr.Model, part: Learned, case: Case, plan: Plan) -> Tensor:
     """The plan walked with autograd alone, the part's values written in by hand at every call."""
     cast, condition, grid = replace(model, learned={}).cast(), model.embed(PROMPTS), list(model.grid(STEPS))
-    states = case.negative(part, condition.positive.states, condition.negative.states)
-    condition = replace(condition, negative=replace(condition.negative, states=states))
+    positive = case.positive(part, condition.positive.states)
+    negative = case.negative(part, condition.positive.states, condition.negative.states)
+    condition = replace(
+        condition, positive=replace(condition.positive, states=positive), negative=replace(condition.negative, states=negative)
+    )
     noise = replace(model, learned={}).chain(PROMPTS, SEEDS).noise
 
     def run(x: Tensor, path: Jumps, branch: int) -> Tensor:
@@ -99,6 +125,8 @@ def plain_loss(model: cr.Model, part: Learned, case: Case, plan: Plan) -> Tensor
                 member = replace(member, guidance=CFG(case.scale(part, grid.index(jump.start))))
             seen = x if jump.grad is Grad.FULL else x.detach()
             m = member(seen, jump.start, condition)
+            if jump.via == "base":
+                m = m + case.control(part, jump.start)
             a, b = model.solver.process.coefficients(jump.start, jump.stop, jump.finish)
             x = a * x + b * (m.detach() if jump.grad is Grad.NONE else m)
         return x

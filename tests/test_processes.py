@@ -1,4 +1,4 @@
-"""N processes are one process: fine-tuning, distilling, sampling and evaluating, in two processes and in one."""
+"""N processes are one process: fine-tuning, distilling, steering, sampling and evaluating, in two processes and in one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ def work(folder: Path) -> None:
     net = cr.load(make_pipeline("v_prediction"))
     few = {"updates": 2, "batch": 2, "starts": 4, "teacher_steps": 8, "rank": 2, "guidance": 2.0}
     cr.distill(net, prompts=PROMPTS, out=folder / "student", **few)
+    steering: dict[str, Any] = {"updates": 3, "steps": 3, "guidance": 2.0, "lr": 0.05, "keep": 0.1}
+    cr.steer(net, PROMPTS, gray, batch=2, out=folder / "latents", **steering)  # the second batch is less than one image each
+    cr.steer(net, PROMPTS, gray, batch=2, out=folder / "cut", on_update=terminate, **steering)
+    cr.steer(net, PROMPTS, gray, batch=2, out=folder / "cut", resume=True, **steering)
+    cr.steer(net, PROMPTS[:2], gray, over="prompt", gradient="full", patience=1, out=folder / "embeddings", **steering)
+    cr.steer(net, PROMPTS, gray, over="weights", rank=2, out=folder / "weights", **steering)
     processes = Processes.here(net.device)
     images = {str(n): net.render(PROMPTS[:n], range(n), 3, 2.0, processes=processes) for n in (1, 3)}
     table = cr.evaluate({"base": net}, PROMPTS, [gray], seeds=range(3), steps=3, guidance=2.0, batch=2, processes=processes)
@@ -96,6 +103,26 @@ def test_distilling(folders):
         torch.testing.assert_close(second[key], first[key], rtol=1e-6, atol=1e-9)
     losses = [[json.loads(line)["loss"] for line in (f / "student/metrics.jsonl").read_text().splitlines()] for f in folders]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6) and files(folders[0] / "student") == files(folders[1] / "student")
+
+
+@pytest.mark.parametrize("name", ["latents", "embeddings", "weights"])
+def test_steering(folders, name):
+    """Adam divides by the size of a gradient, so that sums in another order differ by more than they are."""
+    one, two = (json.loads((folder / name / "steered.json").read_text()) for folder in folders)
+    assert one["rewards"] != one["rewards_before"] and one["prompts"] == two["prompts"] and one["updates"] == two["updates"]
+    for key in ("rewards", "rewards_before", "distances"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-9)
+    rows = [[json.loads(line) for line in (f / name / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    for first, second in zip(*rows, strict=True):
+        assert second == pytest.approx(first, rel=1e-4, abs=1e-9)
+    assert files(folders[0] / name) == files(folders[1] / name)
+
+
+def test_steering_resumes_after_one_process_was_told_to_stop(folders):
+    for folder in folders:
+        for file in ("steered.json", "metrics.jsonl", *(f"images/{k:04d}.png" for k in range(3))):
+            assert (folder / "cut" / file).read_bytes() == (folder / "latents" / file).read_bytes()
+        assert len(json.loads((folder / "cut/environment.json").read_text())["resumed"]) == 1
 
 
 def test_sampling_and_evaluating(folders):

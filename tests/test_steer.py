@@ -19,8 +19,8 @@ from chainrule.adapters.lora import every_layer
 from chainrule.objective import distance
 from chainrule.rewards import reward_of
 from chainrule.settings import Steering
+from chainrule.steer.kinds import Over
 from chainrule.steer.search import Batch, Search
-from chainrule.steer.variables import Over
 
 
 def test_steering_keeps_the_image_of_lowest_loss_and_says_what_it_is() -> None:
@@ -189,5 +189,26 @@ def test_steering_that_was_interrupted_goes_on_to_the_same_end(options: dict[str
     assert len(part.images) in (2, 3) and (tmp_path / "cut" / "stopped.txt").read_text().startswith("interrupted")
     rest = cr.steer(model, prompts, score, out=tmp_path / "cut", resume=True, **common)
     assert (rest.rewards, rest.distances, rest.updates, rest.curve) == (whole.rewards, whole.distances, whole.updates, whole.curve)
+    for file in ("images/0000.png", "images/0002.png", "steered.json", "metrics.jsonl"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_steering_that_was_killed_goes_on_from_its_checkpoint_to_the_same_end(tmp_path: Path) -> None:
+    model, prompts = cr.load(make_pipeline(dtype=torch.float32)), [*PROMPTS, "a cat"]
+    common: dict[str, Any] = {"updates": 3, "batch": 2, "lr": 0.05, "steps": STEPS, "guidance": GUIDANCE, "save_every": 2}
+
+    def kill(row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    whole = cr.steer(model, prompts, score, out=tmp_path / "whole", **common)
+    with pytest.raises(KeyboardInterrupt):
+        cr.steer(model, prompts, score, out=tmp_path / "cut", on_update=kill, **common)
+    assert [path.name for path in cr.Run(tmp_path / "cut").checkpoints()] == ["step-000002", "step-000004"]
+    steps: list[int] = []
+    rest = cr.steer(
+        model, prompts, score, out=tmp_path / "cut", resume=True, on_update=lambda row: steps.append(row["step"]), **common
+    )
+    assert steps == [5, 6] and rest.curve == whole.curve
     for file in ("images/0000.png", "images/0002.png", "steered.json", "metrics.jsonl"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file

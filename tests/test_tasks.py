@@ -26,9 +26,9 @@ from chainrule.methods import SDO, Method, ShortFT
 from chainrule.objective import Objective
 from chainrule.rewards import reward_of
 from chainrule.settings import Distillation, Finetuning, Steering
+from chainrule.steer.kinds import Over
 from chainrule.steer.search import Batch
 from chainrule.steer.task import SteerTask
-from chainrule.steer.variables import Over
 from chainrule.trackers import tracker
 from chainrule.training import FinetuneTask
 

@@ -161,6 +161,8 @@ class DistillConfig(RunConfig):
 class SteerConfig(RunConfig):
     """A run of steering: `chainrule steer`. It has one prompt, one seed and, if it starts from pictures, one of them per image."""
 
+    CHANGEABLE = frozenset({"save_every"})
+
     kind: Literal["steer"] = "steer"
     model: str = Field(default="tiny-emoji", description="bundled model, diffusers folder, hub id or run")
     adapter: Places = Field(default=(), description="a run or adapter that is on; may be repeated")

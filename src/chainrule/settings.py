@@ -184,7 +184,8 @@ class Steering(Checked):
         default=0.2, gt=0, description="strength of freedom and universal, as a share of the sampler's step or noise"
     )
     patience: int = Field(default=0, ge=0, description="stop after this many updates in which no image got better; 0: never")
-    batch: int = Field(default=4, ge=1, description="images steered at a time; changes no image")
+    batch: int = Field(default=4, ge=1, description="images steered at a time, over all processes; changes no image")
+    save_every: int = Field(default=10, ge=0, description="updates between checkpoints; 0: only at the end")
     memory: Memory = Field(default="recompute", description="how activations are held; blocks: one block of the network at a time")
 
 

@@ -58,13 +58,15 @@ def steer(
     for place in places:
         check_adapter(place, source.model, config.opening.solver)
     model = replace(source, adapters=(*source.adapters, *places)).load()
+    from chainrule.processes import Processes
     from chainrule.steer import steer as steered
 
     found = steered(
         model, wanted, reward, _settings(config.settings, source.sampling), seeds=numbers, images=config.image or None, out=out,
         resume=resume, overwrite=overwrite,
     )  # fmt: skip
-    _tell(found, Path(out), bool(config.image))
+    if Processes.here(model.device).main:
+        _tell(found, Path(out), bool(config.image))
 
 
 def _images(config: SteerConfig, seeds: int | None, first_seed: int | None) -> tuple[list[str], list[int]]:

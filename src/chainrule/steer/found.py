@@ -32,13 +32,6 @@ class Steered:
         """The image of the highest reward."""
         return self.images[max(range(len(self.images)), key=self.rewards.__getitem__)]
 
-    def image(self, number: int) -> Steered:
-        """One of the images alone, without the curve."""
-        alone = Steered([])
-        for name in (*LISTS, "images", "before"):
-            setattr(alone, name, [getattr(self, name)[number]])
-        return alone
-
 
 # What there is one of for every image, and is written down.
 LISTS = ("prompts", "rewards", "rewards_before", "distances", "updates", "inverted")

@@ -6,7 +6,7 @@ controls) get theirs in `.grad`. `sdo` and `full` are plans on the one walker; `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -16,8 +16,8 @@ from chainrule.errors import UserError, unknown
 from chainrule.plan import Grad, Plan, walk
 from chainrule.steer.adjoint import Adjoint
 from chainrule.steer.invertible import Coupled
+from chainrule.steer.kinds import CONTROLS, KINDS, LATENT, NEGATIVE, PROMPT, Kind
 from chainrule.steer.problem import Problem, Seen
-from chainrule.steer.variables import CONTROLS, KINDS, LATENT, NEGATIVE, PROMPT, Kind
 
 Gradient = Callable[[Problem, Tensor, Random], Seen]
 Grads = Callable[[int, Kind, Random], list[Grad]]  # of every call, from how many there are, the kind of variable and luck
@@ -90,11 +90,17 @@ GRADIENTS: Mapping[str, Way] = {
 }  # fmt: skip
 
 
-def gradient_of(name: str, kind: Kind | str) -> Gradient:
-    """The gradient by name, for a variable of this kind. Raises UserError for one that is not there or not defined for it."""
+def gradient_of(name: str, variable: str) -> Gradient:
+    """The gradient by name, for a variable by name. Raises UserError for one that is not there or not defined for it."""
     if name not in GRADIENTS:
         raise unknown("gradient", name, GRADIENTS)
-    way, kind = GRADIENTS[name], KINDS[kind] if isinstance(kind, str) else kind
-    if kind not in way.kinds:
-        raise UserError(f"over is {kind.name!r}, but the gradient {name!r} is for {' and '.join(each.name for each in way.kinds)}")
+    way, kind = GRADIENTS[name], KINDS[variable]
+    check_defined(name, kind, way.kinds)
     return way.make(kind)
+
+
+def check_defined(gradient: str, kind: Kind, kinds: Sequence[Kind]) -> None:
+    """Raises UserError for a kind of variable that is not among those a gradient is defined for."""
+    if kind not in kinds:
+        names = " and ".join(each.name for each in kinds)
+        raise UserError(f"over is {kind.name!r}, but the gradient {gradient!r} is for {names}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from random import Random
@@ -20,15 +20,17 @@ from chainrule.models.pictures import pictures
 from chainrule.noise import derive
 from chainrule.objective import Distance, Objective, distance
 from chainrule.plan import walk
-from chainrule.processes import Processes
+from chainrule.processes import ALONE, Processes
 from chainrule.rewards import Reward
 from chainrule.settings import Steering
 from chainrule.steer.found import Steered
 from chainrule.steer.gradients import GRADIENTS
 from chainrule.steer.guided_sampling import GUIDES
 from chainrule.steer.images import invert
+from chainrule.steer.kinds import Over
 from chainrule.steer.problem import Problem, Seen
-from chainrule.steer.variables import Over
+from chainrule.steer.share import Share
+from chainrule.steer.variables import Variable
 
 OPTIMIZERS = {
     "adam": lambda leaves, lr: torch.optim.Adam(leaves, lr=lr),
@@ -46,14 +48,19 @@ def updates_of(settings: Steering) -> int:
 class Batch:
     """What one batch is made of: its prompts and seeds, and the pictures (b, 3, h, w) in [0, 1] it starts from, if any."""
 
-    prompts: list[str]
-    seeds: list[int]
+    prompts: Sequence[str]
+    seeds: Sequence[int]
     pictures: Tensor | None = None
 
-    def share(self, processes: Processes) -> Batch:
-        """This process's images: every `count`-th one."""
-        mine = slice(processes.index, None, processes.count)
-        return Batch(self.prompts[mine], self.seeds[mine], None if self.pictures is None else self.pictures[mine])
+    def of(self, images: Sequence[int]) -> Batch:
+        """Some of the images."""
+        pictures = None if self.pictures is None else self.pictures[list(images)]
+        return Batch([self.prompts[k] for k in images], [self.seeds[k] for k in images], pictures)
+
+    def parts(self, size: int) -> list[Batch]:
+        """The images in batches of at most this size."""
+        numbers = range(len(self.prompts))
+        return [self.of(numbers[first : first + size]) for first in numbers[::size]]
 
 
 @dataclass(slots=True)
@@ -68,67 +75,89 @@ class Best:
 
 
 class Search:
-    """One batch: its chain, its variable, and the best of every image so far. All of it runs without a gradient but the calls."""
+    """One batch: its variable, and the best of every image so far. All of it runs without a gradient but the calls.
 
-    def __init__(self, model: Model, settings: Steering, over: Over, reward: Reward, batch: Batch, adapter: Adapter | None) -> None:
+    Every process holds the whole of it. The images of a pass are shared among the processes: `problem` is that of this
+    process's images, and what each has seen is put together before anything is made of it.
+    """
+
+    def __init__(
+        self, model: Model, settings: Steering, over: Over, reward: Reward, batch: Batch, adapter: Adapter | None = None,
+        processes: Processes = ALONE,
+    ) -> None:  # fmt: skip
         self.settings, self.over, self.way = settings, over, GRADIENTS.get(settings.gradient)
-        chain = model.guided(settings.guidance).chain(batch.prompts, batch.seeds, Memory(settings.memory))
+        self.share = Share(len(batch.prompts), processes)
+        mine, model = batch.of(self.share.images), model.guided(settings.guidance)
+        chain = model.chain(mine.prompts, mine.seeds, Memory(settings.memory))
         levels = model.grid(settings.sample_steps)
         grid = over.grid(levels, model.solver.process.schedule.offset)
         reference = None
-        if batch.pictures is not None:
-            latents = model.codec.encode(batch.pictures).to(model.device, model.dtype)
+        if mine.pictures is not None:
+            latents = model.codec.encode(mine.pictures).to(model.device, model.dtype)
             x, reference = invert(chain, latents, grid), model.codec.decode(latents)
         else:
             head = takewhile(lambda jump: jump.start != grid[0], walk(levels))
-            x = chain.end(model.noise(batch.seeds), tuple(head))
-        self.start = x.clone()
-        self.variable, self.x = over.kind.start(chain, x, grid, adapter)
+            x = chain.end(model.noise(mine.seeds), tuple(head))
+        self.start = self.share.rows(x).clone()
+        whole = chain if processes.count == 1 else model.chain(batch.prompts, batch.seeds)
+        self.variable, self.x = over.kind.start(whole, self.start, grid, adapter)
         self.optimizer = OPTIMIZERS[settings.optimizer](list(self.variable.named_parameters().values()), settings.lr)
-        self.reward = Objective.of(reward).scaled(1 - settings.keep)
-        self.problem = Problem(self.variable.into(chain), grid, model.codec.decode, batch.prompts, self.reward)
-        latent = (self.way.end if self.way else GRADIENTS["full"].end)(self.problem, self.x)
+        self.problem = Problem(chain, grid, model.codec.decode, mine.prompts, Objective.of(reward).scaled(1 - settings.keep))
+        latent = self._end()
         if reference is None:
             reference = torch.cat([model.codec.decode(part) for part in latent.split(self.problem.part)])
         self._hold(reference)
-        first = self.problem.read(latent)
+        first = self.share.seen(self.problem.read(latent))
         if not bool(first.losses.isfinite().all()):
             raise UserError(f"the loss is {first.losses.tolist()} before the first update; it must be finite")
-        self.inverted = distance(first.images, reference).tolist()
+        self.inverted = distance(first.images, self.reference).tolist()
         rewards, far, losses = self.numbers(first)
         self.best = Best(losses, rewards, far, torch.zeros(len(losses), dtype=torch.long), first.images)
         self.rows = [_row(0, rewards, losses, far)]
         self.number = self.idle = 0
 
     def _hold(self, reference: Tensor) -> None:
-        """Compare with these images, (b, 3, h, w): in rewards that look at them, and in the distance that is kept."""
-        self.reference, objective = reference, self.reward.against(reference)
+        """Compare with these images of this process, (n, 3, h, w): in rewards that look at them, and in the distance kept."""
+        objective = self.problem.objective.against(reference)
         if self.settings.keep:
             objective = objective.with_terms(Distance(reference, self.settings.keep))
         self.problem = replace(self.problem, objective=objective)
+        self.reference, self.before = self.share.rows(reference), self.share.rows(self._rewards(reference)).tolist()
 
     @property
     def done(self) -> bool:
         """Whether it has had its updates, or no image got better for long enough."""
         return self.number >= updates_of(self.settings) or bool(self.settings.patience and self.idle >= self.settings.patience)
 
+    def _mine(self) -> tuple[Variable, Problem, Tensor]:
+        """This process's images: the variable with leaves of its own, the problem that it is part of, and the first state."""
+        part = self.variable.of(self.share.images)
+        return part, replace(self.problem, chain=part.into(self.problem.chain)), self.x.detach()[self.share.images]
+
+    def _end(self) -> Tensor:
+        """Where the chains of this process's images lead, without gradient."""
+        _, problem, x = self._mine()
+        return (self.way or GRADIENTS["full"]).end(problem, x)
+
     def update(self) -> tuple[Seen, float]:
-        """One update; returns what was seen before it, and the gradient's norm. Nothing moves where that is not finite."""
-        if self.settings.gradient in GUIDES:
-            seen = GUIDES[self.settings.gradient][1](self.settings.strength)(self.problem, self.x.detach())
+        """One update; returns what was seen before it, and the gradient's norm.
+
+        Nothing moves, and no image counts as better, where that or the mean reward is not finite.
+        """
+        part, problem, x = self._mine()
+        if self.way is None:
+            seen = self.share.seen(GUIDES[self.settings.gradient][1](self.settings.strength)(problem, x))
             self.number += 1
-            self._look(seen, self.number)
+            self._look(seen)
             return seen, 0.0
-        assert self.way is not None
         self.optimizer.zero_grad()
-        seen = self.way.make(self.over.kind)(self.problem, self.x, Random(derive(0, "call", self.number)))
-        if self.x.requires_grad:
-            self.x.grad = seen.gradient
+        seen = self.share.seen(self.way.make(self.over.kind)(problem, x, Random(derive(0, "call", self.number))))
+        norm = self._gather(part, seen)
+        finite = math.isfinite(norm) and bool(seen.rewards.mean().isfinite())
         if self.number:  # the first image is the one before
-            self._look(seen, self.number)
-            self.idle = 0 if bool((self.best.updates == self.number).any()) else self.idle + 1
-        norm = self._norm()
-        if math.isfinite(norm):
+            better = self._look(seen, keep=finite)
+            self.idle = 0 if better else self.idle + finite
+        if finite:
             self.optimizer.step()
             self._project()
         elif not self.number:
@@ -136,9 +165,16 @@ class Search:
         self.number += 1
         return seen, norm
 
-    def _norm(self) -> float:
-        """Of the gradient of all leaves. Raises UserError where the image does not depend on any."""
-        grads = [weight.grad for weight in self.variable.named_parameters().values() if weight.grad is not None]
+    def _gather(self, part: Variable, seen: Seen) -> float:
+        """Give the variable the gradients of all its parts; returns their norm. Raises UserError where there are none."""
+        join = self.share.total if self.variable.shared else self.share.rows
+        weights = self.variable.named_parameters()
+        for name, leaf in part.named_parameters().items():
+            if leaf.grad is not None:
+                weights[name].grad = join(leaf.grad)
+        if self.over.kind.is_state:
+            self.x.grad = seen.gradient
+        grads = [weight.grad for weight in weights.values() if weight.grad is not None]
         if not grads:
             raise UserError(f"the image does not depend on the {self.over.kind.name} here; steer something else")
         return float(torch.stack([grad.double().norm() for grad in grads]).norm())
@@ -146,24 +182,25 @@ class Search:
     def finish(self) -> None:
         """Look at the image of the variable after its last update."""
         if self.way is not None:
-            self._look(self.problem.read(self.way.end(self.problem, self.x)), self.number)
+            self._look(self.share.seen(self.problem.read(self._end())))
 
     def numbers(self, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
         """Rewards, distances and losses of what was seen, (b,) on the CPU."""
         rewards = (seen.rewards / (1 - self.settings.keep)).float().cpu()
         return rewards, distance(seen.images, self.reference).float().cpu(), seen.losses.float().cpu()
 
-    def _look(self, seen: Seen, number: int) -> None:
-        """Keep what got better; add a row of the curve."""
+    def _look(self, seen: Seen, keep: bool = True) -> bool:
+        """Add a row to the curve, and with `keep` keep what got better; returns whether anything did."""
         rewards, far, losses = self.numbers(seen)
-        better = (losses < self.best.losses) & losses.isfinite()
+        self.rows.append(_row(self.number, rewards, losses, far))
+        better = (losses < self.best.losses) & losses.isfinite() & keep
         where = better.to(seen.images.device).view(-1, 1, 1, 1)
         self.best.losses = torch.where(better, losses, self.best.losses)
         self.best.rewards = torch.where(better, rewards, self.best.rewards)
         self.best.distances = torch.where(better, far, self.best.distances)
         self.best.images = torch.where(where, seen.images, self.best.images)
-        self.best.updates[better] = number
-        self.rows.append(_row(number, rewards, losses, far))
+        self.best.updates[better] = self.number
+        return bool(better.any())
 
     def _project(self) -> None:
         s = self.settings
@@ -176,19 +213,19 @@ class Search:
             norms = [x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (self.start, self.x)]
             self.x.mul_(norms[0] / norms[1])
 
-    def found(self, prompts: list[str]) -> Steered:
+    def found(self, prompts: Sequence[str]) -> Steered:
         """What this batch has found so far."""
         return Steered(
-            prompts, pictures(self.best.images), pictures(self.reference), self.best.rewards.tolist(), self._before().tolist(),
+            list(prompts), pictures(self.best.images), pictures(self.reference), self.best.rewards.tolist(), self.before,
             self.best.distances.tolist(), self.best.updates.tolist(), self.inverted, list(self.rows),
         )  # fmt: skip
 
-    def _before(self) -> Tensor:
-        """The reward of the images as they were: for a given picture its own, not that of what its latent samples."""
+    def _rewards(self, images: Tensor) -> Tensor:
+        """The rewards of this process's images as they were: of a given picture, not of what its latent samples."""
         problem, values = self.problem, []
-        for start in range(0, len(self.reference), problem.part):
+        for start in range(0, len(images), problem.part):
             rows = slice(start, start + problem.part)
-            values.append(problem.objective.of_images(self.reference[rows], problem.prompts[rows], rows).rewards)
+            values.append(problem.objective.of_images(images[rows], problem.prompts[rows], rows).rewards)
         return torch.cat(values) / (1 - self.settings.keep)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -17,17 +17,15 @@ from chainrule.loop import Row, complete, open_run, told
 from chainrule.models import Model
 from chainrule.processes import Processes
 from chainrule.rewards import Reward, RewardFunction, probe, reward_of
-from chainrule.runs import Run
 from chainrule.settings import Opening, Steering, chosen
 from chainrule.solve import DDIM, Prediction
-from chainrule.steer.found import Steered, joined
-from chainrule.steer.gradients import GRADIENTS
+from chainrule.steer.found import Steered
+from chainrule.steer.gradients import GRADIENTS, check_defined
 from chainrule.steer.guided_sampling import GUIDES
 from chainrule.steer.images import read_image
-from chainrule.steer.record import save
+from chainrule.steer.kinds import CONTROLS, LATENT, Over
 from chainrule.steer.search import Batch
 from chainrule.steer.task import SteerTask
-from chainrule.steer.variables import CONTROLS, LATENT, Over
 
 Source: TypeAlias = str | Path | Image.Image
 
@@ -40,9 +38,7 @@ def check(settings: Steering) -> Over:
     kinds = way.kinds if way else (LATENT,)
     if over == Over() and kinds == (CONTROLS,):  # nobody asked for the latent: it is the default
         over = Over(CONTROLS)
-    if over.kind not in kinds:
-        names = " and ".join(kind.name for kind in kinds)
-        raise UserError(f"over is {over.kind.name!r}, but the gradient {settings.gradient!r} is for {names}")
+    check_defined(settings.gradient, over.kind, kinds)
     if not over.kind.is_state and (settings.bound or settings.renormalize):
         raise UserError(f"over is {over.kind.name!r}, but bound and renormalize are for a latent; leave them out")
     if settings.bound and settings.renormalize:
@@ -79,36 +75,19 @@ def steer(
     reward = reward.to(model.device)
     probe(reward, model.size, model.device)
     processes, run = Processes.here(model.device), None
-    if resume and processes.count > 1:
-        raise UserError("resume of steering is for one process; start it again without resume")
     if out is not None:
         recorded = settings.model_copy(update={"over": str(over), "guidance": model.guidance_spec})
         run = open_run(out, asked.config(model, reward, recorded), processes, resume=resume, overwrite=overwrite)
-    task = SteerTask.start(model, reward, settings, over, batch.share(processes))
+    task = SteerTask.start(model, reward, settings, over, batch, processes)
     try:
-        return _steered(task, run, processes, told(on_update), resume)
-    finally:
-        task.remove()
-
-
-def _steered(task: SteerTask, run: Run | None, processes: Processes, listeners: Sequence[Any], resume: bool) -> Steered:
-    """Run the loop. Several processes steer their own images and put them together at the end, in order."""
-    try:
-        reason = complete(task, run if processes.count == 1 else None, listeners=listeners, resume=resume)
+        complete(task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes)
     except BaseException:  # what was found before an error is kept
-        if run and processes.count == 1:
+        if run and processes.main:
             task.save(run.folder)
         raise
-    found = task.result()
-    if processes.count == 1:
-        return found
-    shares = processes.gather([found.image(k) for k in range(len(found.prompts))])
-    whole = joined(shares)
-    whole.curve = joined(processes.gather([found])).curve
-    if run and processes.main and whole.images:
-        save(whole, run)
-        run.write_text("stopped.txt", f"{reason} at update {task.step}\n")
-    return whole
+    finally:
+        task.remove()
+    return task.result()
 
 
 @dataclass(frozen=True, slots=True)

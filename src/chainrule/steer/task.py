@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,14 @@ from chainrule.adapters.lora import every_layer
 from chainrule.chain import Memory
 from chainrule.loop import Row
 from chainrule.models import Model
+from chainrule.processes import ALONE, Processes
 from chainrule.rewards import Reward
 from chainrule.runs import Run
 from chainrule.settings import Steering
 from chainrule.steer.found import LISTS, Steered, joined
+from chainrule.steer.kinds import WEIGHTS, Over
 from chainrule.steer.record import save
 from chainrule.steer.search import Batch, Search, updates_of
-from chainrule.steer.variables import WEIGHTS, Over
 
 PICTURES = ("images", "before")
 
@@ -39,29 +41,28 @@ class SteerTask:
     over: Over
     batches: Sequence[Batch]
     adapter: Adapter | None = None
+    processes: Processes = ALONE
     found: list[Steered] = field(default_factory=list)
     search: Search | None = None
     step: int = 0
     skipped: int = 0
 
     @classmethod
-    def start(cls, model: Model, reward: Reward, settings: Steering, over: Over, images: Batch) -> SteerTask:
-        """Share the images out into batches. A variable that is weights is a fresh LoRA; `remove` takes it out again."""
-        size, pictures = settings.batch, images.pictures
-        batches = [
-            Batch(images.prompts[i : i + size], images.seeds[i : i + size], None if pictures is None else pictures[i : i + size])
-            for i in range(0, len(images.prompts), size)
-        ]
+    def start(
+        cls, model: Model, reward: Reward, settings: Steering, over: Over, images: Batch, processes: Processes = ALONE
+    ) -> SteerTask:  # fmt: skip
+        """Part the images into batches. A variable that is weights is a fresh LoRA; `remove` takes it out again."""
+        batches = images.parts(settings.batch)
         if over.kind is not WEIGHTS:
-            return cls(model, reward, settings, over, batches)
+            return cls(model, reward, settings, over, batches, None, processes)
         name, targets = unused_name(model.network, "steered"), every_layer(model.network)
         adapter = inject(model.network, name, rank=settings.rank, targets=targets, component=model.component)
-        return cls(replace(model, active={**model.active, name: Band()}), reward, settings, over, batches, adapter)
+        return cls(replace(model, active={**model.active, name: Band()}), reward, settings, over, batches, adapter, processes)
 
     @property
     def label(self) -> str:
         """What the progress bar calls the update."""
-        return "steer"
+        return f"batch {min(len(self.found) + 1, len(self.batches))} of {len(self.batches)}" if len(self.batches) > 1 else "steer"
 
     @property
     def watched(self) -> str:
@@ -87,7 +88,8 @@ class SteerTask:
         search = self._searched()
         with self.model.blockwise(Memory(self.settings.memory)):
             seen, norm = search.update()
-            self.step, self.skipped = self.step + 1, self.skipped + (norm != norm or norm == float("inf"))
+            finite = math.isfinite(norm) and bool(seen.rewards.mean().isfinite())
+            self.step, self.skipped = self.step + 1, self.skipped + (not finite)
             rewards, far, losses = (float(values.mean()) for values in search.numbers(seen))
             if search.done:
                 search.finish()
@@ -104,7 +106,7 @@ class SteerTask:
         if self.search is None:
             with self.model.blockwise(Memory(self.settings.memory)):
                 batch = self.batches[len(self.found)]
-                self.search = Search(self.model, self.settings, self.over, self.reward, batch, self.adapter)
+                self.search = Search(self.model, self.settings, self.over, self.reward, batch, self.adapter, self.processes)
         return self.search
 
     def _result(self, search: Search) -> Steered:

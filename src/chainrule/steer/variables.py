@@ -1,30 +1,33 @@
 """What steering optimizes: a latent on the chain, an embedding or controls beside the network, one per image; or weights.
 
-Each is a `Learned` part of the chain. Its kind says how it starts, which call SDO keeps for it, and which models it fits.
+Each is a `Learned` part of the chain; `steer/kinds.py` says how each starts.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from chainrule.adapters import Adapter
 from chainrule.cast import Answerer, networks_of
 from chainrule.chain import Chain
-from chainrule.denoise import Condition, guidance_is_input
-from chainrule.errors import UserError
-from chainrule.guidance import reads_negative
+from chainrule.denoise import Condition
 from chainrule.learned import Learned
-from chainrule.models import Model
-from chainrule.plan import Grad, Grid
+
+
+class Variable(Learned, Protocol):
+    """A learned part of which every image of a batch has its own, or that all share."""
+
+    shared: ClassVar[bool]  # whether all images share it
+
+    def of(self, images: Sequence[int]) -> Self:
+        """The part of some of the images, with parameters of its own; a shared one as it is."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,11 @@ class Latent:
     x: nn.Parameter
     rate: float = 1.0
     decay: float = 0.0
+    shared: ClassVar[bool] = False
+
+    def of(self, images: Sequence[int]) -> Self:
+        """The part of some of the images, with parameters of its own."""
+        return replace(self, x=_rows(self.x, images))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its parameters, by names that are the same in every run."""
@@ -56,6 +64,11 @@ class Embedding:
     side: str
     rate: float = 1.0
     decay: float = 0.0
+    shared: ClassVar[bool] = False
+
+    def of(self, images: Sequence[int]) -> Self:
+        """The part of some of the images, with parameters of its own."""
+        return replace(self, states=_rows(self.states, images))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its parameters, by names that are the same in every run."""
@@ -78,6 +91,11 @@ class Controls:
     values: Mapping[float, nn.Parameter]
     rate: float = 1.0
     decay: float = 0.0
+    shared: ClassVar[bool] = False
+
+    def of(self, images: Sequence[int]) -> Self:
+        """The part of some of the images, with parameters of its own."""
+        return replace(self, values={level: _rows(value, images) for level, value in self.values.items()})
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its parameters, by names that are the same in every run."""
@@ -90,6 +108,36 @@ class Controls:
     def save(self, folder: Path) -> Path:
         """Write `controls.safetensors`."""
         return _save(self, folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A LoRA inside the network, which all images share."""
+
+    adapter: Adapter
+    rate: float = 1.0
+    decay: float = 0.0
+    shared: ClassVar[bool] = True
+
+    def of(self, images: Sequence[int]) -> Self:
+        """Itself: all images share it."""
+        return self
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters, by names that are the same in every run."""
+        return self.adapter.named_parameters()
+
+    def into(self, chain: Chain) -> Chain:
+        """The chain as it is: a LoRA answers inside the network it is in."""
+        return chain
+
+    def save(self, folder: Path) -> Path:
+        """Write the adapter, so that the pipeline's `load_lora_weights(folder)` reads it."""
+        return self.adapter.save(folder)
+
+
+def _rows(values: nn.Parameter, images: Sequence[int]) -> nn.Parameter:
+    return nn.Parameter(values.detach()[list(images)])
 
 
 def _save(part: Learned, folder: Path) -> Path:
@@ -116,176 +164,3 @@ class Controlled:
 
     def __call__(self, x: Tensor, level: float, condition: Condition) -> Tensor:
         return self.member(x, level, condition) + self.controls[level]
-
-
-class Kind(Protocol):
-    """A kind of variable."""
-
-    is_state: ClassVar[bool]  # whether it is the chain's own state, which can be bounded and renormalized
-
-    @property
-    def name(self) -> str: ...
-
-    def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
-        """The variable before its first update, and the state the chain starts from, given where it would start by itself."""
-        ...
-
-    def live(self, calls: int, rng: Random) -> list[Grad]:
-        """What the gradient of SDO reaches through every call (arXiv:2505.07477, section 4)."""
-        ...
-
-    def check(self, model: Model, images: int, batch: int) -> None:
-        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
-        ...
-
-
-def _one(calls: int, live: int) -> list[Grad]:
-    return [Grad.FULL if i == live else Grad.NONE for i in range(calls)]
-
-
-@dataclass(frozen=True, slots=True)
-class LatentKind:
-    """A latent is read by the first call of its own grid, which is the one SDO keeps (Eq. 15, 18-19, Fig. 4)."""
-
-    name: ClassVar[str] = "latent"
-    is_state: ClassVar[bool] = True
-
-    def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
-        """The variable before its first update, and the state the chain starts from."""
-        latent = nn.Parameter(x.clone())
-        return Latent(latent), latent
-
-    def live(self, calls: int, rng: Random) -> list[Grad]:
-        """What the gradient of SDO reaches through every call."""
-        return _one(calls, 0)
-
-    def check(self, model: Model, images: int, batch: int) -> None:
-        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingKind:
-    """An embedding is read by every call, and SDO draws one of them (section 4.3, Fig. 5). `side` is its place in a condition."""
-
-    name: str
-    side: str
-    fits: Callable[[Model], None]
-    is_state: ClassVar[bool] = False
-
-    def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
-        """The variable before its first update, and the state the chain starts from."""
-        return Embedding(nn.Parameter(getattr(chain.condition, self.side).states.clone()), self.side), x
-
-    def live(self, calls: int, rng: Random) -> list[Grad]:
-        """What the gradient of SDO reaches through every call."""
-        return _one(calls, rng.randrange(calls))
-
-    def check(self, model: Model, images: int, batch: int) -> None:
-        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
-        self.fits(model)
-        known = model.defaults.labels[:1] or ("",)
-        if not model.embed(list(known)).positive.states.is_floating_point():
-            raise UserError(f"over is {self.name!r}, but {model.name} has classes instead of embeddings; use latent")
-
-
-def _any(model: Model) -> None:
-    pass
-
-
-def _guided_away(model: Model) -> None:
-    """Raises UserError for a model whose guidance reads no negative embedding."""
-    if guidance_is_input(model.denoiser):
-        raise UserError(f"over is 'negative', but {model.name} reads its guidance and no negative embedding; use prompt")
-    if not reads_negative(model.guidance):
-        used = model.guidance_spec or model.defaults.guidance
-        raise UserError(f"guidance is {used}, with which the negative embedding is not used; give more than 1")
-
-
-@dataclass(frozen=True, slots=True)
-class ControlsKind:
-    """Controls are added to the answers, so every call passes them its part of the linear path; the calls' graphs are empty."""
-
-    name: ClassVar[str] = "controls"
-    is_state: ClassVar[bool] = False
-
-    def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
-        """The variable before its first update, and the state the chain starts from."""
-        return Controls({level: nn.Parameter(torch.zeros_like(x)) for level in grid[:-1]}), x
-
-    def live(self, calls: int, rng: Random) -> list[Grad]:
-        """What the gradient of SDO reaches through every call."""
-        return [Grad.WEIGHTS] * calls
-
-    def check(self, model: Model, images: int, batch: int) -> None:
-        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsKind:
-    """A LoRA on every layer that all images share; SDO draws one of the calls that read it.
-
-    With inverted pictures, directional CLIP and the gradient `full` it is DiffusionCLIP (arXiv:2110.02711), which trains all
-    weights instead.
-    """
-
-    name: ClassVar[str] = "weights"
-    is_state: ClassVar[bool] = False
-
-    def start(self, chain: Chain, x: Tensor, grid: Grid, adapter: Adapter | None) -> tuple[Learned, Tensor]:
-        """The variable before its first update, and the state the chain starts from."""
-        assert adapter is not None
-        return adapter, x
-
-    def live(self, calls: int, rng: Random) -> list[Grad]:
-        """What the gradient of SDO reaches through every call."""
-        return _one(calls, rng.randrange(calls))
-
-    def check(self, model: Model, images: int, batch: int) -> None:
-        """Raises UserError for a model, or a number of images, that this kind cannot be steered for."""
-        if images > batch:
-            raise UserError(f"batch is {batch}, but over weights all {images} images are steered together; raise it")
-
-
-LATENT, CONTROLS, WEIGHTS = LatentKind(), ControlsKind(), WeightsKind()
-PROMPT = EmbeddingKind("prompt", "positive", _any)
-NEGATIVE = EmbeddingKind("negative", "negative", _guided_away)
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (LATENT, PROMPT, NEGATIVE, CONTROLS, WEIGHTS)}
-
-
-@dataclass(frozen=True, slots=True)
-class Over:
-    """A variable as it is written: `latent`, `latent@600`, `prompt`, `negative`, `controls`, `weights`.
-
-    `time` is the timestep of the latent, as diffusers counts it; None is the initial noise.
-    """
-
-    kind: Kind = field(default=LATENT)
-    time: int | None = None
-
-    def __str__(self) -> str:
-        return self.kind.name if self.time is None else f"{self.kind.name}@{self.time}"
-
-    @classmethod
-    def parse(cls, text: str) -> Over:
-        """The variable of a text. Raises UserError for one that is none."""
-        found = re.fullmatch(r"(\w+)(?:@(\d+))?", text.strip())
-        if not found or found[1] not in KINDS or (found[2] and not KINDS[found[1]].is_state):
-            raise UserError(f"over is {text!r}, but must be one of {', '.join(KINDS)}, or latent@600 for the latent at t = 600")
-        return cls(KINDS[found[1]], int(found[2]) if found[2] else None)
-
-    def grid(self, levels: Grid, offset: int = 1) -> Grid:
-        """The levels from the variable's own down to 0. The timestep t is level t + `offset`, to the nearest whole one.
-
-        Raises UserError for a time that is not on the grid, naming its neighbors.
-        """
-        wanted = self.time
-        if wanted is None:
-            return levels
-        calls = levels[:-1]
-        near = [level for level in calls if abs(level - offset - wanted) <= 1]
-        if not near:
-            above = min((level - offset for level in calls if level - offset > wanted), default=None)
-            below = max((level - offset for level in calls if level - offset < wanted), default=None)
-            there = " and ".join(f"{t:.0f}" for t in (below, above) if t is not None)
-            raise UserError(f"t = {wanted} is not on the {len(calls)}-step grid; its neighbors there are {there}")
-        return levels[levels.index(min(near, key=lambda level: abs(level - offset - wanted))) :]
