@@ -162,6 +162,7 @@ def test_a_config_file_is_overridden_by_the_command_line(sd_folder, chainrule, t
     assert Path("run/plan.txt").read_text() == "-[#|^#|^#|^#]\n"
 
 
+@pytest.mark.usefixtures("brief_analysis")
 def test_distill_train_sample_and_analyze_go_together(sd_folder, chainrule, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a fox\ntwo bees\n")

@@ -15,6 +15,7 @@ import chainrule as cr
 from chainrule.config import DistillConfig, FinetuneConfig, RunConfig, SteerConfig, read_config
 from chainrule.settings import Distillation, Finetuning, Opening, Sampling, Steering
 
+pytestmark = pytest.mark.usefixtures("brief_analysis")
 CONFIGS: list[RunConfig] = [
     FinetuneConfig(),
     FinetuneConfig(

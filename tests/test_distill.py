@@ -22,6 +22,7 @@ from chainrule.noise import derive
 from chainrule.plan import segment_ends, student_path
 from chainrule.settings import Distillation
 
+pytestmark = pytest.mark.usefixtures("brief_analysis")
 PROMPTS, SEEDS = ["a fox", "two bees"], [3, 8]
 SMALL = {"updates": 5, "batch": 2, "starts": 4, "teacher_steps": 8, "rank": 2, "guidance": 2.0, "save_every": 2, "lr": 5e-3}
 

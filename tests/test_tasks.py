@@ -222,8 +222,11 @@ def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp
     assert list(run.adapter.rglob("*.safetensors")) or list(run.folder.glob("images/*.png"))
 
 
-@tasks
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("case", "number"),
+    [*((case, signal.SIGTERM) for case in CASES.values()), (CASES["distilling"], signal.SIGINT)],
+    ids=[*(f"{name}-SIGTERM" for name in CASES), "distilling-SIGINT"],
+)
 def test_a_signal_leaves_a_checkpoint_and_a_result_that_load(case, number, tmp_path):
     task, run = case.make(tmp_path / "1"), open_run(tmp_path / "run", FinetuneConfig())
     before, ended = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)], []

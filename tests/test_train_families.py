@@ -18,6 +18,7 @@ import chainrule as cr
 from chainrule.models import attach
 from chainrule.size import config_size
 
+pytestmark = pytest.mark.usefixtures("brief_analysis")
 METHODS = ["draft-lv", "drtune", "sdo", "shortft"]
 OPTIONS = {"drtune": ["--method-option", "k=2", "--method-option", "m=2"], "shortft": ["--method-option", "k=2"]}
 
