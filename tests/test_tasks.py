@@ -125,7 +125,7 @@ CASES = {
     "fine-tuning in stages": Case(staged, rewarded(steep)),
     "distilling": Case(lambda folder: distilling(), nothing),
     "steering latents": Case(lambda folder: steering("latent"), steered(endless), CURVE),
-    "steering prompts": Case(lambda folder: steering("prompt", "full"), steered(endless), CURVE),
+    "steering prompts": Case(lambda folder: steering("prompt", "full"), steered(steep), CURVE),
     "steering weights": Case(lambda folder: steering("weights"), steered(endless), CURVE),
 }
 tasks = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
