@@ -1,6 +1,6 @@
-"""A training loop of your own, from the parts: a plan, a gradient, any optimizer. About a minute on a laptop.
+"""A training loop of your own, made of the library's parts: a plan, its gradient, and any optimizer. About a minute on a laptop.
 
-The reward is a plain function: how blue the picture is.
+The reward is a plain function that says how blue a picture is.
 """
 
 from random import Random
@@ -21,9 +21,9 @@ optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-3)
 method, rng, prompts = methods.SDO(), Random(0), cr.prompts("animals:train")
 
 for step in range(20):
-    said = rng.sample(prompts, 4)
+    batch = rng.sample(prompts, 4)
     plan = method.plan(model.grid(12), rng)
-    result = cr.gradient(model, plan, blue, said, seeds=range(4 * step, 4 * step + 4))
+    result = cr.gradient(model, plan, blue, batch, seeds=range(4 * step, 4 * step + 4))
     torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

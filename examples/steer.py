@@ -1,6 +1,6 @@
-"""Steering without training: three gradients for the same goal, from Python. About two minutes on a laptop.
+"""Steering without training: the same goal by three gradients, from Python. About two minutes on a laptop.
 
-The goal is a plain function, how warm the picture is; the latent in the middle of the chain is moved, the weights are not.
+The goal is a plain function that says how warm a picture is. The latent at t = 600 changes; the weights do not.
 """
 
 import torch
@@ -13,9 +13,11 @@ def warm(images: torch.Tensor, prompts: object) -> torch.Tensor:
 
 
 model = cr.load("tiny-emoji")
-said = ["a painting of a cat", "two turtles"]
+prompts = ["a painting of a cat", "two turtles"]
 for gradient in ("sdo", "full", "adjoint"):
-    found = cr.steer(model, said, warm, over="latent@600", gradient=gradient, updates=20, lr=0.02, steps=10, keep=0.2, seed=3)
+    found = cr.steer(
+        model, prompts, warm, over="latent@600", gradient=gradient, updates=20, lr=0.02, sample_steps=10, keep=0.2, seed=3,
+    )  # fmt: skip
     for prompt, before, after, image in zip(found.prompts, found.rewards_before, found.rewards, found.images, strict=True):
         image.save(f"{prompt.replace(' ', '-')}-{gradient}.png")
         print(f"{gradient:8} {prompt:22} {before:.3f} to {after:.3f}")

@@ -1,4 +1,4 @@
-"""docs/steering.png: a picture towards two texts, a style, a rating; SDO at t = 600 on tiny-emoji. Three minutes on a laptop."""
+"""Makes docs/steering.png: SDO at t = 600 on tiny-emoji, towards two texts, a style and a rating. Three minutes on a laptop."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ goals = [  # caption, prompt, reward, picture to start from, weight of staying c
     ("a painting of a fox, aesthetic", "a painting of a fox", rewards.Aesthetic("tiny"), None, 0.0),
 ]
 found = [
-    cr.steer(model, [prompt], reward, images=image, keep=keep, over="latent@600", steps=20, updates=50, lr=0.03)
+    cr.steer(model, [prompt], reward, images=image, keep=keep, over="latent@600", sample_steps=20, updates=50, lr=0.03)
     for _, prompt, reward, image, keep in goals
 ]
 captions = [f"{goal[0]}: {one.rewards_before[0]:.3g} to {one.rewards[0]:.3g}" for goal, one in zip(goals, found, strict=True)]
