@@ -36,7 +36,7 @@ class Memory(Enum):
     BLOCKS = "blocks"  # the same, and inside a call the inputs of its blocks; see `Model.blockwise`
 
 
-FRESH = 1000  # branches that can be told apart by the noise they draw
+FRESH = 1000  # the largest number of branches whose noise differs; `Noise.fresh` gets branch + FRESH * draw
 # The gradient that terms on a call add at its answer: (answer, state, jump) -> the answer's shape, or None for nothing.
 AtCall = Callable[[Tensor, Tensor, Jump], Tensor | None]
 

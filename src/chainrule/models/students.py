@@ -44,7 +44,7 @@ def resolve(source: str | Path | None, base: str) -> Path:
 
 
 def _lora_in(place: Path) -> Path | None:
-    """The LoRA file of a place, if that is what it holds."""
+    """The LoRA file in a folder, or the file itself; None where there is no LoRA."""
     if place.is_file():
         return place if loras.is_lora(place) else None
     holds = any((folder / adapters.files.FILE).is_file() for folder in (place, place / "adapter"))

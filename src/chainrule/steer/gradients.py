@@ -20,7 +20,8 @@ from chainrule.steer.kinds import CONTROLS, KINDS, LATENT, NEGATIVE, PROMPT, Kin
 from chainrule.steer.problem import Problem, Seen
 
 Gradient = Callable[[Problem, Tensor, Random], Seen]
-Grads = Callable[[int, Kind, Random], list[Grad]]  # of every call, from how many there are, the kind of variable and luck
+# What the loss reaches through each call, given the number of calls, the kind of variable and a random generator.
+Grads = Callable[[int, Kind, Random], list[Grad]]
 EVERY = tuple(KINDS.values())
 
 

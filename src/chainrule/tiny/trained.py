@@ -1,4 +1,7 @@
-"""Loads the models that the stages have trained from the folder of checkpoints. All raise UserError for a stage that is missing."""
+"""Loads the models that the stages have trained from the folder of checkpoints.
+
+Each function raises UserError for a stage that is missing.
+"""
 
 from __future__ import annotations
 
