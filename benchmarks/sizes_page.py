@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from chainrule.report.tables import markdown
 
 Row = dict[str, Any]
+WIDTH = 148
 LABELS = {
     "draft-1": "DRaFT-1", "draft-lv": "DRaFT-LV, n = 2", "sdo": "SDO", "drtune": "DRTune", "shortft-1": "ShortFT, stage 1",
 }  # fmt: skip
@@ -24,24 +26,32 @@ HOW = """\
 
 Written by `make sizes` (`benchmarks/sizes.py`) from the rows in `docs/performance/`.
 
-**The numbers of the first part are counts, not measurements.** The models are built on PyTorch's meta device, where a
-tensor has a shape and no numbers, and one update goes through the library's own walker, decoder, reward and optimizer. Every
-operation, forwards and backwards, says how many bytes it makes; a tensor's bytes count until it is freed, and the peak is the
-most that was held at once.
+**The numbers under "Counted" are counts, not measurements.** The models are built on PyTorch's meta device, where a tensor has a
+shape and no numbers. One update goes through the library's own walker, decoder, reward and optimizer. Every operation, forwards
+and backwards, reports how many bytes it makes. A tensor's bytes count until it is freed. The peak is the most that was held at
+once.
 
-* Counted: the weights of the denoiser, the VAE, the text encoders and the reward; adapters with AdamW's two moments and the
-  averaged weights; gradients; activations; all that an operation returns.
-* Not counted: scratch space inside kernels (workspaces of convolutions and matrix products, attention's backward pass in
-  float32), the allocator's fragmentation, the CUDA context, encoding the prompts. A batch "fits" where the count is at most
-  {usable:.0%} of the card's gigabytes, 10^9 bytes each; a card sold as 80 GB may have a few percent more.
-* Attention counts as a fused kernel (flash or memory-efficient), which keeps q, k, v, its output and a float32 per row. The
-  meta device would otherwise take it apart, with a matrix of all pairs of tokens; so would a GPU where no fused kernel serves.
-* bfloat16 weights, except the reward's and the adapters', which the library holds in float32. LoRAs of rank 8 (four of them for
-  ShortFT, and a frozen student's of rank 64), {steps} steps, the pipeline's own guidance, one image at a time decoded and scored
-  (`micro_batch` 1; the trainer's default is 8, fewer for large images), PickScore's CLIP ViT-H/14.
-* `tests/test_sizes.py` holds the count against the same update of tiny models with real numbers: the same to the byte in
-  float32, within 1% in bfloat16, where a CPU keeps the statistics of layer norms in less.
+* Counted are the weights of the denoiser, the VAE, the text encoders and the reward; the adapters with AdamW's two moments and
+  the averaged weights; gradients; activations; and all that an operation returns.
+* Not counted are scratch space inside kernels (workspaces of convolutions and matrix products, attention's backward pass in
+  float32), the allocator's fragmentation, the CUDA context, and encoding the prompts.
+* A batch "fits" where the count is at most {usable:.0%} of the card's gigabytes, 10^9 bytes each. A card sold as 80 GB may have a
+  few percent more.
+* Attention counts as a fused kernel (flash or memory-efficient), which keeps q, k, v, its output and a float32 per row. The meta
+  device by itself would split it into steps and hold a matrix of all pairs of tokens. So would a GPU on which no fused kernel
+  serves.
+* Weights are bfloat16, except the reward's and the adapters', which the library holds in float32. LoRAs have rank 8. ShortFT has
+  four of them, and a frozen student's of rank 64.
+* A chain has {steps} steps and the pipeline's own guidance. The reward is PickScore's CLIP ViT-H/14. One image at a time is
+  decoded and scored (`micro_batch` 1; the trainer's default is 8, fewer for large images).
+* `tests/test_sizes.py` compares the count with the same update of tiny models with real numbers. They agree to the byte in
+  float32, and within 1% in bfloat16, where a CPU keeps the statistics of layer norms in fewer bytes.
 """
+
+
+def section(title: str, about: str, columns: Sequence[str], found: Sequence[Sequence[str]]) -> str:
+    """A heading, what the table below it holds, and the table."""
+    return f"## {title}\n\n{fill(about, WIDTH)}\n\n{markdown(columns, found)}"
 
 
 def gib(size: float) -> str:
@@ -67,8 +77,8 @@ def configurations(rows: dict[str, Row], published: dict[str, dict[str, str]]) -
             if part not in ("tokenizer", "scheduler"):
                 found.append((title, part, f"{count:,}", published.get(name, {}).get(part, "-")))
     columns = ("model", "part", "parameters here", "published, millions")
-    said = "Built from the published configurations; the numbers of parameters tell whether they are those."
-    return f"## The models\n\n{said}\n\n{markdown(columns, found)}"
+    about = "The models are built from the published configurations. Their numbers of parameters are beside the published ones."
+    return section("The models", about, columns, found)
 
 
 def further(peaks: dict[str, int]) -> str:
@@ -92,11 +102,12 @@ def counts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
                     cells = (gib(fixed), gib(row["peaks"]["1"]), further(row["peaks"]))
                     found.append((title, memory, label, *cells, *fits))
     columns = ("model", "memory", "method", "before, GiB", "+ one image", "+ each further", "in 24 GB", "48 GB", "80 GB")
-    said = (
-        '"Before" is what lies there between updates: weights and the adapters\' state. "One image" is an update\'s peak above '
-        'that for a batch of one, "each further" what another image adds. The last columns are the largest batch.'
+    about = (
+        '"Before" is what memory holds between updates: weights and the adapters\' state. "One image" is how far the peak of an '
+        'update with a batch of one is above that. "Each further" is what one more image adds. The last three columns are the '
+        "largest batch."
     )
-    return f"## Counted: one update\n\n{said}\n\n{markdown(columns, found)}"
+    return section("Counted: one update", about, columns, found)
 
 
 def parts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
@@ -109,12 +120,12 @@ def parts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
         for name, title in models(rows, published).items()
         if f"count-{name}-pieces" in rows
     ]
-    said = (
-        "Peaks for one image, GiB. A call is the guided one (both halves; FLUX.1 reads its guidance and has one), forwards and "
-        'backwards. "Blocks recomputed" is gradient checkpointing inside the network and the decoder, which memory="blocks" '
-        'switches on; "adapters in the network\'s type" are LoRAs in bfloat16.'
+    about = (
+        "The table has the peaks for one image in GiB. A call is the guided one, forwards and backwards. It has two halves, but "
+        'for FLUX.1, which reads its guidance. "Blocks recomputed" is gradient checkpointing inside the network and the '
+        'decoder, which memory="blocks" switches on. "Adapters in the network\'s type" are LoRAs in bfloat16.'
     )
-    return f"## Counted: what an image is made of\n\n{said}\n\n{markdown(('model', *names), found)}"
+    return section("Counted: what an image is made of", about, ("model", *names), found)
 
 
 def growth(rows: dict[str, Row]) -> str:
@@ -123,8 +134,11 @@ def growth(rows: dict[str, Row]) -> str:
         row = rows.get(f"count-sd15-growth-{number}")
         if row:
             found.append((label, *(f"{row['growth'][memory] / 2**30:.3f}" for memory in ("recompute", "keep"))))
-    said = "Stable Diffusion 1.5, one image: the peak above the weights in GiB, along steps N, live calls K and M, and copies n."
-    return f"## Counted: what memory does not depend on\n\n{said}\n\n{markdown(('plan', 'recompute', 'keep'), found)}"
+    about = (
+        "The table has the peak above the weights in GiB, for Stable Diffusion 1.5 and one image. N is the number of steps, K "
+        "and M are numbers of live calls, and n is the number of copies."
+    )
+    return section("Counted: what memory does not depend on", about, ("plan", "recompute", "keep"), found)
 
 
 def ratio(values: Sequence[float]) -> str:
@@ -146,18 +160,20 @@ def findings(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
     decode = {name: piece["decode"] / piece["decode and reward"] for name, piece in made.items()}
     whole = grown[1]["keep"] / 2**30
     lines = [
-        f"Under `recompute` memory does not depend on N, K, M or n: {min(under):.3f} to {max(under):.3f} GiB for all plans above. "
-        f"Under `keep` all of a 50-step chain takes {whole:.0f} GiB for one image.",
-        f"A guided call takes {named(share)} times what decoding and scoring one image takes. With `micro_batch` 1 the latter does "
-        "not grow with the batch, the former does: from a batch of two on, the call is the peak, whatever the method.",
-        f"Decoding alone has {ratio([100 * v for v in decode.values()])}% of the peak of decoding and scoring. CLIP ViT-H adds its "
-        "weights above all: 3.7 GiB in float32, the text tower included.",
-        "peft casts the input of every adapted layer to the adapter's float32 and keeps it: with adapters in the network's own "
-        f"type a call's peak is {ratio([100 * v for v in cast.values()])}% lower, but updates are rounded.",
-        f'Recomputing block by block inside the call (memory="blocks") divides its peak by {named(gain)}. That, not the method, '
-        "is what lets the 1024-pixel models have larger batches; it costs one more forward pass of the live calls.",
+        f"Under `recompute` memory does not depend on N, K, M or n: it is {min(under):.3f} to {max(under):.3f} GiB for all plans "
+        f"above. Under `keep` all of a 50-step chain takes {whole:.0f} GiB for one image.",
+        f"A guided call takes {named(share)} times what decoding and scoring one image takes. With `micro_batch` 1, decoding and "
+        "scoring does not grow with the batch, but the call does. From a batch of two on, the call is the peak, whatever the "
+        "method.",
+        f"Decoding alone has {ratio([100 * v for v in decode.values()])}% of the peak of decoding and scoring. CLIP ViT-H mostly "
+        "adds its weights, 3.7 GiB in float32 with the text tower.",
+        "peft casts the input of every adapted layer to the adapter's float32 and keeps it. With adapters in the network's own "
+        f"type the peak of a call is {ratio([100 * v for v in cast.values()])}% lower, but updates are rounded.",
+        f'Recomputing block by block inside the call (memory="blocks") divides its peak by {named(gain)}. It costs one more '
+        "forward pass of the live calls. This, and not the choice of a method, makes larger batches possible for the 1024-pixel "
+        "models.",
     ]
-    return "## What follows\n\n" + "\n".join(f"* {line}" for line in lines)
+    return "## What follows\n\n" + "\n".join(fill(f"* {line}", WIDTH, subsequent_indent="  ") for line in lines)
 
 
 def measured(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
@@ -171,15 +187,18 @@ def measured(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
                     fits = [str(row["largest"].get(card, "-")) for card in ("24", "48", "80")]
                     peak = gib(row["peak"]) if row["peak"] else "-"
                     found.append((title, memory, label, row["device"], str(row["batch"]), taken, peak, *fits))
-    said = (
-        "Random weights on a GPU: the median of several updates after one that is not counted; the allocator's peak "
-        "(`torch.cuda.max_memory_allocated`) above what was there before; the largest batch for which an update runs while "
-        "the allocator may take no more than the card's gigabytes less one for CUDA (`set_per_process_memory_fraction`)."
+    about = (
+        "Models with random weights are run on a GPU. A time is the median of several updates after one that is not counted. A "
+        "peak is how far the allocator's (`torch.cuda.max_memory_allocated`) is above what it held before. The largest batch is "
+        "the largest for which an update runs while the allocator may take the card's gigabytes less one for CUDA "
+        "(`set_per_process_memory_fraction`)."
     )
     columns = ("model", "memory", "method", "device", "batch", "update, s", "peak, GiB", "in 24 GB", "48 GB", "80 GB")
+    if found:
+        return section("Measured", about, columns, found)
     command = "python -m benchmarks.sizes --device cuda --minutes 9"
-    rest = markdown(columns, found) if found else f"Nothing yet. `{command}`, as often as it takes, then `make sizes`."
-    return f"## Measured\n\n{said}\n\n{rest}"
+    missing = f"No measurement has been made yet. Run `{command}` until it has nothing left to do, then `make sizes`."
+    return f"## Measured\n\n{fill(about, WIDTH)}\n\n{missing}"
 
 
 def page(folder: Path, published: dict[str, dict[str, str]], usable: float) -> str:
