@@ -58,7 +58,7 @@ class RunConfig(Checked, ABC):
     kind: str
     model: str = Field(default="tiny-emoji", description="bundled model, diffusers folder or hub id")
     opening: Opening = Opening()
-    out: str | None = Field(default=None, exclude=True, description="run folder")
+    out: str | None = Field(default=None, exclude=True, description="folder of the run")
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -129,12 +129,14 @@ class FinetuneConfig(RunConfig):
     CHANGEABLE = frozenset({"updates", "save_every", "sample_every"})
 
     kind: Literal["finetune"] = "finetune"
-    adapter: Places = Field(default=(), description="a run or adapter that stays on, frozen, under the new one; may be repeated")
-    student: str | None = Field(default=None, description="few-step student that shortft jumps with; default: the model's own")
+    adapter: Places = Field(
+        default=(), description="a run or adapter to train on top of, which stays on and frozen; may be repeated"
+    )
+    student: str | None = Field(default=None, description="few-step student for the jumps of shortft; default: the model's own")
     method: MethodSpec = Field(default={"name": "draft-lv"}, description="one of `chainrule methods`, or path/to/file.py:Class")
     reward: str | None = Field(default=None, description='for example "10*pickscore + 2*hpsv2"; see `chainrule rewards`')
-    held_out: str | None = Field(default=None, description="a reward that is watched, not trained")
-    prompts: str | tuple[str, ...] = Field(default="animals:train", description="prompt set or file")
+    held_out: str | None = Field(default=None, description="a reward that is measured along the way, but not trained")
+    prompts: str | tuple[str, ...] = Field(default="animals:train", description="prompt set, file or dataset")
     settings: Finetuning = Finetuning()
 
     @field_validator("student", mode="before")
@@ -154,7 +156,7 @@ class DistillConfig(RunConfig):
     CHANGEABLE = frozenset({"save_every"})
 
     kind: Literal["distill"] = "distill"
-    prompts: str | tuple[str, ...] = Field(default="emoji", description="prompt set or file")
+    prompts: str | tuple[str, ...] = Field(default="emoji", description="prompt set, file or dataset")
     settings: Distillation = Distillation()
 
 
@@ -165,7 +167,7 @@ class SteerConfig(RunConfig):
 
     kind: Literal["steer"] = "steer"
     model: str = Field(default="tiny-emoji", description="bundled model, diffusers folder, hub id or run")
-    adapter: Places = Field(default=(), description="a run or adapter that is on; may be repeated")
+    adapter: Places = Field(default=(), description="a run or adapter to put on the model; may be repeated")
     reward: str | None = Field(default=None, description='for example "clip:an angry face"; see `chainrule rewards`')
     prompts: Places = Field(default=(), description="prompts, prompt sets or prompt files")
     seeds: tuple[int, ...] | None = Field(default=None, description="the seed of each image")

@@ -30,6 +30,8 @@ def _guidance(value: Any) -> Any:
 GuidanceSpec = Annotated[Annotated[float, Field(ge=0, le=100)] | dict[str, Any], BeforeValidator(_guidance)]
 """How guidance is written in settings: a number, or a value of `chainrule.guidance` by its name, with options."""
 Memory = Literal["recompute", "blocks", "keep"]
+MEMORY = "what is held for the backward pass; recompute: one network call, blocks: one block of it, keep: all calls"
+GUIDANCE = 'scale of classifier-free guidance, or another guidance as "{name: rescaled, scale: 7.5}"'
 
 # What pydantic says of a wrong type, in plain words.
 KINDS = {
@@ -98,14 +100,14 @@ class Opening(Checked):
         default=None, exclude=True, description="device: cuda, cuda:1, mps or cpu; default: the GPU if there is one"
     )
     quantize: Literal["int8", "8bit", "4bit"] | None = Field(
-        default=None, description="hold the denoiser's base weights in fewer bits; int8: by torchao, 8bit and 4bit: by bitsandbytes"
+        default=None, description="hold the denoiser's base weights in fewer bits, int8 by torchao, 8bit and 4bit by bitsandbytes"
     )
     solver: str | None = Field(
         default=None,
-        description="how to sample: ddim, ddpm, euler, euler-a, dpm++, dpm++3m, lcm or tcd; default: the pipeline's own scheduler",
+        description="sampler: ddim, ddpm, euler, euler-a, dpm++, dpm++3m, lcm or tcd; default: the pipeline's own scheduler",
     )
     size: int | str | None = Field(
-        default=None, description="pixels of the images: 512, a square, or 768x1024, HEIGHTxWIDTH; default: the model's own"
+        default=None, description="pixels of the images, 512 for a square or HEIGHTxWIDTH as 768x1024; default: the model's own"
     )
 
     @field_validator("size", mode="before")
@@ -119,11 +121,9 @@ class Sampling(Checked):
 
     sample_steps: int | None = Field(
         default=None, ge=1, validation_alias=AliasChoices("sample_steps", "steps"),
-        description="network calls per image; default: the model's best",
+        description="network calls per image; default: the run's or the model's own",
     )  # fmt: skip
-    guidance: GuidanceSpec | None = Field(
-        default=None, description="classifier-free guidance, or another by name; default: the model's best"
-    )
+    guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the run's or the model's own")
 
 
 class Distillation(Checked):
@@ -136,12 +136,14 @@ class Distillation(Checked):
     updates: int = Field(default=1000, ge=1, description="optimizer updates")
     batch: int = Field(default=8, ge=1, description="trajectories of the base model per update")
     starts: int = Field(default=12, ge=1, description="states of each trajectory that the student learns from")
-    teacher_steps: int = Field(default=20, ge=2, description="network calls of a trajectory; at least two per step of the student")
-    guidance: GuidanceSpec | None = Field(default=None, description="guidance that the student learns; default: the model's")
+    teacher_steps: int = Field(default=20, ge=2, description="network calls of a trajectory; at least twice the student's")
+    guidance: GuidanceSpec | None = Field(
+        default=None, description="guidance that the student learns, a scale or by name; default: the model's own"
+    )
     lr: float = Field(default=1e-3, gt=0, description="AdamW learning rate, falling linearly to 0")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm; a larger gradient is scaled down to it")
     rank: int = Field(default=32, ge=1, description="LoRA rank, on every linear layer and convolution")
-    ema: float = Field(default=0.98, ge=0, lt=1, description="decay of the average of the student that is saved; 0: no average")
+    ema: float = Field(default=0.98, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
     seed: int = Field(default=0, ge=0, description="seed of the student, the prompts, the noise and the levels")
     save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: only at the end")
 
@@ -158,35 +160,35 @@ class Steering(Checked):
 
     over: str = Field(
         default="latent",
-        description="what is optimized: latent, latent@600 (the one at t = 600), prompt, negative, controls, weights",
+        description="what is optimized: latent (initial noise), latent@600 (at t = 600), prompt, negative, controls or weights",
     )
     gradient: str = Field(
         default="sdo",
-        description="gradient: sdo, full, adjoint, invertible or flowgrad; or freedom or universal, which guide a single run",
+        description="gradient: sdo, full, adjoint, invertible or flowgrad; freedom and universal guide a single run instead",
     )
     updates: int = Field(default=50, ge=1, description="optimizer updates; each one samples the image again")
     lr: float = Field(default=0.01, gt=0, description="learning rate")
     optimizer: Literal["adam", "sgd", "momentum"] = Field(default="adam", description="optimizer of the variable")
-    keep: float = Field(default=0.0, ge=0, lt=1, description="share of the loss that is the distance to the image as it was")
-    bound: float | None = Field(default=None, gt=0, description="largest change of any number of the latent; default: no bound")
+    keep: float = Field(default=0.0, ge=0, lt=1, description="share of the loss that is the distance to the image before steering")
+    bound: float | None = Field(default=None, gt=0, description="largest change of any value of the latent; default: no bound")
     renormalize: bool | None = Field(
-        default=None, description="hold the latent's norm; default: only for invertible, as DOODL does"
+        default=None, description="keep the norm of the latent; default: only for invertible, as DOODL does"
     )
     sample_steps: int | None = Field(
         default=None, ge=1, validation_alias=AliasChoices("sample_steps", "steps"),
-        description="network calls of a sampling chain; default: the model's",
+        description="network calls of a sampling chain; default: the model's own",
     )  # fmt: skip
-    guidance: GuidanceSpec | None = Field(
-        default=None, description="classifier-free guidance, or another by name; default: the model's"
-    )
-    rank: int = Field(default=8, ge=1, description="rank of the LoRA that is optimized over weights")
+    guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the model's own")
+    rank: int = Field(default=8, ge=1, description="rank of the LoRA, where weights are optimized")
     strength: float = Field(
-        default=0.2, gt=0, description="strength of freedom and universal, as a share of the sampler's step or noise"
+        default=0.2,
+        gt=0,
+        description="strength of freedom, as a share of the sampler's step, or of universal, as a share of the noise",
     )
-    patience: int = Field(default=0, ge=0, description="stop after this many updates in which no image got better; 0: never")
+    patience: int = Field(default=0, ge=0, description="stop after this many updates in which no image got better; 0: never stop")
     batch: int = Field(default=4, ge=1, description="images steered at a time, over all processes; changes no image")
     save_every: int = Field(default=10, ge=0, description="updates between checkpoints; 0: only at the end")
-    memory: Memory = Field(default="recompute", description="how activations are held; blocks: one block of the network at a time")
+    memory: Memory = Field(default="recompute", description=MEMORY)
 
 
 class Finetuning(Checked):
@@ -197,37 +199,33 @@ class Finetuning(Checked):
     accumulate: int = Field(default=1, ge=1, description="backward passes an update is split into; must divide the batch")
     lr: float = Field(default=4e-4, gt=0, description="AdamW learning rate")
     schedule: Literal["constant", "sqrt"] = Field(
-        default="constant", description="learning rate over the updates; sqrt: lr * min(10 / sqrt(update), 1)"
+        default="constant", description="how the learning rate changes; sqrt: lr * min(10 / sqrt(update), 1)"
     )
     weight_decay: float = Field(default=0.1, ge=0, description="AdamW weight decay, towards the pre-trained weights")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm; a larger gradient is scaled down to it")
     rank: int = Field(default=8, ge=1, description="LoRA rank")
-    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the average of the adapter that is saved; 0: no average")
-    kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last call")
-    sample_steps: int | None = Field(default=None, ge=1, description="network calls of a sampling chain; default: the model's")
-    guidance: GuidanceSpec | None = Field(
-        default=None, description="classifier-free guidance, or another by name; default: the model's"
-    )
-    memory: Memory = Field(
-        default="recompute", description="how activations are held; recompute: one call's graph at a time; blocks: one block's"
-    )
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
+    kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model's answer at the last call")
+    sample_steps: int | None = Field(default=None, ge=1, description="network calls of a sampling chain; default: the model's own")
+    guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the model's own")
+    memory: Memory = Field(default="recompute", description=MEMORY)
     micro_batch: int | None = Field(
-        default=None, ge=1, description="images decoded and scored at a time; default: 8, fewer if large"
+        default=None, ge=1, description="images decoded and scored at a time; default: 8, fewer for large images"
     )
     seed: int = Field(default=0, ge=0, description="seed of the adapter, the plans, the prompts and the noise")
     sample_every: int = Field(default=50, ge=0, description="updates between sample grids; 0: only before and after")
     save_every: int = Field(default=50, ge=0, description="updates between checkpoints; 0: only at the end")
     patience: int = Field(
-        default=0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never"
+        default=0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never stop"
     )
     stage_steps: list[int] | None = Field(
-        default=None, description="updates of each stage of a staged method; default: equal shares"
+        default=None, description="updates of a stage of a staged method, given once per stage; default: equal shares"
     )
     plateau: int = Field(
-        default=0, ge=0, description="end a stage early after this many updates without a better (smoothed) reward; 0: never"
+        default=0, ge=0, description="end a stage early after this many updates without a better smoothed reward; 0: never"
     )
     tracker: Literal["none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"] = (
-        Field(default="none", description="where numbers go besides metrics.jsonl")
+        Field(default="none", description="where the log goes besides metrics.jsonl")
     )
 
     @model_validator(mode="after")

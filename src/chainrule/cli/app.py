@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from chainrule.cli.options import as_in_a_file
+from chainrule.settings import GUIDANCE
 
 app = typer.Typer(
     name="chainrule", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -18,7 +19,7 @@ app = typer.Typer(
 
 ChainSteps = Annotated[int, typer.Option("--sample-steps", "--steps", help="Network calls of the sampling chain.")]
 Guidance = Annotated[
-    str | None, typer.Option(help="Classifier-free guidance, or another by name; default: the model's best.", parser=as_in_a_file)
+    str | None, typer.Option(help=f"{GUIDANCE[0].upper()}{GUIDANCE[1:]}; default: the model's own.", parser=as_in_a_file)
 ]
 Options = Annotated[list[str] | None, typer.Option("--method-option", help="An option of the method, as k=5. May be repeated.")]
 Prompts = Annotated[list[str], typer.Option(help="A prompt, a prompt set or a prompt file. May be repeated.")]

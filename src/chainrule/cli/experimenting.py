@@ -19,21 +19,24 @@ def results_folder() -> Path:
 
 def experiment(
     table: Annotated[
-        list[str] | None, typer.Argument(help="Tables of the package by name, or files of your own (.yaml). Without: list them.")
+        list[str] | None,
+        typer.Argument(help="Tables of the package by name, or .yaml files of your own; default: list the package's."),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of one thread.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Number of runs at a time, each in a process with one thread.")] = 1,
     root: Annotated[
         Path | None, typer.Option(help="Folder of the results. [default: ~/.local/share/chainrule/experiments]", show_default=False)
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="Write a markdown page of what is there to this file; run nothing.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Write a markdown page of the results so far to this file; run nothing.")
+    ] = None,
     list_runs: Annotated[
         bool, typer.Option("--list", help="List the tables' runs and where their results are; run nothing.")
     ] = False,
 ) -> None:
     """Run the rows of a table that have no result yet, and show the table.
 
-    A result is a run folder named after a hash of all that decides its numbers and of the packages' versions: another rate is
-    another folder, and what is done is not run again. Ctrl-C keeps what is there; the same command goes on.
+    A result is a run folder. Its name has a hash of all that decides its numbers and of the packages' versions, so a changed
+    setting is another folder. What is done is not run again. After Ctrl-C, the same command goes on.
     """
     from chainrule.experiments import page
     from chainrule.experiments import table as tables

@@ -61,7 +61,7 @@ def _calls(levels: Grid, spans: Levels) -> list[str]:
 
 
 Model = Annotated[str, typer.Argument(help="Bundled model, diffusers folder or hub id.")]
-analyses = typer.Typer(no_args_is_help=True, help="Measurements the papers rest on.", rich_markup_mode=None)
+analyses = typer.Typer(no_args_is_help=True, help="Measure what the methods rest on, as the papers do.", rich_markup_mode=None)
 
 
 @analyses.command("shortcut")
@@ -72,11 +72,13 @@ def analyze_shortcut(
     student_steps: Annotated[
         int | None, typer.Option(help="Network calls the student makes an image with; default: its own.")
     ] = None,
-    prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:test",
+    prompts: Annotated[str, typer.Option(help="Prompt set, file or dataset.")] = "animals:test",
     reward: Annotated[
-        list[str] | None, typer.Option(help="Rewards to compare; default: a bundled model's own. May be repeated.")
+        list[str] | None, typer.Option(help="A reward to compare; default: those bundled with a bundled model. May be repeated.")
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="CLIP of the perceptual distance; default: a bundled model's own.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP of the perceptual distance; default: the one bundled with a bundled model.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Images per prompt.")] = 2,
     sample_steps: ChainSteps = 50,
     points: Annotated[int, typer.Option(help="Levels to start from.")] = 5,
@@ -84,7 +86,7 @@ def analyze_shortcut(
     out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/shortcut"),
     opening: Opening = Opening(),
 ) -> None:
-    """How far a student's shortcut leads from where the model itself ends (ShortFT, Fig. 3)."""
+    """Measure how far from the model's own image a student's shortcut ends (Figure 3 of ShortFT)."""
     from chainrule import rewards
     from chainrule.prompts import prompts as read_prompts
     from chainrule.rewards.clip import check_source
@@ -117,15 +119,19 @@ def analyze_shortcut(
 @with_options
 def analyze_picard(
     model: Model = "tiny-emoji",
-    reward: Annotated[str | None, typer.Option(help="Whose gradient; default: a bundled model's aesthetic score.")] = None,
-    prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:test",
-    images: Annotated[int, typer.Option(help="How many of the prompts, one image each.")] = 4,
+    reward: Annotated[
+        str | None, typer.Option(help="The reward; default: the aesthetic score bundled with a bundled model.")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Prompt set, file or dataset.")] = "animals:test",
+    images: Annotated[int, typer.Option(help="Number of images, one for each of the first prompts.")] = 4,
     sampling: Sampling = Sampling(),
-    tolerance: Annotated[float, typer.Option(help="How near, relative to the latent's size, is converged.")] = 1e-2,
+    tolerance: Annotated[
+        float, typer.Option(help="Distance to the sequential image that counts as converged, as a share of the latent.")
+    ] = 1e-2,
     out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/picard"),
     opening: Opening = Opening(),
 ) -> None:
-    """Parallel sampling by Picard iteration: its contraction, and the error of SDO's gradient beside its bound."""
+    """Measure how fast Picard iteration converges, and the error of SDO's gradient and its bound."""
     net, shown, scorer = _measured(model, reward, prompts, images, out, opening)
     from chainrule.analyze import picard
     from chainrule.report.plots import plot
@@ -142,15 +148,17 @@ def analyze_picard(
 @with_options
 def analyze_gradients(
     model: Model = "tiny-emoji",
-    reward: Annotated[str | None, typer.Option(help="Whose gradient; default: a bundled model's aesthetic score.")] = None,
-    prompts: Annotated[str, typer.Option(help="Prompt set or file.")] = "animals:train",
+    reward: Annotated[
+        str | None, typer.Option(help="The reward; default: the aesthetic score bundled with a bundled model.")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Prompt set, file or dataset.")] = "animals:train",
     batches: Annotated[int, typer.Option(help="Batches of four images.")] = 4,
     sample_steps: ChainSteps = 50,
     guidance: Guidance = None,
     out: Annotated[Path, typer.Option(help="Folder for the table and the picture.")] = Path("runs/gradients"),
     opening: Opening = Opening(),
 ) -> None:
-    """The gradient's norm and angle against the depth of backpropagation (SDO, Fig. 11a; DRaFT, Fig. 8 and 25)."""
+    """Measure the gradient's norm and angle by depth (Figure 11a of SDO, Figures 8 and 25 of DRaFT)."""
     at_least_one(batches=batches, sample_steps=sample_steps)
     net, shown, scorer = _measured(model, reward, prompts, 1000, out, opening)
     from chainrule.analyze import gradients
@@ -190,7 +198,7 @@ def doctor(
     sample_steps: ChainSteps = 4,
     opening: Opening = Opening(),
 ) -> None:
-    """Check the installation; with a model, its samples, its gradient and its memory as well."""
+    """Check the installation and, given a model, its samples, gradient and memory."""
     from chainrule import rewards
 
     at_least_one(sample_steps=sample_steps)

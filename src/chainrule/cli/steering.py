@@ -27,16 +27,16 @@ def steer(
         typer.Argument(help="Prompts, prompt sets or prompt files; or a .yaml file with any of the options below."),
     ] = None,
     given: Annotated[Given, SteerConfig] = NOTHING,
-    style: Annotated[Path | None, typer.Option(help="A picture whose style to come close to.")] = None,
-    adversarial: Annotated[str | None, typer.Option(help="A class to be taken for by an image classifier.")] = None,
+    style: Annotated[Path | None, typer.Option(help="A picture whose style the images should come close to.")] = None,
+    adversarial: Annotated[str | None, typer.Option(help="A class that an image classifier should take the images for.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Images per prompt, with seeds 0, 1, ... [default: 1]")] = None,
     first_seed: Annotated[int | None, typer.Option(help="The first seed. [default: 0]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in the folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
 ) -> None:
     """Move single images towards a reward, without training.
 
-    Rewards that name no source are a bundled model's own where the model is bundled.
+    With a bundled model, rewards that name no source are the scorers bundled with it.
     """
     at_least_one(seeds=seeds)
     file = prompts[0] if prompts and len(prompts) == 1 and is_config(prompts[0]) else None

@@ -30,7 +30,7 @@ def train(
 ) -> None:
     """Fine-tune an adapter so that its images score higher.
 
-    Rewards that name no source are a bundled model's own where the model is bundled.
+    With a bundled model, rewards that name no source are the scorers bundled with it.
     """
     from chainrule import rewards
     from chainrule.prompts import prompts as read_prompts
@@ -87,7 +87,7 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
 ) -> None:
-    """Distill a few-step student that keeps to the model's trajectories, for shortft."""
+    """Distill a few-step student that follows the model's trajectories, for shortft."""
     from chainrule.prompts import prompts as read_prompts
 
     config = DistillConfig.read(Path(model), given) if is_config(model) else DistillConfig.of({"model": model, **given})

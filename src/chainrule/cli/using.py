@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from chainrule.cli.app import Prompts, progress
-from chainrule.cli.arguments import at_least_one, prompts_of, weights
+from chainrule.cli.arguments import at_least_one, counted, prompts_of, weights
 from chainrule.cli.opened import check_adapter, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
@@ -27,7 +27,7 @@ def sample(
     scale: Annotated[float, typer.Option(help="Strength of the run's adapter.")] = 1.0,
     adapter: Annotated[str | None, typer.Option(help="An adapter file or folder to put on top of a model.")] = None,
     adapter_steps: Annotated[
-        tuple[int, int] | None, typer.Option(help="The sampling steps adapters are on for: first, and the one after the last.")
+        tuple[int, int] | None, typer.Option(help="The sampling steps with adapters on: the first, and the one after the last.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     opening: Opening = Opening(),
@@ -61,20 +61,20 @@ def sample(
     for i, image in enumerate(images):
         image.save(out / f"{i:04d}.png")
     grid(images, min(len(images), 6), [p for p, _ in every]).save(out / "grid.png")
-    typer.echo(f"{len(images)} images in {out}, all together in {out / 'grid.png'}")
+    typer.echo(f"{counted(len(images), 'image')} in {out}, all together in {out / 'grid.png'}")
 
 
 @with_options
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run folders of one base model.")],
-    prompts: Annotated[str, typer.Option(help="Prompt set or file; not the ones trained on.")] = "animals:test",
-    reward: Annotated[list[str] | None, typer.Option(help="Rewards to measure; default: the run's own. May be repeated.")] = None,
+    prompts: Annotated[str, typer.Option(help="Prompts that were not trained on: a set, file or dataset.")] = "animals:test",
+    reward: Annotated[list[str] | None, typer.Option(help="A reward to measure; default: the run's own. May be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="Images per prompt.")] = 4,
     sampling: Sampling = Sampling(),
     scale: Annotated[float, typer.Option(help="Strength of the adapters.")] = 1.0,
     opening: Opening = Opening(),
 ) -> None:
-    """Compare runs with their base model: rewards with 95% intervals, and diversity."""
+    """Compare runs with their base model by rewards, with 95% intervals, and diversity."""
     from chainrule import rewards
     from chainrule.adapters.files import adapter_files
     from chainrule.prompts import prompts as read_prompts
@@ -137,9 +137,11 @@ def _labels(runs: list[Path]) -> list[str]:
 def mix(
     parts: Annotated[list[str], typer.Argument(help="Adapters and weights, as runs/pick=0.6 runs/hps=0.5.")],
     out: Annotated[Path, typer.Option(help="Folder of the mixed adapter.")],
-    kohya: Annotated[Path | None, typer.Option(help="A file to write it to as well, as ComfyUI and kohya read UNets'.")] = None,
+    kohya: Annotated[
+        Path | None, typer.Option(help="Also write a UNet's adapter to this file, as ComfyUI and kohya's scripts read it.")
+    ] = None,
 ) -> None:
-    """Add scaled adapters into one, exactly."""
+    """Add scaled adapters into one, without approximation."""
     given = weights(parts)
     if kohya and kohya.suffix != ".safetensors":
         raise UserError(f"kohya is {str(kohya)!r}, but must end in .safetensors")
