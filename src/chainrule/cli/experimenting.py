@@ -19,16 +19,13 @@ def results_folder() -> Path:
 
 def experiment(
     table: Annotated[
-        list[str] | None,
-        typer.Argument(help="Tables of the package by name, or .yaml files of your own; default: list the package's."),
+        list[str] | None, typer.Argument(help="Tables of the package by name, or .yaml files of your own; default: list them.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Number of runs at a time, each in a process with one thread.")] = 1,
     root: Annotated[
         Path | None, typer.Option(help="Folder of the results. [default: ~/.local/share/chainrule/experiments]", show_default=False)
     ] = None,
-    write: Annotated[
-        Path | None, typer.Option(help="Write a markdown page of the results so far to this file; run nothing.")
-    ] = None,
+    write: Annotated[Path | None, typer.Option(help="Write a markdown page of the results to this file; run nothing.")] = None,
     list_runs: Annotated[
         bool, typer.Option("--list", help="List the tables' runs and where their results are; run nothing.")
     ] = False,
