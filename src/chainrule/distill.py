@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -49,6 +49,8 @@ class DistillTask:
     prompts: Sequence[str]
     settings: Distillation
     processes: Processes = ALONE
+    label: ClassVar[str] = "distill"
+    watched: ClassVar[str] = "loss"
 
     @classmethod
     def start(cls, model: Model, prompts: Sequence[str], settings: Distillation, processes: Processes = ALONE) -> DistillTask:
@@ -60,16 +62,6 @@ class DistillTask:
         learner = Learner.of({adapter.name: adapter}, weight_decay=0.0)
         student = Member(model.denoiser, of_number(model.denoiser, 1.0), Active({adapter.name: Band()}))
         return cls(model, learner, adapter, student, prompts, settings, processes)
-
-    @property
-    def label(self) -> str:
-        """What the progress bar calls the update."""
-        return "distill"
-
-    @property
-    def watched(self) -> str:
-        """The number of a row that the progress bar shows."""
-        return "loss"
 
     @property
     def batch(self) -> int:

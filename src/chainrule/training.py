@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -100,6 +100,7 @@ class FinetuneTask:
     prompts: Sequence[str]
     settings: Finetuning
     processes: Processes = ALONE
+    watched: ClassVar[str] = "reward"
 
     @classmethod
     def start(
@@ -120,11 +121,6 @@ class FinetuneTask:
     def label(self) -> str:
         """What the progress bar calls the update."""
         return f"stage {self.stages.now.number + 1} of {len(self.stages)}" if len(self.stages) > 1 else "update"
-
-    @property
-    def watched(self) -> str:
-        """The number of a row that the progress bar shows."""
-        return "reward"
 
     @property
     def batch(self) -> int:

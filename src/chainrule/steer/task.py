@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class SteerTask:
     search: Search | None = None
     step: int = 0
     skipped: int = 0
+    watched: ClassVar[str] = "reward"
 
     @classmethod
     def start(
@@ -63,11 +64,6 @@ class SteerTask:
     def label(self) -> str:
         """What the progress bar calls the update."""
         return f"batch {min(len(self.found) + 1, len(self.batches))} of {len(self.batches)}" if len(self.batches) > 1 else "steer"
-
-    @property
-    def watched(self) -> str:
-        """The number of a row that the progress bar shows."""
-        return "reward"
 
     @property
     def batch(self) -> int:
