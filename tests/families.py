@@ -10,8 +10,8 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from conftest import byte_tokenizer, make_pipeline
 from diffusers import AutoencoderKL, FluxPipeline
+from pipelines import byte_tokenizer, make_pipeline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from conftest import score
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from pipelines import score
 from torch import Tensor
 
 import chainrule as cr

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from conftest import make_pipeline
+from pipelines import make_pipeline
 
 import chainrule as cr
 

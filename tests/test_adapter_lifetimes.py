@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import make_pipeline
+from pipelines import make_pipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_pipeline
+from pipelines import make_pipeline
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 

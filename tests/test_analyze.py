@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_pipeline, score
+from pipelines import make_pipeline, score
 from steer_loops import GUIDANCE
 from torch import Tensor, nn
 

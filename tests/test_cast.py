@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline, score
+from pipelines import make_pipeline, score
 from torch import Tensor, nn
 
 import chainrule as cr

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import make_pipeline
+from pipelines import make_pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 

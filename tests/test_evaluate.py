@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import make_pipeline
+from pipelines import make_pipeline
 
 import chainrule as cr
 from chainrule.config import FinetuneConfig

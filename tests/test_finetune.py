@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
+from pipelines import make_pipeline
 from safetensors.torch import load_file
 
 import chainrule as cr

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers import QwenImagePipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from pipelines import make_pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 

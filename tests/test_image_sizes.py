@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline
 from families import CASES, TALL
 from PIL import Image
+from pipelines import make_pipeline
 from reward_models import ALL
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Worth, make_pipeline, score
+from pipelines import Worth, make_pipeline, score
 from torch import Tensor
 
 import chainrule as cr

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import make_pipeline, score
+from pipelines import make_pipeline, score
 from safetensors.torch import load_file
 from students import student_file
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import make_pipeline
+from pipelines import make_pipeline
 from torch import Tensor
 
 import chainrule as cr

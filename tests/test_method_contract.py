@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 import yaml
-from conftest import make_pipeline
+from pipelines import make_pipeline
 
 import chainrule as cr
 from chainrule import methods

@@ -12,9 +12,9 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from families import CASES
+from pipelines import make_pipeline
 
 import chainrule as cr
 from chainrule import methods

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import pixel_pipeline, score
+from pipelines import pixel_pipeline, score
 
 import chainrule as cr
 

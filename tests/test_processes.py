@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
 from PIL import Image
+from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
 
 import chainrule as cr

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import Worth, make_pipeline, score
+from pipelines import Worth, make_pipeline, score
 from students import GUIDANCE, PROMPTS, SEEDS, shake, student_file
 from torch import Tensor
 

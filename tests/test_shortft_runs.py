@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
+from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
 from students import PROMPTS, SEEDS, student_file
 from torch import Tensor

@@ -13,9 +13,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers.schedulers import scheduling_dpmsolver_multistep as multistep
 from families import CASES, sd3
+from pipelines import make_pipeline
 from torch import Tensor
 
 import chainrule as cr

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline, score
 from PIL import Image
+from pipelines import make_pipeline, score
 from steer_loops import GUIDANCE, PROMPTS, SEEDS, STEPS, problem
 
 import chainrule as cr

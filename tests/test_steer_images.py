@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pipeline, pixel_pipeline, score
 from PIL import Image
+from pipelines import make_pipeline, pixel_pipeline, score
 from steer_loops import STEPS, close, network, problem
 
 import chainrule as cr

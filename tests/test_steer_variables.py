@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import make_pipeline, score
+from pipelines import make_pipeline, score
 from safetensors.torch import load_file
 from steer_loops import PROMPTS, STEPS, close, problem
 from torch import Tensor

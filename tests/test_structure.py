@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -90,25 +91,34 @@ def for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def nodes(tree: ast.AST, *, types: bool = False, late: bool = True) -> Iterator[ast.AST]:
-    """Everything in the tree; with `types` what only a type checker reads too, without `late` nothing inside functions."""
-    for child in ast.iter_child_nodes(tree):
-        if (types or not for_types_only(child)) and (late or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)):
-            yield child
-            yield from nodes(child, types=types, late=late)
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path, *, types: bool = False, late: bool = True) -> set[str]:
+@cache
+def nodes(path: Path, *, types: bool = False) -> tuple[ast.AST, ...]:
+    """Everything in the file; with `types` what only a type checker reads too."""
+    found, left = [], [parsed(path)]
+    while left:
+        children = [child for child in ast.iter_child_nodes(left.pop()) if types or not for_types_only(child)]
+        found += children
+        left += children
+    return tuple(found)
+
+
+@cache
+def imports(path: Path, *, types: bool = False) -> frozenset[str]:
     """The modules a file imports, dotted; `from chainrule import methods` is "chainrule.methods"."""
     found = set()
-    for node in nodes(ast.parse(path.read_text(encoding="utf-8")), types=types, late=late):
+    for node in nodes(path, types=types):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             inside = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= inside & MODULES or {str(node.module)}
-    return found
+    return frozenset(found)
 
 
 MODULES = {module_of(path) for path in FILES}
@@ -201,10 +211,9 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_a_file_reads_no_pickle(path):
-    text = path.read_text(encoding="utf-8")
     assert not {name.split(".")[0] for name in imports(path)} & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
     tensors_only: set[ast.expr] = set()
-    for node in nodes(ast.parse(text)):
+    for node in nodes(path):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":  # tensors alone, or not at all
             assert "weights_only=True" in [ast.unparse(keyword) for keyword in node.keywords], f"line {node.lineno}"
             tensors_only.add(node.func)
@@ -222,7 +231,7 @@ def test_no_room_is_a_drawer_for_the_rest(path):
 @pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_and_its_functions_are_short_and_it_adds_no_folder_to_the_path(path):
     text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
-    every = list(ast.walk(ast.parse(text)))
+    every = list(ast.walk(parsed(path)))
     assert len(text.splitlines()) <= MOST_LINES.get(name.split("/")[0], 450)
     functions = [node for node in every if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > MOST_LINES_OF_A_FUNCTION}
@@ -242,5 +251,5 @@ def undocumented(tree: ast.AST, prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_everything_public_has_a_docstring(path):
-    found = list(undocumented(ast.parse(path.read_text(encoding="utf-8"))))
+    found = list(undocumented(parsed(path)))
     assert not found

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker, register_tracker_class
-from conftest import make_pipeline
+from pipelines import make_pipeline
 from safetensors.torch import load_file
 from students import student_file
 from torch import Tensor
@@ -54,13 +54,13 @@ def model() -> cr.Model:
 
 def tuning(method: Method, net: cr.Model) -> FinetuneTask:
     settings = Finetuning(
-        updates=UPDATES, batch=2, accumulate=2, sample_steps=4, guidance=2.0, rank=2, lr=1e-2, ema=0.9, schedule="sqrt"
+        updates=UPDATES, batch=2, accumulate=2, sample_steps=3, guidance=2.0, rank=2, lr=1e-2, ema=0.9, schedule="sqrt"
     )
     return FinetuneTask.start(net, method, reward_of(gray), PROMPTS, settings)
 
 
 def distilling() -> DistillTask:
-    settings = Distillation(updates=UPDATES, batch=2, starts=4, teacher_steps=8, rank=2, guidance=2.0, lr=5e-3)
+    settings = Distillation(updates=UPDATES, batch=2, starts=2, student_steps=2, teacher_steps=4, rank=2, guidance=2.0, lr=5e-3)
     return DistillTask.start(model(), PROMPTS, settings)
 
 
@@ -115,7 +115,7 @@ def staged(folder: Path) -> FinetuneTask:
 
 
 def steering(over: str, gradient: str = "sdo") -> SteerTask:
-    settings = Steering(over=over, gradient=gradient, updates=UPDATES, lr=0.05, batch=2, sample_steps=4, guidance=2.0, rank=2)
+    settings = Steering(over=over, gradient=gradient, updates=UPDATES, lr=0.05, batch=2, sample_steps=3, guidance=2.0, rank=2)
     return SteerTask.start(model(), reward_of(gray), settings, Over.parse(over), Batch(PROMPTS[:2], [3, 4]))
 
 

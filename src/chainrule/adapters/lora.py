@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from chainrule.adapters.files import Weights, read
-from chainrule.adapters.select import forget, layers_of, remember, unchanged, when_unused
+from chainrule.adapters.select import forget, layers_of, named_layers, remember, unchanged, when_unused
 from chainrule.errors import UserError
 
 T = TypeVar("T")
@@ -44,8 +44,7 @@ class Adapter:
         """Its matrices, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank), in the network's order."""
         return {
             f"{layer}.{matrix}.weight": getattr(module, matrix)[self.name].weight
-            for layer, module in self.network.named_modules()
-            if isinstance(module, BaseTunerLayer)
+            for layer, module in named_layers(self.network).items()
             for matrix in ("lora_A", "lora_B")
             if self.name in getattr(module, matrix)
         }

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 class _Known:
     """What is remembered of a network: its adapted layers, who holds which adapter, and who relies on them being there."""
 
-    layers: list[BaseTunerLayer] | None = None
+    layers: dict[str, BaseTunerLayer] | None = None
     leases: WeakValueDictionary[str, Any] = field(default_factory=WeakValueDictionary)
     blocks: int = 0
     waiting: list[Callable[[], None]] = field(default_factory=list)
@@ -40,12 +40,17 @@ def _known(network: nn.Module) -> _Known:
         return _NETWORKS.setdefault(network, _Known())
 
 
+def named_layers(network: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers of a network that have adapters, by name, in the network's order."""
+    known = _known(network)
+    if known.layers is None:  # looked up once: a network has thousands of modules, and every call asks
+        known.layers = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+    return known.layers
+
+
 def layers_of(network: nn.Module) -> list[BaseTunerLayer]:
     """The layers of a network that have adapters."""
-    known = _known(network)
-    if known.layers is None:
-        known.layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    return known.layers
+    return list(named_layers(network).values())
 
 
 @contextlib.contextmanager
