@@ -173,7 +173,7 @@ def test_train_and_distill_make_the_run_of_a_config_again(workplace, chainrule):
         "first": TRAIN + "--method sdo --updates 2",
         "above": TRAIN.replace("prompts.txt", "animals:train") + "--method drtune --method-option k=2 --method-option m=1 "
         "--adapter first --steps 2 --schedule sqrt --held-out rotation",
-        "student": "distill sd --prompts prompts.txt --updates 2 --batch 2 --starts 2 --teacher-steps 4 --rank 2 --guidance 2",
+        "student": "distill sd --prompts prompts.txt --updates 2 --batch 2 --starts 2 --teacher-steps 8 --rank 2 --guidance 2",
         "staged": TRAIN.replace("--sample-steps 3", "--sample-steps 5") + "--student student --steps 3 "
         "--method shortft --method-option k=2",
     }  # fmt: skip

@@ -12,7 +12,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler, StableDiffusionPipeline
 from families import CASES
 from pipelines import make_pipeline
 
@@ -91,11 +91,11 @@ def test_the_dtype_of_the_weights_is_the_one_asked_for(sd_folder, dtype):
 def test_a_scheduler_that_is_not_supported_is_sampled_by_the_nearest_solver_when_asked():
     pipe = make_pipeline(dtype=torch.float32)
     expected = list(cr.load(pipe).states(["a fox"], [0], 5, 2.0))[-1]
-    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
-    with pytest.raises(cr.UserError, match="PNDMScheduler is not supported; sample with the nearest solver, ddim"):
+    pipe.scheduler = LMSDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(cr.UserError, match="LMSDiscreteScheduler is not supported; sample with the nearest solver, euler"):
         cr.load(pipe)
     torch.testing.assert_close(list(cr.load(pipe, solver="ddim").states(["a fox"], [0], 5, 2.0))[-1], expected)
-    assert isinstance(pipe.scheduler, PNDMScheduler)
+    assert isinstance(pipe.scheduler, LMSDiscreteScheduler)
 
 
 def test_grids_are_diffusers_levels():
@@ -238,8 +238,8 @@ def test_what_a_folder_lacks_is_said_before_loading(sd_folder, tmp_path, monkeyp
         cr.load(folder)
     shutil.copytree(sd_folder / "tokenizer", folder / "tokenizer")
     settings = folder / "scheduler" / "scheduler_config.json"
-    settings.write_text(settings.read_text().replace("DDIMScheduler", "PNDMScheduler"))
-    with pytest.raises(cr.UserError, match="PNDMScheduler is not supported; sample with the nearest solver, ddim"):
+    settings.write_text(settings.read_text().replace("DDIMScheduler", "LMSDiscreteScheduler"))
+    with pytest.raises(cr.UserError, match="LMSDiscreteScheduler is not supported; sample with the nearest solver, euler"):
         cr.load(folder)
     (folder / "model_index.json").write_text("[1]")
     with pytest.raises(cr.UserError, match=r"model_index\.json is damaged"):

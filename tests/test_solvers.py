@@ -285,7 +285,7 @@ def test_the_ancestral_sampler_reaches_the_gaussians_variance() -> None:
         ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun"}, "solver_type='heun'"),
         ("DPMSolverMultistepScheduler", {"solver_type": "heun"}, "solver_type='heun'"),
         ("DDPMScheduler", {"variance_type": "fixed_large"}, "variance_type='fixed_large'"),
-        ("PNDMScheduler", {"skip_prk_steps": True}, "PNDMScheduler is not supported.* nearest solver, ddim"),
+        ("LMSDiscreteScheduler", {}, "LMSDiscreteScheduler is not supported.* nearest solver, euler"),
         ("UniPCMultistepScheduler", {}, "nearest solver, dpm"),
         ("HeunDiscreteScheduler", {}, "nearest solver, euler"),
     ],

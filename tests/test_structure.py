@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "processes": "errors",
     "loop": "errors config runs processes",
     "methods": "errors named plan",
-    "noise": "",
+    "noise": "errors",
     "half": "",
     "meters": "",
     "solve": "plan noise",
@@ -53,10 +53,10 @@ MAY_IMPORT = {
     "trackers": "errors loop",
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
     "grids trackers",
-    "evaluate": "errors processes estimate rewards guidance models prompts",
+    "evaluate": "errors noise processes estimate rewards guidance models prompts",
     "analyze": "errors estimate plan methods rewards guidance chain objective models gradient prompts report",
-    "steer": "errors size config plan runs processes loop settings noise half solve adapters rewards denoise guidance cast chain "
-    "learned objective models report",
+    "steer": "errors size config plan prompts runs processes loop settings noise half solve adapters rewards denoise guidance cast "
+    "chain learned objective models report",
     "doctor": "errors meters adapters methods rewards models gradient",
     "distill": "errors config plan runs settings processes loop noise half adapters guidance cast objective models prompts learner "
     "analyze",

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Bad input, explained in one line. The command line prints it without a traceback."""
 
 
+class Note(UserWarning):
+    """Something the user should know and that is no error, in one line. The command line prints it as "note: ..."."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An unknown name, with the nearest known one."""
     names = sorted(known)

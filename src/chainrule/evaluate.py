@@ -16,9 +16,10 @@ from chainrule.errors import UserError
 from chainrule.estimate import Estimate
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
+from chainrule.noise import seeds_of
 from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
-from chainrule.rewards import Reward, RewardFunction, checked, reward_of
+from chainrule.rewards import Reward, RewardFunction, as_rewards, checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,9 @@ def diversity(images: Tensor) -> float:
 def evaluate(
     models: Mapping[str, Model],
     prompts: str | Sequence[str],
-    rewards: Sequence[Reward | RewardFunction],
+    rewards: str | Reward | RewardFunction | Sequence[str | Reward | RewardFunction],
     *,
-    seeds: Sequence[int] = range(4),
+    seeds: int | Sequence[int] = range(4),
     steps: int | None = None,
     guidance: AnyGuidance = None,
     batch: int = 16,
@@ -82,7 +83,7 @@ def evaluate(
     Raises UserError for no model, prompt, seed or reward, two rewards of one name, and a reward that does not return one float
     per image.
     """
-    prompts, seeds, chosen = read_prompts(prompts), list(seeds), [reward_of(each) for each in rewards]
+    prompts, seeds, chosen = read_prompts(prompts), seeds_of(seeds), as_rewards(rewards)
     if not models or not seeds or not chosen:
         raise UserError("evaluate needs at least one model, one seed and one reward")
     names = ["diversity", *(reward.name for reward in chosen)]

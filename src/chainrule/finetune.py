@@ -13,13 +13,13 @@ from chainrule.errors import UserError
 from chainrule.grids import SampleGrids
 from chainrule.guidance import value_among
 from chainrule.loop import Listener, Row, complete, open_run, told
-from chainrule.methods import Method, needs, spelled
+from chainrule.methods import Method, as_method, needs, spelled
 from chainrule.models import Model
 from chainrule.noise import derive
 from chainrule.processes import Processes
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import report
-from chainrule.rewards import Reward, RewardFunction, probe, reward_of
+from chainrule.rewards import Reward, RewardFunction, as_reward, probe
 from chainrule.runs import Run
 from chainrule.settings import Finetuning, Opening, chosen
 from chainrule.trackers import tracker
@@ -27,21 +27,14 @@ from chainrule.training import FinetuneTask, Stages
 
 
 def finetune(
-    model: Model,
-    method: Method,
-    reward: Reward | RewardFunction,
-    prompts: str | Sequence[str],
-    settings: Finetuning | None = None,
-    *,
-    out: str | Path,
-    held_out: Reward | RewardFunction | None = None,
-    watch: Sequence[str] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    on_update: Callable[[Row], None] | None = None,
-    **options: Any,
-) -> Run:
+    model: Model, method: str | Method, reward: str | Reward | RewardFunction, prompts: str | Sequence[str],
+    settings: Finetuning | None = None, *, out: str | Path, held_out: str | Reward | RewardFunction | None = None,
+    watch: Sequence[str] | None = None, resume: bool = False, overwrite: bool = False,
+    on_update: Callable[[Row], None] | None = None, **options: Any,
+) -> Run:  # fmt: skip
     """Fine-tune an adapter so that its images score higher, and return the run it left behind.
+
+    Methods and rewards may be given by name: "sdo", "10*pickscore+symmetry".
 
     `settings`, or `options` instead of it, are a `chainrule.settings.Finetuning`: updates (or steps), batch, lr, rank, seed,
     sample_steps, guidance, ...
@@ -52,7 +45,8 @@ def finetune(
     guidance, options = value_among(options)
     settings, texts = chosen(Finetuning, settings, options), read_prompts(prompts)
     model = model.guided(guidance or settings.guidance)
-    scorer, watched = reward_of(reward), reward_of(held_out) if held_out else None
+    method = as_method(method)
+    scorer, watched = as_reward(reward), as_reward(held_out) if held_out else None
     if settings.patience and not watched:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
     order = _order(model, method, settings)

@@ -31,7 +31,7 @@ class Result:
 
 
 def gradient(
-    model: Model, plan: Plan, reward: Objective | Reward | RewardFunction, prompts: Sequence[str], seeds: Sequence[int], *,
+    model: Model, plan: Plan, reward: Objective | str | Reward | RewardFunction, prompts: Sequence[str], seeds: Sequence[int], *,
     guidance: AnyGuidance = None, memory: str = "recompute", micro_batch: int | None = None, scale: float = 1.0,
 ) -> Result:  # fmt: skip
     """Add the gradient of the objective's mean over these prompts to `.grad` of the model's trainable leaves.
@@ -51,8 +51,8 @@ def gradient(
 
 
 def backpropagate(
-    chain: Chain, plan: Plan, x: Tensor, decode: Decode, reward: Objective | Reward | RewardFunction, prompts: Sequence[str], *,
-    micro_batch: int = 8, scale: float = 1.0,
+    chain: Chain, plan: Plan, x: Tensor, decode: Decode, reward: Objective | str | Reward | RewardFunction,
+    prompts: Sequence[str], *, micro_batch: int = 8, scale: float = 1.0,
 ) -> Result:  # fmt: skip
     """Add the gradient of the mean loss, summed over branches, to `.grad` of the trainable leaves; of `x` too, if it is one.
 

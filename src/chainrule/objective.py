@@ -20,7 +20,7 @@ from chainrule import half
 from chainrule.cast import Answerer
 from chainrule.denoise import Condition
 from chainrule.plan import Jump
-from chainrule.rewards import Reward, RewardFunction, checked, reward_of
+from chainrule.rewards import Reward, RewardFunction, as_reward, checked
 
 Decode: TypeAlias = Callable[[Tensor], Tensor]  # image latents to images in [0, 1], (b, 3, h, w), differentiable
 
@@ -162,11 +162,11 @@ class Objective:
     terms: tuple[Term, ...]
 
     @classmethod
-    def of(cls, reward: Objective | Reward | RewardFunction) -> Objective:
+    def of(cls, reward: Objective | str | Reward | RewardFunction) -> Objective:
         """A reward's, with a term for every reward it is a sum of; an objective as it is."""
         if isinstance(reward, Objective):
             return reward
-        return cls(tuple(RewardTerm(each, -weight) for weight, each in reward_of(reward).weighted()))
+        return cls(tuple(RewardTerm(each, -weight) for weight, each in as_reward(reward).weighted()))
 
     def against(self, reference: Tensor) -> Objective:
         """This objective with every reward told the images as they were, (b, 3, h, w); what steering asks for."""

@@ -6,12 +6,15 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import typer
 
 from chainrule.cli import experimenting, looking, steering, training, using
 from chainrule.cli.app import app
-from chainrule.errors import UserError
+from chainrule.errors import Note, UserError
 
 __all__ = ["app", "main"]
 
@@ -25,13 +28,23 @@ for name, command in {
 app.add_typer(looking.analyses, name="analyze")
 
 
+def _shown(otherwise: Callable[..., None], message: Warning | str, *where: Any) -> None:
+    """A note as one line; any other warning as Python shows it."""
+    if isinstance(message, Note):
+        typer.echo(f"note: {message}", err=True)
+    else:
+        otherwise(message, *where)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
-        app(prog_name="chainrule")
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_shown, warnings.showwarning)
+            app(prog_name="chainrule")
     except UserError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from chainrule.methods.method import Method, Needs, needs, stages
 from chainrule.methods.plain import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
-from chainrule.methods.registry import REGISTRY, describe, make, read, spelled
+from chainrule.methods.registry import REGISTRY, as_method, describe, make, read, spelled
 from chainrule.methods.shortft import ShortFT
 
 __all__ = [
     "REGISTRY", "SDO", "AlignProp", "DRTune", "DRaFT", "DRaFTLV", "Method", "Needs", "ReFL", "ShortFT",
-    "describe", "make", "needs", "read", "spelled", "stages",
+    "as_method", "describe", "make", "needs", "read", "spelled", "stages",
 ]  # fmt: skip

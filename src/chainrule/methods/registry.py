@@ -39,6 +39,15 @@ def read(given: object) -> Method:
     return make(*name_and_options(given, "method"))
 
 
+def as_method(given: str | Method) -> Method:
+    """A method, or one by name. Raises UserError for an unknown name, a class instead of an object, and anything else."""
+    if isinstance(given, type):
+        raise UserError(f"the method is the class {given.__name__}; give an object, {given.__name__}()")
+    if isinstance(given, str) or not callable(getattr(given, "plan", None)):
+        return read(given)
+    return given
+
+
 def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """A method by name: `draft`, `draft-5` (k = 5), `draft-lv`, `alignprop-1`, ... or `path/to/file.py:Class`.
 

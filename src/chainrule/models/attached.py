@@ -57,7 +57,7 @@ def attach(pipe: Any, source: str | Path, *, scale: float = 1.0) -> Attached:
     try:
         for i, (file, spans) in enumerate(adapters.adapter_files(source).items()):
             name = f"attached{i}"
-            attached.loaded.append(adapters.load(network, name, loras.read(file, type(pipe).__name__)))
+            attached.loaded.append(adapters.load(network, name, loras.read(file, type(pipe).__name__, network.config)))
             bands[name] = Band(scale, spans)
     except UserError:
         attached.remove()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chainrule.adapters.files import COMPONENTS
 from chainrule.errors import UserError, unknown
@@ -16,6 +16,7 @@ from chainrule.models import bundled
 from chainrule.models.bundled import BUNDLED
 from chainrule.models.defaults import Defaults
 from chainrule.models.families import FAMILIES, class_of, index
+from chainrule.models.given import prepare
 from chainrule.models.model import Model
 from chainrule.models.pipeline import call_default
 from chainrule.models.published import refusal
@@ -25,8 +26,12 @@ from chainrule.models.solvers import check as check_solver
 from chainrule.models.solvers import check_scheduler
 from chainrule.size import size_of
 
+if TYPE_CHECKING:
+    import torch
+
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are not asked for anything
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
 
 
 def _family(class_name: str) -> Any:
@@ -88,17 +93,19 @@ def _defaults(settings: Path) -> Defaults:
 
 
 def load(
-    source: Any, *, dtype: str = "float32", device: str | None = None, solver: str | None = None,
+    source: Any, *, dtype: str | torch.dtype = "float32", device: str | None = None, solver: str | None = None,
     size: int | str | Sequence[int] | None = None, quantize: str | None = None,
 ) -> Model:  # fmt: skip
     """A model from a name (`tiny-emoji`), a local diffusers folder, a hub id (`owner/name`) or a pipeline object.
 
-    A pipeline object is used as it is; otherwise `dtype` is the weights' type and `device` defaults to the GPU if there
-    is one. `solver` samples by another solver than the pipeline's own scheduler, `size` is that of the images
-    in pixels: 512, a square; (768, 1024) or "768x1024", height and width. `quantize` holds the denoiser's weights in fewer
-    bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32. Only safetensors are read. Raises
+    A pipeline object is used as it is; otherwise `dtype` is the weights' type (torch.bfloat16, "bfloat16", "bf16"), and
+    `device` defaults to the GPU if there is one. `solver` samples by another solver than the pipeline's own scheduler. `size`
+    is that of the images in pixels: 512, a square; (768, 1024) or "768x1024", height and width. `quantize` holds the denoiser's weights in fewer
+    bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32. Only safetensors are read.
     Raises UserError in one line before anything heavy is loaded.
     """
+    dtype = str(dtype).removeprefix("torch.")
+    dtype = SHORT.get(dtype, dtype)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     check_solver(solver)
@@ -107,6 +114,7 @@ def load(
     device = _device(device)
     if not isinstance(source, (str, Path)):
         family = _family(type(source).__name__)
+        prepare(source, FAMILIES[type(source).__name__].network)
         return family.build(type(source).__name__, source, replace(_defaults_of(source), size=pixels), solver)
     check(source, solver)
     name = str(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,18 @@ def is_lora(file: Path) -> bool:
     return any("lora" in key for key in keys_of(file))
 
 
-def read(file: Path, pipeline: str) -> Weights:
+def read(file: Path, pipeline: str, config: Any = None) -> Weights:
     """A LoRA for the denoiser of a diffusers pipeline class: in diffusers' spelling, or in any that its loader converts.
+
+    `config` is the denoiser's own, by which kohya's names of SDXL's blocks are found.
 
     Layers may have scales and ranks of their own: scales go into the up matrices, smaller ranks are filled up with zeros.
     Raises UserError for a LoRA that adapts a text encoder too, and for a spelling the pipeline's loader does not know.
     """
     keys = keys_of(file)
     if any(key.startswith(("text_encoder", "lora_te")) for key in keys):
-        raise UserError(f"{file} adapts a text encoder too; fuse it into the pipeline (load_lora_weights, fuse_lora) and give that")
+        calls = "load_lora_weights, fuse_lora, unload_lora_weights"
+        raise UserError(f"{file} adapts a text encoder too; put it into the pipeline by {calls} in this order, and give that")
     if keys and all(any(mark in key for mark in OWN) for key in keys):
         return own(file)
     import diffusers
@@ -49,8 +53,11 @@ def read(file: Path, pipeline: str) -> Weights:
     kind: Any = getattr(diffusers, pipeline, None)
     if not hasattr(kind, "lora_state_dict"):
         raise UserError(f"{file} is not in diffusers' spelling, and diffusers has no LoRA loader for {pipeline} to convert it")
+    # FLUX's loader leaves the alphas out unless they are asked for.
+    options = {"return_alphas": True} if "return_alphas" in inspect.signature(kind.lora_state_dict).parameters else {}
+    options |= {} if config is None else {"unet_config": config}
     try:
-        found: Any = kind.lora_state_dict(str(file.parent), weight_name=file.name)
+        found: Any = kind.lora_state_dict(str(file.parent), weight_name=file.name, **options)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{file} is no LoRA that {pipeline} can load: {str(error).splitlines()[0]}") from error
     state, alphas = found if isinstance(found, tuple) else (found, None)

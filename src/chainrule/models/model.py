@@ -28,7 +28,7 @@ from chainrule.models.defaults import Defaults
 from chainrule.models.pictures import pictures
 from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
-from chainrule.noise import Noise
+from chainrule.noise import Noise, seeds_of
 from chainrule.plan import Grid, Levels, walk
 from chainrule.processes import ALONE, Processes
 from chainrule.size import Size, config_size
@@ -208,7 +208,7 @@ class Model:
             if any(own is not None for own in files.values()):
                 raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
             spans = ((grid[last], grid[first]),)
-        loaded = [(loras.read(file, self.family), own) for file, own in files.items()]
+        loaded = [(loras.read(file, self.family, getattr(self.network, "config", None)), own) for file, own in files.items()]
         active = dict(self.active)
         for weights, own in [(source, None)] if isinstance(source, adapters.Weights) else loaded:
             name = adapters.unused_name(self.network, "loaded")
@@ -273,7 +273,7 @@ class Model:
         return torch.stack(processes.gather(images))
 
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int] | None = None, steps: int | None = None,
+        self, prompts: str | Sequence[str], seeds: int | Sequence[int] | None = None, steps: int | None = None,
         guidance: AnyGuidance = None, batch: int = 16, on_call: Callable[[], None] = lambda: None,
         processes: Processes = ALONE,
     ) -> list[Image.Image]:  # fmt: skip
@@ -281,7 +281,9 @@ class Model:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompts: give at least one")
-        seeds = range(len(prompts)) if seeds is None else seeds
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise UserError(f"a prompt is {wrong[0]!r}, but must be text")
+        seeds = list(range(len(prompts))) if seeds is None else seeds_of(seeds)
         if len(prompts) != len(seeds):
             raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
-        return pictures(self.render(prompts, list(seeds), steps, guidance, batch, on_call, processes))
+        return pictures(self.render(prompts, seeds, steps, guidance, batch, on_call, processes))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from chainrule.errors import UserError, unknown
+from chainrule.errors import Note, UserError, unknown
 from chainrule.noise import Diffusion, Flow
 from chainrule.plan import Grid
 from chainrule.solve import DDIM, TCD, Ancestral, Consistency, DPMSolver, Prediction, Process, Solver
@@ -73,6 +74,10 @@ NEAREST = {
 }  # fmt: skip
 
 
+# Schedulers whose pipelines are sampled by another solver over the same number of steps, which a warning says.
+REPLACED = {"PNDMScheduler": "ddim"}  # Stable Diffusion 1.x as it ships; the papers sample it by DDIM
+
+
 def check(name: str | None) -> None:
     """Raises UserError for a solver that is not there."""
     if name is not None and name not in KINDS:
@@ -88,7 +93,7 @@ def check_scheduler(scheduler: str, name: str | None) -> None:
     """Raises UserError for a pipeline's scheduler, by its class, that has no solver here, unless another one is asked for."""
     if scheduler == FLOW and name not in (None, "euler"):
         raise UserError(f"the solver {name} is for diffusion models, and this one is a flow; its solver is euler")
-    if name is None and scheduler != FLOW and scheduler not in {kind.scheduler for kind in KINDS.values()}:
+    if name is None and scheduler not in (FLOW, *REPLACED, *(kind.scheduler for kind in KINDS.values())):
         nearest = NEAREST.get(scheduler, "ddim")
         raise UserError(f"the scheduler {scheduler} is not supported; sample with the nearest solver, {nearest}")
 
@@ -122,18 +127,22 @@ def sampler_of(
     check(name)
     check_scheduler(type(scheduler).__name__, name)
     if settings:
-        scheduler = type(scheduler).from_config(scheduler.config, **settings)
+        scheduler = _remade(scheduler, type(scheduler), **settings)
     if type(scheduler).__name__ == FLOW:
         return _flow(scheduler, spacing)
     own = _own(scheduler)
     if "alphas_cumprod" not in vars(scheduler):
         raise UserError(f"the scheduler {type(scheduler).__name__} is not supported; the nearest supported is {FLOW}")
+    if not name and not own:
+        own_class = type(scheduler).__name__
+        name = REPLACED[own_class]
+        warnings.warn(f"the scheduler {own_class} is replaced: sampled by {name} over the same number of steps", Note, stacklevel=2)
     name = name or own
     kind = KINDS[name]
     if name != own:  # as users do who swap a pipeline's scheduler
         import diffusers
 
-        scheduler = getattr(diffusers, kind.scheduler).from_config(scheduler.config, **{"clip_sample": False, **kind.needs})
+        scheduler = _remade(scheduler, getattr(diffusers, kind.scheduler), **{"clip_sample": False, **kind.needs})
     _check(scheduler, kind.needs)
     table, prediction = scheduler.alphas_cumprod, Prediction(scheduler.config.prediction_type)
     process = Process(Diffusion.of(table, _end(name, scheduler)), prediction)
@@ -142,6 +151,17 @@ def sampler_of(
     start = process.schedule(process.schedule.top)[1] if scaled else 1.0
     levels = lambda steps: _levels(scheduler, steps, own_spacing, 1, kind.strides)
     return Sampler(name, kind.solver(process, scheduler.config), levels, scheduler, spacing, start)
+
+
+def _remade(scheduler: Any, kind: Any, **settings: object) -> Any:
+    """A fresh scheduler of this class with another's settings, and these.
+
+    diffusers notes which settings were defaults, and gives a class its own instead of them. A pipeline that mends an old
+    configuration (steps_offset, clip_sample) leaves its mended values under that note; here they are kept.
+    """
+    config, own = dict(scheduler.config), inspect.signature(type(scheduler)).parameters
+    defaults = [key for key in config.get("_use_default_values", ()) if key in own and config.get(key) == own[key].default]
+    return kind.from_config(config | {"_use_default_values": defaults}, **settings)
 
 
 def _own(scheduler: Any) -> str:
@@ -181,7 +201,7 @@ def _check(scheduler: Any, needs: Mapping[str, object]) -> None:
 
 def _levels(scheduler: Any, steps: int, spacing: Spacing, offset: int, strides: bool) -> Grid:
     """The levels of diffusers' own timesteps, then 0. Raises UserError for a number of steps the scheduler does wrong."""
-    fresh, total = type(scheduler).from_config(scheduler.config), scheduler.config.num_train_timesteps
+    fresh, total = _remade(scheduler, type(scheduler)), scheduler.config.num_train_timesteps
     try:
         spacing(fresh, steps)
     except (ValueError, IndexError) as error:

@@ -36,17 +36,17 @@ class UNet:
     def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding, scale: float | Tensor = 1.0) -> Tensor:
         dtype, t = weight_type(self.network), torch.tensor(level - 1, device=x.device)
         return self.network(
-            x.to(dtype), t, encoder_hidden_states=embedding.states.to(dtype), timestep_cond=self.embedded(x, scale),
-            return_dict=False,
+            x.to(dtype), t, encoder_hidden_states=embedding.states.to(dtype), return_dict=False,
+            timestep_cond=embedded_guidance(self.network, self.embed_guidance, x, scale),
         )[0].to(x.dtype)  # fmt: skip
 
-    def embedded(self, x: Tensor, scale: float | Tensor) -> Tensor | None:
-        """The guidance scale, where the network reads it: w = scale - 1, for every image of the batch."""
-        if not self.embed_guidance:
-            return None
-        w = scale.expand(len(x)) - 1 if isinstance(scale, Tensor) else torch.full((len(x),), scale - 1)
-        found = self.embed_guidance(w, embedding_dim=self.network.config.time_cond_proj_dim)  # type: ignore[union-attr]
-        return found.to(x.device, weight_type(self.network))
+
+def embedded_guidance(network: Any, embed: Callable[..., Tensor] | None, x: Tensor, scale: float | Tensor) -> Tensor | None:
+    """The guidance scale, where a network reads it: w = scale - 1, for every image of the batch; None where it does not."""
+    if not embed:
+        return None
+    w = scale.expand(len(x)) - 1 if isinstance(scale, Tensor) else torch.full((len(x),), scale - 1)
+    return embed(w, embedding_dim=network.config.time_cond_proj_dim).to(x.device, weight_type(network))
 
 
 def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model:

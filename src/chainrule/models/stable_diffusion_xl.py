@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from chainrule.models.defaults import Defaults
 from chainrule.models.model import Model
 from chainrule.models.pipeline import freeze, weight_type
 from chainrule.models.solvers import sampler_of
+from chainrule.models.stable_diffusion import embedded_guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +25,22 @@ class UNet:
     network: nn.Module
     height: int
     width: int
+    embed_guidance: Callable[..., Tensor] | None = None
 
-    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding) -> Tensor:
+    @property
+    def guidance_is_input(self) -> bool:
+        """Whether the network reads its guidance scale, as LCM-SDXL's does."""
+        return self.embed_guidance is not None
+
+    def __call__(self, x: Tensor, level: float, embedding: PromptEmbedding, scale: float | Tensor = 1.0) -> Tensor:
         dtype, t = weight_type(self.network), torch.tensor(level - 1, device=x.device)
         assert embedding.pooled is not None
         sizes = torch.tensor([[self.height, self.width, 0, 0, self.height, self.width]], device=x.device, dtype=dtype)
         added = {"text_embeds": embedding.pooled.to(dtype), "time_ids": sizes.expand(len(x), -1)}
         return self.network(
-            x.to(dtype), t, encoder_hidden_states=embedding.states.to(dtype), added_cond_kwargs=added, return_dict=False
-        )[0].to(x.dtype)
+            x.to(dtype), t, encoder_hidden_states=embedding.states.to(dtype), added_cond_kwargs=added, return_dict=False,
+            timestep_cond=embedded_guidance(self.network, self.embed_guidance, x, scale),
+        )[0].to(x.dtype)  # fmt: skip
 
 
 def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model:
@@ -46,7 +54,9 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
         return Condition(PromptEmbedding(states, pooled), PromptEmbedding(negative, pooled_negative))
 
     codec = kl_autoencoder(pipe, pipe.unet.config.in_channels, defaults.size, pipe.unet.config.sample_size)
+    reads = bool(pipe.unet.config.time_cond_proj_dim)
+    denoiser = UNet(pipe.unet, codec.height, codec.width, pipe.get_guidance_scale_embedding if reads else None)
     return Model(
-        name=name, pipe=pipe, denoiser=UNet(pipe.unet, codec.height, codec.width), sampler=sampler_of(pipe.scheduler, solver),
+        name=name, pipe=pipe, denoiser=denoiser, sampler=sampler_of(pipe.scheduler, solver),
         embed=embed, codec=codec, defaults=defaults,
     )  # fmt: skip

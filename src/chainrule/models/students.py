@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -84,7 +85,7 @@ def _check(place: Path, here: Path, base: str) -> None:
     if not file:
         _check_config(_read(_network(place) / "config.json"), _read(here / component / "config.json"), place, base)
     elif weights := sorted((here / component).glob("*.safetensors")):
-        _check_lora(file, weights, base, pipeline)
+        _check_lora(file, weights, base, pipeline, SimpleNamespace(**_read(here / component / "config.json")))
 
 
 def _check_prediction(place: Path, predicts: str | None, base: str) -> None:
@@ -100,13 +101,13 @@ def _check_config(config: dict[str, Any], base_config: dict[str, Any], source: o
             raise UserError(f"the student {source} was made for another model: {differ}")
 
 
-def _check_lora(file: Path, weights: list[Path], base: str, pipeline: str) -> None:
+def _check_lora(file: Path, weights: list[Path], base: str, pipeline: str, config: Any) -> None:
     """Every adapted layer exists in the base, with the widths the LoRA was made for. Reads headers only."""
     shapes: dict[str, list[int]] = {}
     for path in weights:
         with safe_open(path, "pt") as stored:
             shapes |= {key: stored.get_slice(key).get_shape() for key in stored.keys()}  # noqa: SIM118  not a dict
-    for key, tensor in loras.read(file, pipeline).tensors.items():
+    for key, tensor in loras.read(file, pipeline, config).tensors.items():
         layer, _, matrix = key.partition(".lora_")
         shape = shapes.get(f"{layer}.weight")
         width = shape and (shape[1] if matrix.startswith("A") else shape[0])
@@ -132,7 +133,7 @@ def load(
     member, file = Member(denoiser, of_number(denoiser, scale)), _lora_in(path)
     if file:
         name = adapters.unused_name(denoiser.network, "student")
-        lease = adapters.lease(denoiser.network, name, loras.read(file, family))
+        lease = adapters.lease(denoiser.network, name, loras.read(file, family, getattr(denoiser.network, "config", None)))
         return replace(member, active=adapters.Active({name: adapters.Band(known.scale if known else 1.0, lease=lease)}))
     network = _loaded(denoiser.network, base, _network(path))
     own: Any = replace(denoiser, network=network)  # type: ignore[type-var]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from chainrule.errors import UserError
 from chainrule.prompts.rows import column_of, text_of
@@ -13,6 +15,8 @@ from chainrule.prompts.rows import column_of, text_of
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 WITH_COLUMNS = (".json", ".jsonl", *DELIMITERS, ".parquet")
 SUFFIXES = (".txt", *WITH_COLUMNS)
+COMMENT = "# "
+"""What a line of a plain text file begins with that is not a prompt."""
 STYLES = ("anime", "concept-art", "paintings", "photo")
 """The styles of HPDv2's benchmark (arXiv:2306.09341), 800 prompts each; each is a file, STYLE.json."""
 
@@ -33,7 +37,7 @@ def read(path: Path, column: str = "") -> list[str]:
         elif column:
             raise UserError(f"the prompt file {path} is plain text and has no column {column!r}")
         else:
-            found = [line.strip() for line in text.splitlines()]
+            found = [line.strip() for line in text.splitlines() if not line.startswith(COMMENT)]
     except RecursionError as error:
         raise UserError(f"the prompt file {path} is not valid {kind[1:].upper()}: nested too deeply") from error
     found = [prompt for prompt in found if prompt]
@@ -93,11 +97,21 @@ def _lines(text: str, column: str, path: Path) -> list[str]:
 
 
 def _table(text: str, column: str, path: Path, delimiter: str) -> list[str]:
-    """Strict, so that an open quote or an unquoted comma in a prompt is an error instead of half a prompt."""
+    """Strict, so that an open quote or an unquoted comma in a prompt is an error instead of half a prompt.
+
+    Tab-separated files are written with quotes and without (PartiPrompts): what cannot be read with them is read without.
+    """
+    if delimiter == "\t":
+        with contextlib.suppress(UserError):
+            return _rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), column, path, delimiter)
+    options: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {"strict": True}
+    return _rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **options), column, path, delimiter)
+
+
+def _rows(rows: Any, column: str, path: Path, delimiter: str) -> list[str]:
     found, name = [], ""
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next((row for row in rows if row), [])
+        header: list[str] = next((row for row in rows if row), [])
         if header:
             name = column_of(header, column, f"the prompt file {path}", str(path))
         for row in rows:

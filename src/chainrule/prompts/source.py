@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chainrule.errors import UserError, unknown
 from chainrule.prompts import files, hub
+from chainrule.prompts.rows import texts_in
 from chainrule.prompts.sets import SETS, subjects
 
 _HALF = re.compile(r"(.+):(train|test)(?:@([^:/]*))?", re.DOTALL)
@@ -50,7 +51,7 @@ def prompts(source: str | Path | Sequence[str]) -> list[str]:
     Raises UserError for an unknown name, and for a file that is missing, empty, not text or without a column of prompts.
     """
     if not isinstance(source, (str, Path)):
-        texts = [str(prompt) for prompt in source]
+        texts = texts_in(source)
         if not texts:
             raise UserError("the list holds no prompts")
         return texts

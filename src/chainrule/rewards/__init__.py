@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from chainrule.rewards.clip import load_clip
     from chainrule.rewards.detect import DetectedArea, Detection
     from chainrule.rewards.diversity import Diversity, Dropout
+    from chainrule.rewards.given import as_reward, as_rewards
     from chainrule.rewards.imagereward import ImageReward
     from chainrule.rewards.likeness import LPIPS, Identity
     from chainrule.rewards.loaded import release
@@ -66,6 +67,8 @@ __all__ = [
     "Symmetry",
     "Target",
     "aesthetic_head",
+    "as_reward",
+    "as_rewards",
     "checked",
     "load_clip",
     "parse",
@@ -81,6 +84,7 @@ _ROOMS = {
     "reference": ("Directional", "Perceptual", "Style", "perceptual"),
     "clip": ("load_clip",),
     "scorers": ("Aesthetic", "CLIPScore", "HPSv2", "HPSv21", "PickScore", "aesthetic_head"),
+    "given": ("as_reward", "as_rewards"),
     "detect": ("DetectedArea", "Detection"),
     "diversity": ("Diversity", "Dropout"),
     "imagereward": ("ImageReward",),

@@ -15,8 +15,10 @@ from chainrule.errors import UserError, unknown
 from chainrule.guidance import value_among
 from chainrule.loop import Row, complete, open_run, told
 from chainrule.models import Model
+from chainrule.noise import seeds_of
 from chainrule.processes import Processes
-from chainrule.rewards import Reward, RewardFunction, probe, reward_of
+from chainrule.prompts.rows import texts_in
+from chainrule.rewards import Reward, RewardFunction, as_reward, probe
 from chainrule.settings import Opening, Steering, chosen
 from chainrule.solve import DDIM, Prediction
 from chainrule.steer.found import Steered
@@ -49,8 +51,9 @@ def check(settings: Steering) -> Over:
 
 
 def steer(
-    model: Model, prompts: Sequence[str], reward: Reward | RewardFunction, settings: Steering | None = None, *, seed: int = 0,
-    seeds: Sequence[int] | None = None, images: Source | Sequence[Source] | None = None, out: str | Path | None = None,
+    model: Model, prompts: str | Sequence[str], reward: str | Reward | RewardFunction, settings: Steering | None = None, *,
+    seed: int = 0,
+    seeds: int | Sequence[int] | None = None, images: Source | Sequence[Source] | None = None, out: str | Path | None = None,
     resume: bool = False, overwrite: bool = False, on_update: Callable[[Row], None] | None = None, **options: Any,
 ) -> Steered:  # fmt: skip
     """Optimize a latent, an embedding or controls of each image, or weights, by gradients of a reward through the chain.
@@ -66,7 +69,7 @@ def steer(
     """
     guidance, options = value_among(options)
     settings = chosen(Steering, settings, options)
-    model, over, reward = model.guided(guidance or settings.guidance), check(settings), reward_of(reward)
+    model, over, reward = model.guided(guidance or settings.guidance), check(settings), as_reward(reward)
     asked = Images.of(prompts, seed, seeds, images)
     _check_together(model, settings, over, asked)
     batch = asked.read(model)
@@ -99,15 +102,17 @@ class Images:
     sources: list[Source] | None
 
     @classmethod
-    def of(cls, prompts: Sequence[str], seed: int, seeds: Sequence[int] | None, images: Source | Sequence[Source] | None) -> Images:
+    def of(
+        cls, prompts: str | Sequence[str], seed: int, seeds: int | Sequence[int] | None, images: Source | Sequence[Source] | None
+    ) -> Images:  # fmt: skip
         """From what a user gives. Raises UserError where the numbers of them do not fit."""
-        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        wanted = [prompts] if isinstance(prompts, str) else texts_in(prompts)
         sources = [images] if isinstance(images, (str, Path, Image.Image)) else None if images is None else list(images)
         if sources and len(wanted) == 1:
             wanted = wanted * len(sources)
         if not wanted or sources == []:
             raise UserError("nothing to steer: give at least one prompt, and at least one image if any")
-        numbers = list(seeds) if seeds is not None else [seed + k for k in range(len(wanted))]
+        numbers = seeds_of([seed + k for k in range(len(wanted))] if seeds is None else seeds)
         for what, count in (("seeds", len(numbers)), ("images", len(sources) if sources else len(wanted))):
             if count != len(wanted):
                 raise UserError(f"{len(wanted)} prompts but {count} {what}; give one each")
