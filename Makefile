@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check format bench experiments papers sizes weights clean
+.PHONY: demo test test-heavy check format bench experiments papers sizes weights clean
 
 # The stamp says: this environment has what pyproject.toml and constraints.txt say, and the development tools.
 $(VENV)/stamp: pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ demo: $(VENV)/stamp ## fine-tune the bundled model, evaluate, write runs/demo/re
 
 test: $(VENV)/stamp ## the whole suite, on every core (at most eight: each process holds a gigabyte)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+test-heavy: $(VENV)/stamp ## the same claims for further methods on every family
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m heavy
 
 check: $(VENV)/stamp ## formatting, lint and types
 	$(BIN)/ruff format --check .

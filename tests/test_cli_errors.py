@@ -193,7 +193,7 @@ def test_a_prompt_longer_than_a_file_name_is_a_prompt(chainrule, workplace):
 
 
 def test_the_module_runs_and_its_mistake_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "chainrule.cli", "plan", "dratf"]
+    command = [sys.executable, "-m", "chainrule", "plan", "dratf"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert (found.returncode, found.stdout) == (2, "")
     assert re.fullmatch(r"error: unknown method 'dratf'; did you mean 'draft'\?.*\n", found.stderr)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import chainrule as cr
 from chainrule import rewards
-from chainrule.methods import DRaFT
+from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method
 from chainrule.objective import KL, Call, Distance, Objective, RewardTerm, SegmentError, read
 from chainrule.plan import Grad, Jump
 from chainrule.rewards import reward_of
@@ -75,9 +75,45 @@ def test_a_term_on_calls_is_its_formula(name: str) -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(term.weight * expected.sum(), leaf)[0])
 
 
-def test_kl_looks_at_the_last_call_only() -> None:
+def test_kl_looks_at_the_last_live_call_of_the_first_branch_only() -> None:
     x, condition = torch.ones(3, 4, 8, 8), cr.load(make_pipeline()).embed(PROMPTS)
-    assert Objective((KL(BASE),)).of_call(Call(x, x, Jump(500, 250), condition)) == (None, {})
+    assert Objective((KL(BASE),)).of_call(Call(x, x, Jump(2, 0), condition, last=False)) == (None, {})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("method", [DRaFT(2), DRaFTLV(), SDO(), DRTune(k=2, m=1)], ids=str)
+def test_kl_is_the_squared_difference_of_the_noise_at_one_call_of_any_plan(method: Method, prediction: str) -> None:
+    """Against autograd of the written-out term: the state a constant, the noise read off by diffusers' formulas."""
+    net = cr.load(make_pipeline(prediction)).guided(2.0)
+    adapter = net.adapt(rank=2)
+    torch.manual_seed(0)
+    for weight in adapter.parameters():
+        weight.data.normal_(0, 0.2)
+    base = replace(net, active={}).cast()["base"]
+    grid = net.grid(4)
+    plan = method.plan(grid, Random(1))
+    calls = [*plan.trunk, *plan.branches[0]]
+    at = max(i for i, jump in enumerate(calls) if jump.grad is not Grad.NONE)
+    nothing = lambda images, prompts: (images * 0).sum((1, 2, 3))
+    seen = cr.gradient(net, plan, Objective.of(nothing).with_terms(KL(base, 0.7)), PROMPTS, SEEDS)
+    found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in adapter.parameters()]
+
+    with torch.no_grad():
+        x = [net.noise(SEEDS), *net.states(PROMPTS, SEEDS, 4)][at]
+    t, condition = calls[at].start, net.embed(PROMPTS)
+    alpha = net.pipe.scheduler.alphas_cumprod[int(t) - 1].double().sqrt()
+    sigma = (1 - alpha**2).sqrt()
+    noise = {
+        "epsilon": lambda m: m, "v_prediction": lambda m: alpha * m + sigma * x, "sample": lambda m: (x - alpha * m) / sigma
+    }[prediction]  # fmt: skip
+    with torch.no_grad():
+        before = noise(base(x, t, condition))
+    distance = (noise(net.cast()["base"](x, t, condition)) - before).square().sum() / len(SEEDS)
+    assert seen.terms["kl"] == pytest.approx(float(distance.detach()), rel=1e-6)
+    expected = torch.autograd.grad(0.7 * distance, adapter.parameters(), allow_unused=True)
+    scale = max(float(g.abs().max()) for g in expected if g is not None)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if other is None else other, rtol=1e-6, atol=1e-6 * scale)
 
 
 def test_a_sum_of_rewards_is_a_term_for_each_and_their_sum() -> None:

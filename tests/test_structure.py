@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "evaluate finetune steer",
     "cli": "errors processes named config plan runs settings methods adapters rewards guidance models prompts report finetune "
     "steer doctor distill evaluate analyze experiments",
+    "__main__": "cli",
 }
 WITHOUT_TORCH = (
     "errors", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods", "prompts", "report", "cli",

@@ -21,7 +21,7 @@ from torch import Tensor
 import chainrule as cr
 from chainrule.config import FinetuneConfig
 from chainrule.distill import DistillTask
-from chainrule.loop import BAD_IN_A_ROW, Listener, Row, Task, complete, load_checkpoint, open_run
+from chainrule.loop import BAD_IN_A_ROW, STOPS, Listener, Row, Task, complete, load_checkpoint, open_run
 from chainrule.methods import SDO, Method, ShortFT
 from chainrule.objective import Objective
 from chainrule.rewards import reward_of
@@ -224,15 +224,18 @@ def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp
 
 @pytest.mark.parametrize(
     ("case", "number"),
-    [*((case, signal.SIGTERM) for case in CASES.values()), (CASES["distilling"], signal.SIGINT)],
-    ids=[*(f"{name}-SIGTERM" for name in CASES), "distilling-SIGINT"],
+    [
+        *((case, signal.SIGTERM) for case in CASES.values()),
+        *((CASES["distilling"], number) for number in STOPS if number != signal.SIGTERM),
+    ],
+    ids=[*(f"{name}-SIGTERM" for name in CASES), *(f"distilling-{number.name}" for number in STOPS if number != signal.SIGTERM)],
 )
 def test_a_signal_leaves_a_checkpoint_and_a_result_that_load(case, number, tmp_path):
     task, run = case.make(tmp_path / "1"), open_run(tmp_path / "run", FinetuneConfig())
-    before, ended = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)], []
+    before, ended = [signal.getsignal(each) for each in STOPS], []
     listeners = [at(2, lambda: os.kill(os.getpid(), number)), Listener(finished=ended.append)]
     assert complete(task, run, listeners=listeners) == "interrupted" == ended[0]
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(each) for each in STOPS] == before
     assert (run.folder / "stopped.txt").read_text() == "interrupted at update 2\n" and len(run.metrics()) == 2
     files = list(run.adapter.rglob("*.safetensors"))
     assert (files or list(run.folder.glob("images/*.png"))) and all(

@@ -21,7 +21,7 @@ from chainrule.models import attach
 from chainrule.size import config_size
 
 pytestmark = pytest.mark.usefixtures("brief_analysis")
-METHODS = ["draft-lv", "drtune", "sdo", "shortft"]
+METHODS = ["draft-lv", "shortft", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("drtune", "sdo"))]
 OPTIONS = {"drtune": ["--method-option", "k=2", "--method-option", "m=2"], "shortft": ["--method-option", "k=2"]}
 
 

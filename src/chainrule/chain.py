@@ -73,8 +73,8 @@ class Walk:
     def pull(self, gradient: Tensor, at_call: AtCall | None = None) -> Tensor:
         """Add d(loss)/d(leaf) to `.grad` of every trainable leaf, given d(loss)/d(image).
 
-        `at_call` is asked at every live call for what else the loss says of its answer. Returns the gradient at the branch's
-        first state. Frees what it used: call it once.
+        `at_call` is asked at every live call for what else the loss says of its answer, the call's state held constant.
+        Returns the gradient at the branch's first state. Frees what it used: call it once.
         """
         v, ws = gradient.detach(), list[Tensor]()  # at the state, and at the last clean predictions that later steps read
         while self._steps:
@@ -85,18 +85,25 @@ class Walk:
                 answer = step.answer if step.answer is not None else _live(self._call, step.x, step.jump)
                 upstream = step.move.b * v if w is None else step.move.b * v + q * w
                 added = at_call(answer.detach(), step.x.detach(), step.jump) if at_call else None
-                upstream = upstream if added is None else upstream + added
+                if added is not None and step.x.requires_grad:  # what it says of the answer does not reach the state
+                    self._back(answer, added, step.jump, again=True)
+                elif added is not None:
+                    upstream = upstream + added
                 step.x.grad = None
-                if answer.requires_grad and self._half(step.jump):
-                    half.backward(answer, upstream)
-                elif answer.requires_grad:
-                    answer.backward(upstream.to(answer.dtype))
+                self._back(answer, upstream, step.jump)
             read = [c * v for c in step.move.history]
             ws = [*map(torch.add, ws, read), *ws[len(read) :], *read[len(ws) :]]
             v = step.move.a * v if w is None else step.move.a * v + p * w
             if step.x is not None and step.x.grad is not None:
                 v = v + step.x.grad
         return v
+
+    def _back(self, answer: Tensor, upstream: Tensor, jump: Jump, again: bool = False) -> None:
+        """Add the gradient at a call's answer to the leaves; with `again` its graph is kept for another one."""
+        if answer.requires_grad and self._half(jump):
+            half.backward(answer, upstream, again)
+        elif answer.requires_grad:
+            answer.backward(upstream.to(answer.dtype), retain_graph=again)
 
 
 def _live(call: Callable[[Tensor, Jump], Tensor], x: Tensor, jump: Jump) -> Tensor:

@@ -83,9 +83,12 @@ class _AtCall:
     def __init__(self, objective: Objective, chain: Chain, share: float) -> None:
         self.objective, self.chain, self.share = objective, chain, share
         self.seen: dict[str, list[Tensor]] = {}
+        self.last = True  # branches are pulled from their ends, the first branch first
 
     def __call__(self, answer: Tensor, state: Tensor, jump: Jump) -> Tensor | None:
-        gradient, values = self.objective.of_call(Call(answer, state, jump, self.chain.condition))
+        noise = self.chain.solver.process.noise(jump.start)
+        gradient, values = self.objective.of_call(Call(answer, state, jump, self.chain.condition, self.last, noise))
+        self.last = False
         for name, value in values.items():
             self.seen.setdefault(name, []).append(value)
         return None if gradient is None else self.share * gradient

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 
-def backward(answer: Tensor, upstream: Tensor) -> None:
-    """`answer.backward(upstream)` with the upstream gradient scaled: adds to the `.grad` of the leaves."""
+def backward(answer: Tensor, upstream: Tensor, retain_graph: bool = False) -> None:
+    """`answer.backward(upstream, retain_graph)` with the upstream gradient scaled: adds to the `.grad` of the leaves."""
     scale = power_of_two(upstream)
     leaves = _leaves(answer)
     before = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
-    answer.backward((upstream * scale).to(answer.dtype))
+    answer.backward((upstream * scale).to(answer.dtype), retain_graph=retain_graph)
     for leaf, grad in zip(leaves, before, strict=True):
         if leaf.grad is not None:
             leaf.grad = leaf.grad / scale if grad is None else grad + leaf.grad / scale

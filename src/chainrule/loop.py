@@ -110,7 +110,7 @@ def complete(
 ) -> str:  # fmt: skip
     """Update a task until it is done, and return why it stopped: "finished", "interrupted", or what a listener said.
 
-    SIGINT (Ctrl-C) and SIGTERM end the update under way; then, as at any end, a checkpoint and the result are written into
+    SIGINT (Ctrl-C), SIGTERM and SIGHUP end the update under way; then, as at any end, a checkpoint and the result are written into
     the run's folder, and the loop returns. A second SIGINT stops at once. `resume` goes on from the folder's last checkpoint.
     Raises UserError after `BAD_IN_A_ROW` updates without a finite number or gradient in a row, with all of that written.
     """
@@ -189,9 +189,13 @@ def load_checkpoint(run: Run, task: Task) -> None:
         raise UserError(f"the checkpoint {found[-1]} belongs to another adapter or version; start a new run") from error
 
 
+# Ctrl-C, and what schedulers and closed terminals send before they kill; there is no SIGHUP on Windows.
+STOPS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__)
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGINT and SIGTERM only ask to stop, which the value tells; a SIGINT after that stops at once."""
+    """Within the block STOPS only ask to stop, which the value tells; a SIGINT after that stops at once."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -202,7 +206,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     before: dict[signal.Signals, Any] = {}
     try:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in STOPS:
             before[each] = signal.signal(each, ask)
     except ValueError:  # not the main thread: signals are somebody else's business
         pass

@@ -27,12 +27,17 @@ Decode: TypeAlias = Callable[[Tensor], Tensor]  # image latents to images in [0,
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One live call of the network: its answer and the state it read, (b, c, h, w), the jump it makes, and the prompts."""
+    """One live call of the network: its answer and the state it read, (b, c, h, w), the jump it makes, and the prompts.
+
+    `last` says that it is the last live call of the plan's first branch. The noise it predicts is p x + q m with `noise` = (p, q).
+    """
 
     answer: Tensor
     state: Tensor
     jump: Jump
     condition: Condition
+    last: bool = True
+    noise: tuple[float, float] = (0.0, 1.0)
 
 
 class Term(Protocol):
@@ -106,9 +111,10 @@ def distance(images: Tensor, reference: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class KL:
-    """The squared distance of the last call's answer to the base model's, summed over an image (arXiv:2309.17400, B.8).
+    """The squared distance of the predicted noise to the base model's, summed over an image (arXiv:2309.17400, B.8).
 
-    `base` answers without the adapters that are trained; its answer is a constant.
+    It looks at one call: the last live one of the plan's first branch, which for DRaFT-K and LV is the paper's last step.
+    `base` answers without the adapters that are trained; its answer and the state that both read are constants.
     """
 
     base: Answerer
@@ -117,11 +123,11 @@ class KL:
 
     def of_call(self, call: Call) -> Tensor | None:
         """The value of each image at this call, (b,); None for a call it does not look at."""
-        if call.jump.stop != 0:
+        if not call.last:
             return None
         with torch.no_grad():
             base = self.base(call.state, call.jump.start, call.condition)
-        return (call.answer - base).flatten(1).square().sum(1)
+        return (call.noise[1] * (call.answer - base)).flatten(1).square().sum(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,17 @@ class Process:
             return sigma2 / sigma, alpha2 - sigma2 / sigma * alpha
         return 1.0, sigma2 - sigma
 
+    def noise(self, level: float) -> tuple[float, float]:
+        """(p, q): the noise that an answer m at state x says there is, epsilon = p * x + q * m."""
+        alpha, sigma = self.schedule(level)
+        if self.prediction is Prediction.EPSILON:
+            return 0.0, 1.0
+        if self.prediction is Prediction.VELOCITY:
+            return sigma, alpha
+        if self.prediction is Prediction.SAMPLE:
+            return 1 / sigma, -alpha / sigma
+        return 1.0, alpha
+
     def renoise(self, start: float, stop: float) -> tuple[float, float]:
         """(a, d) of the jump up: x_stop = a * x_start + d * fresh noise has the marginal of level `stop`."""
         (alpha, sigma), (alpha2, sigma2) = self.schedule(start), self.schedule(stop)

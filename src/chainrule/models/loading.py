@@ -100,8 +100,9 @@ def load(
 
     A pipeline object is used as it is; otherwise `dtype` is the weights' type (torch.bfloat16, "bfloat16", "bf16"), and
     `device` defaults to the GPU if there is one. `solver` samples by another solver than the pipeline's own scheduler. `size`
-    is that of the images in pixels: 512, a square; (768, 1024) or "768x1024", height and width. `quantize` holds the denoiser's weights in fewer
-    bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32. Only safetensors are read.
+    is that of the images in pixels: 512, a square; (768, 1024) or "768x1024", height and width. `quantize` holds the
+    denoiser's weights in fewer bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32. Only
+    safetensors are read.
     Raises UserError in one line before anything heavy is loaded.
     """
     dtype = str(dtype).removeprefix("torch.")
