@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -161,6 +163,37 @@ def test_settings_that_a_pipeline_mends_are_kept():
     for model in (cr.load(pipe), cr.load(pipe).solving(None, {"timestep_spacing": "leading"})):
         ours = model.render(PROMPTS, SEEDS, 4, 3.0)
         np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), theirs, atol=2e-5)
+
+
+# Folders
+
+
+def shards(folder: Path) -> None:
+    pipeline().save_pretrained(folder, variant="fp16", max_shard_size="40KB")
+
+
+def mixed(folder: Path) -> None:
+    """The network whole, the other parts as the variant alone."""
+    pipe = pipeline()
+    pipe.save_pretrained(folder)
+    for part in ("vae", "text_encoder"):
+        shutil.rmtree(folder / part)
+        getattr(pipe, part).save_pretrained(folder / part, variant="fp16")
+
+
+def lacking(folder: Path) -> None:
+    """Parts that a pipeline names and a chain never asks, not downloaded."""
+    pipeline().save_pretrained(folder)
+    place = folder / "model_index.json"
+    unused = {"feature_extractor": ["transformers", "CLIPImageProcessor"], "safety_checker": ["x", "StableDiffusionSafetyChecker"]}
+    place.write_text(json.dumps(json.loads(place.read_text()) | unused))
+
+
+@pytest.mark.parametrize("save", [shards, mixed, lacking])
+def test_folders_as_people_have_them_are_loaded(save, tmp_path):
+    save(tmp_path)
+    expected = MODEL.render(PROMPTS, SEEDS, 2, 3.0)
+    torch.testing.assert_close(cr.load(tmp_path).render(PROMPTS, SEEDS, 2, 3.0), expected, rtol=0, atol=2e-5)
 
 
 # LoRA files

@@ -205,7 +205,7 @@ class Finetuning(Checked):
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm; a larger gradient is scaled down to it")
     rank: int = Field(default=8, ge=1, description="LoRA rank")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
-    kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model's predicted noise at the last trained call")
+    kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last trained call")
     sample_steps: int | None = Field(default=None, ge=1, description="network calls of a sampling chain; default: the model's own")
     guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the model's own")
     memory: Memory = Field(default="recompute", description=MEMORY)

@@ -57,6 +57,10 @@ def class_of(folder: Path) -> str:
     """The class of a folder's pipeline."""
     name = index(folder).get("_class_name")
     if not isinstance(name, str):
+        if isinstance(name, list):  # the file and the class of a community pipeline
+            raise UserError(
+                f"{folder} was saved by a pipeline of its own code ({name[-1]}), which is not run; save it by diffusers'"
+            )
         raise UserError(f"{folder / 'model_index.json'} is damaged: it has no _class_name")
     return name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from chainrule.size import size_of
 if TYPE_CHECKING:
     import torch
 
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # components that are not asked for anything
+UNUSED = ("safety_checker", "feature_extractor")  # components that are not asked for anything and may be absent
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
 
@@ -153,6 +154,12 @@ def _device(name: str | None) -> str:
     return name
 
 
+def _half_only(folder: Path) -> bool:
+    """Whether a part has its weights as the variant fp16 alone, in one file or in shards."""
+    files = list(folder.glob("*.safetensors"))
+    return bool(files) and all(re.search(r"\.fp16[.-]", file.name) for file in files)
+
+
 def _open(source: Path, name: str, dtype: str, quantize: str | None) -> Any:
     import torch
     from diffusers import DiffusionPipeline
@@ -165,8 +172,11 @@ def _open(source: Path, name: str, dtype: str, quantize: str | None) -> Any:
     # A checker that paints images black has no gradient; other pipelines know no such word.
     checks = not local or class_of(source) in ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if checks else {}
-    if local and all(".fp16." in file.name for file in (source / FAMILIES[class_of(source)].network).glob("*.safetensors")):
-        options["variant"] = "fp16"
+    if local:
+        named = index(source)
+        options |= {part: None for part in UNUSED if part in named and not (source / part).is_dir()}
+        if any(_half_only(source / part) for part in named):
+            options["variant"] = "fp16"  # parts without it are loaded as they are
     try:
         with warnings.catch_warnings():  # newer versions rename torch_dtype, older ones know no other word
             warnings.simplefilter("ignore", FutureWarning)
