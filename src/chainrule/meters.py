@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,7 +146,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device | None = None) ->
 def storages(device: torch.device) -> dict[int, int]:
     """The storages of every tensor on a device, by address, with their bytes: the weights of models and rewards, above all."""
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.device.type == device.type]
-    found = (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided)
+    # torch.compile leaves tensors behind that have a form and no storage.
+    found = (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided and not is_fake(tensor))
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
