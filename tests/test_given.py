@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.utils import convert_state_dict_to_diffusers
 from families import BETAS, CASES, PROMPTS, SEEDS, images_of, shaken
 from peft import LoraConfig, get_peft_model
@@ -27,6 +28,10 @@ from chainrule.errors import Note
 from chainrule.models.solvers import REPLACED
 
 LORA = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+
+
+MODEL = cr.load(make_pipeline(dtype=torch.float32))
+PLAN = methods.DRaFT(1).plan(MODEL.grid(2), Random(0))
 
 
 def pipeline() -> Any:
@@ -71,7 +76,28 @@ def wrapped(pipe: Any) -> None:
 
 
 def pictured(pipe: Any) -> None:
-    pipe.unet.config.encoder_hid_dim_type = "ip_image_proj"  # what load_ip_adapter leaves
+    """An IP-Adapter, of random weights, by the call that `load_ip_adapter` makes."""
+    layers = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    keys = {f"{2 * i + 1}.to_{kind}_ip.weight": torch.randn(16, 16) for i in range(len(layers)) for kind in "kv"}
+    shapes = {"proj.weight": (64, 16), "proj.bias": (64,), "norm.weight": (16,), "norm.bias": (16,)}
+    picture = {name: torch.randn(shape) for name, shape in shapes.items()}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": picture, "ip_adapter": keys}])
+
+
+def offloaded(pipe: Any) -> None:
+    """The hook of accelerate by which diffusers offloads a model."""
+    add_hook_to_module(pipe.unet, ModelHook())
+
+
+def grouped(pipe: Any) -> None:
+    here = torch.device("cpu")
+    pipe.unet.enable_group_offload(here, here, offload_type="block_level", num_blocks_per_group=1)
+
+
+def cached(folder: Path) -> Any:
+    pipe = CASES["flux"].pipe()
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    return pipe
 
 
 def guided_xl(folder: Path) -> Any:
@@ -98,6 +124,10 @@ REFUSED = {
     "compiled": (changed(compiled), r"wrapped by torch.compile; .*pipe\.unet\.compile"),
     "fused projections": (changed(lambda pipe: pipe.fuse_qkv_projections()), "call unfuse_qkv_projections"),
     "an IP-Adapter": (changed(pictured), "call pipe.unload_ip_adapter"),
+    "a cache": (cached, "without layerwise casting, caches"),
+    "offloading": (changed(offloaded), r"has offloading hooks; call pipe\.remove_all_hooks"),
+    "group offloading": (changed(grouped), r"hooks \(group_offloading\)"),
+    "no network": (changed(lambda pipe: setattr(pipe, "unet", None)), "has no unet"),
     "layerwise casting": (
         changed(lambda pipe: pipe.unet.enable_layerwise_casting(torch.bfloat16, torch.float32)), "without layerwise casting"
     ),
@@ -125,6 +155,20 @@ def test_what_would_be_lost_is_refused_in_one_line(make, said, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_lcm_sdxls_network_is_told_its_guidance_as_a_student_too(tmp_path):
+    pipe = guided_xl(tmp_path)
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    model = cr.load(CASES["sdxl"].pipe(), size=16).guided(3.0).with_student(tmp_path / "unet")
+    x, condition, w = model.noise(SEEDS), model.embed(PROMPTS), torch.full((len(SEEDS),), model.defaults.guidance - 1)
+    sizes = torch.tensor([[16, 16, 0, 0, 16, 16]]).float().expand(len(SEEDS), -1)
+    with torch.no_grad():
+        theirs = pipe.unet(
+            x, torch.tensor(500), condition.positive.states, timestep_cond=pipe.get_guidance_scale_embedding(w, 16),
+            added_cond_kwargs={"text_embeds": condition.positive.pooled, "time_ids": sizes},
+        ).sample  # fmt: skip
+        torch.testing.assert_close(model.cast()["student"](x, 501, condition), theirs, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("memory", ["recompute", "blocks"])
 def test_a_network_that_checkpoints_its_gradients_has_the_same_ones(memory):
     found = []
@@ -134,8 +178,7 @@ def test_a_network_that_checkpoints_its_gradients_has_the_same_ones(memory):
             pipe.unet.enable_gradient_checkpointing()
         model = cr.load(pipe)
         adapter = shaken(model)
-        plan = methods.DRaFT(1).plan(model.grid(2), Random(0))
-        cr.gradient(model, plan, score, PROMPTS, SEEDS, guidance=2.0, memory=memory)
+        cr.gradient(model, PLAN, score, PROMPTS, SEEDS, guidance=2.0, memory=memory)
         found.append(torch.cat([weight.grad.flatten() for weight in adapter.parameters()]))
     torch.testing.assert_close(found[0], found[1])
 
@@ -251,8 +294,10 @@ def test_a_type_may_be_written_in_every_way(word, sd_folder):
 def test_one_seed_one_prompt_and_one_reward_need_no_list(tmp_path):
     model = cr.load(pipeline())
     assert np.array_equal(model.sample("a fox", 3, 2)[0], model.sample(["a fox"], [3], 2)[0])
-    table = cr.evaluate({"base": model}, ["a", "fox"], "symmetry", seeds=0, steps=2)
-    assert list(table.rows["base"]) == ["symmetry"]
+    table = cr.evaluate(model, ["a fox"], "symmetry", seeds=0, steps=2)
+    assert list(table.rows) == [model.name] and list(table.rows[model.name]) == ["symmetry"]
+    one, several = (cr.gradient(model, PLAN, "symmetry", *given).rewards for given in (("a fox", 3), (["a fox"], np.array([3]))))
+    assert torch.equal(one, several)
     small = {"updates": 1, "batch": 1, "sample_steps": 2, "rank": 1, "sample_every": 0}
     run = cr.finetune(model, "draft-1", "symmetry", ["a fox"], out=tmp_path / "run", **small)
     assert run.config.method == {"name": "draft", "k": 1} and run.config.reward == "symmetry"
@@ -261,11 +306,16 @@ def test_one_seed_one_prompt_and_one_reward_need_no_list(tmp_path):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda model: model.sample([None]), "a prompt is None"),
-        (lambda model: model.sample(["a fox"], ["x"]), "seeds is"),
+        (lambda model: model.sample([None]), "prompt 1 is None"),
+        (lambda model: model.sample(5), "prompt 1 is 5"),
+        (lambda model: model.render(["a", None], [0, 1]), "prompt 2 is None"),
+        (lambda model: model.noise([2**64]), "a seed is 18446744073709551616"),
+        (lambda model: model.sample(["a fox"], ["x"]), "a seed is 'x'"),
+        (lambda model: cr.gradient(model, PLAN, "symmetry", [None], 0), "prompt 1 is None"),
+        (lambda model: cr.gradient(model, PLAN, "symmetry", ["a", "b"], 0), "2 prompts but 1 seeds"),
         (lambda model: model.sample(["a fox"], [2**64]), "a seed is 18446744073709551616"),
         (lambda model: model.sample(["a fox"], [-1]), "a seed is -1"),
-        (lambda model: cr.steer(model, [b"a cat"], "symmetry"), "prompt 1 of the list is b'a cat'"),
+        (lambda model: cr.steer(model, [b"a cat"], "symmetry"), "prompt 1 is b'a cat'"),
         (lambda model: cr.finetune(model, methods.SDO, "symmetry", ["a"], out="unused"), r"the class SDO; give an object, SDO\(\)"),
         (lambda model: cr.finetune(model, "sdoo", "symmetry", ["a"], out="unused"), "did you mean 'sdo'"),
         (lambda model: cr.finetune(model, "sdo", "symetry", ["a"], out="unused"), "did you mean 'symmetry'"),
@@ -276,12 +326,9 @@ def test_what_cannot_be_meant_is_one_line(call, said):
         call(MODEL)
 
 
-MODEL = cr.load(make_pipeline(dtype=torch.float32))
-
-
 @pytest.mark.parametrize("wrong", [None, math.nan, b"a cat", ["a dog", "a pup"]], ids=str)
 def test_a_list_of_prompts_holds_text(wrong):
-    with pytest.raises(cr.UserError, match=r"prompt 2 of the list is .*, but must be text"):
+    with pytest.raises(cr.UserError, match=r"prompt 2 is .*, but must be text"):
         cr.prompts(["a fox", wrong])
 
 

@@ -81,8 +81,13 @@ def test_kl_looks_at_the_last_live_call_of_the_first_branch_only() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("method", [DRaFT(2), DRaFTLV(), SDO(), DRTune(k=2, m=1)], ids=str)
-def test_kl_is_the_squared_difference_of_the_noise_at_one_call_of_any_plan(method: Method, prediction: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "memory"),
+    [*((DRaFT(2), memory) for memory in ("recompute", "keep", "blocks")),
+     *((method, "recompute") for method in (DRaFTLV(), SDO(), DRTune(k=2, m=1)))],
+    ids=str,
+)  # fmt: skip
+def test_kl_is_the_squared_difference_of_the_noise_at_one_call_of_any_plan(method: Method, memory: str, prediction: str) -> None:
     """Against autograd of the written-out term: the state a constant, the noise read off by diffusers' formulas."""
     net = cr.load(make_pipeline(prediction)).guided(2.0)
     adapter = net.adapt(rank=2)
@@ -95,7 +100,7 @@ def test_kl_is_the_squared_difference_of_the_noise_at_one_call_of_any_plan(metho
     calls = [*plan.trunk, *plan.branches[0]]
     at = max(i for i, jump in enumerate(calls) if jump.grad is not Grad.NONE)
     nothing = lambda images, prompts: (images * 0).sum((1, 2, 3))
-    seen = cr.gradient(net, plan, Objective.of(nothing).with_terms(KL(base, 0.7)), PROMPTS, SEEDS)
+    seen = cr.gradient(net, plan, Objective.of(nothing).with_terms(KL(base, 0.7)), PROMPTS, SEEDS, memory=memory)
     found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in adapter.parameters()]
 
     with torch.no_grad():

@@ -20,6 +20,7 @@ SOURCE = Path(cr.__file__).parent
 # Room -> the rooms it may import. A room is a file or a folder of the package; a room imports only rooms above it.
 MAY_IMPORT = {
     "errors": "",
+    "asked": "errors",
     "named": "errors",
     "size": "errors",
     "settings": "errors named size",
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "processes": "errors",
     "loop": "errors config runs processes",
     "methods": "errors named plan",
-    "noise": "errors",
+    "noise": "",
     "half": "",
     "meters": "",
     "solve": "plan noise",
@@ -42,10 +43,10 @@ MAY_IMPORT = {
     "chain": "errors plan noise half solve denoise cast",
     "learned": "errors guidance cast chain",
     "objective": "plan half rewards denoise cast",
-    "models": "errors processes size plan noise solve adapters denoise guidance cast chain learned",
-    "gradient": "plan rewards guidance chain objective models",
+    "models": "errors asked processes size plan noise solve adapters denoise guidance cast chain learned",
+    "gradient": "asked plan rewards guidance chain objective models",
     "tiny": "errors rewards",
-    "prompts": "errors tiny",  # the names of what tiny-emoji can draw
+    "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
     "report": "errors config estimate plan runs",
     "learner": "learned",
     "training": "errors plan settings processes loop methods noise adapters rewards models objective gradient learner",
@@ -53,9 +54,9 @@ MAY_IMPORT = {
     "trackers": "errors loop",
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
     "grids trackers",
-    "evaluate": "errors noise processes estimate rewards guidance models prompts",
+    "evaluate": "errors asked processes estimate rewards guidance models prompts",
     "analyze": "errors estimate plan methods rewards guidance chain objective models gradient prompts report",
-    "steer": "errors size config plan prompts runs processes loop settings noise half solve adapters rewards denoise guidance cast "
+    "steer": "errors asked size config plan runs processes loop settings noise half solve adapters rewards denoise guidance cast "
     "chain learned objective models report",
     "doctor": "errors meters adapters methods rewards models gradient",
     "distill": "errors config plan runs settings processes loop noise half adapters guidance cast objective models prompts learner "
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
-    "errors", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods", "prompts", "report", "cli",
+    "errors", "asked", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods", "prompts", "report", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")

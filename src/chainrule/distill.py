@@ -168,8 +168,8 @@ def distill(
 
     `settings`, or `options` instead of it, are a `chainrule.settings.Distillation`: student_steps (or steps; 4), updates, batch,
     rank, lr, guidance, seed, ... The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
-    Ctrl-C and SIGTERM save what is there and return. The run says how faithful the student is: `shortcut.md`, `shortcut.png`
-    (see `chainrule.analyze`). Raises UserError for bad input before anything is written.
+    Ctrl-C, SIGTERM and SIGHUP save what is there and return. The run says how faithful the student is: `shortcut.md`,
+    `shortcut.png` (see `chainrule.analyze`). Raises UserError for bad input before anything is written.
     """
     guidance, options = value_among(options)
     settings, said = chosen(Distillation, settings, options), read_prompts(prompts)

@@ -23,7 +23,7 @@ from chainrule.meters import saved_bytes, storages
 
 if TYPE_CHECKING:  # `environment` has to run where these cannot be imported
     from chainrule.models import Model
-    from chainrule.rewards import Reward, RewardFunction
+    from chainrule.rewards import AnyReward, Reward
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 CARDS = (24, 48, 80)  # GB
@@ -64,21 +64,19 @@ def environment() -> Iterator[Check]:
     yield Check("downloads", f"{'switched off by HF_HUB_OFFLINE' if offline else f'go to {cache}'}, {free:.0f} GiB free there")
 
 
-def examine(
-    model: Model, reward: Reward | RewardFunction | None = None, prompts: Sequence[str] = (), steps: int = 4
-) -> Iterator[Check]:
+def examine(model: Model, reward: AnyReward | None = None, prompts: Sequence[str] = (), steps: int = 4) -> Iterator[Check]:
     """Check a loaded model: its samples against the plain pipeline's, its gradient by finite differences, its memory.
 
     `reward` is probed and differentiated; the default is the images' mean brightness. The chain has `steps` calls.
     Active adapters are switched off. Yields each `Check` as soon as it is known. Raises UserError for a reward without a gradient.
     """
-    from chainrule.rewards import probe, reward_of
+    from chainrule.rewards import as_reward, probe, reward_of
 
     model, prompts = replace(model, active={}), prompts or model.defaults.labels[:1] or ("a photo of a cat",)
     exact = next(model.network.parameters()).dtype in (torch.float32, torch.float64)
     yield Check("model", f"{model.family}, {model.size[0]}x{model.size[1]} pixels, {model.sampler.name}, {_sizes(model)}")
     yield _samples(model, prompts, steps, 2e-4 if exact else 0.1)
-    chosen = (reward_of(reward) if reward else reward_of(_brightness, "brightness")).to(model.device)
+    chosen = (as_reward(reward) if reward else reward_of(_brightness, "brightness")).to(model.device)
     values = ", ".join(f"{value:.4g}" for value in probe(chosen, model.size, model.device).tolist())
     yield Check("reward", f"{chosen.name}: {values} on two images of noise, its gradient reaches the pixels", True)
     if model.device.type == "cuda":

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chainrule.asked import numbers
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
-from chainrule.noise import seeds_of
 from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
-from chainrule.rewards import Reward, RewardFunction, as_rewards, checked
+from chainrule.rewards import AnyReward, as_rewards, checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,9 @@ def diversity(images: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    models: Mapping[str, Model],
+    models: Model | Mapping[str, Model],
     prompts: str | Sequence[str],
-    rewards: str | Reward | RewardFunction | Sequence[str | Reward | RewardFunction],
+    rewards: AnyReward | Sequence[AnyReward],
     *,
     seeds: int | Sequence[int] = range(4),
     steps: int | None = None,
@@ -83,7 +83,8 @@ def evaluate(
     Raises UserError for no model, prompt, seed or reward, two rewards of one name, and a reward that does not return one float
     per image.
     """
-    prompts, seeds, chosen = read_prompts(prompts), seeds_of(seeds), as_rewards(rewards)
+    prompts, seeds, chosen = read_prompts(prompts), numbers(seeds), as_rewards(rewards)
+    models = {models.name: models} if isinstance(models, Model) else models
     if not models or not seeds or not chosen:
         raise UserError("evaluate needs at least one model, one seed and one reward")
     names = ["diversity", *(reward.name for reward in chosen)]

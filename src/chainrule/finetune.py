@@ -19,7 +19,7 @@ from chainrule.noise import derive
 from chainrule.processes import Processes
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import report
-from chainrule.rewards import Reward, RewardFunction, as_reward, probe
+from chainrule.rewards import AnyReward, Reward, as_reward, probe
 from chainrule.runs import Run
 from chainrule.settings import Finetuning, Opening, chosen
 from chainrule.trackers import tracker
@@ -27,8 +27,8 @@ from chainrule.training import FinetuneTask, Stages
 
 
 def finetune(
-    model: Model, method: str | Method, reward: str | Reward | RewardFunction, prompts: str | Sequence[str],
-    settings: Finetuning | None = None, *, out: str | Path, held_out: str | Reward | RewardFunction | None = None,
+    model: Model, method: str | Method, reward: AnyReward, prompts: str | Sequence[str],
+    settings: Finetuning | None = None, *, out: str | Path, held_out: AnyReward | None = None,
     watch: Sequence[str] | None = None, resume: bool = False, overwrite: bool = False,
     on_update: Callable[[Row], None] | None = None, **options: Any,
 ) -> Run:  # fmt: skip
@@ -40,7 +40,7 @@ def finetune(
     sample_steps, guidance, ...
     `held_out` is a reward that is only watched (and stops the run early with `patience`). `watch` are the prompts of the
     sample grids. The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
-    Ctrl-C and SIGTERM save what is there and return. Raises UserError for bad input before anything is written.
+    Ctrl-C, SIGTERM and SIGHUP save what is there and return. Raises UserError for bad input before anything is written.
     """
     guidance, options = value_among(options)
     settings, texts = chosen(Finetuning, settings, options), read_prompts(prompts)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chainrule.asked import pairs
 from chainrule.chain import Chain, Memory
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.objective import Call, Decode, Objective, Reading, read
 from chainrule.plan import Jump, Plan
-from chainrule.rewards import Reward, RewardFunction
+from chainrule.rewards import AnyReward
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,9 @@ class Result:
 
 
 def gradient(
-    model: Model, plan: Plan, reward: Objective | str | Reward | RewardFunction, prompts: Sequence[str], seeds: Sequence[int], *,
-    guidance: AnyGuidance = None, memory: str = "recompute", micro_batch: int | None = None, scale: float = 1.0,
+    model: Model, plan: Plan, reward: Objective | AnyReward, prompts: str | Sequence[str],
+    seeds: int | Sequence[int], *, guidance: AnyGuidance = None, memory: str = "recompute", micro_batch: int | None = None,
+    scale: float = 1.0,
 ) -> Result:  # fmt: skip
     """Add the gradient of the objective's mean over these prompts to `.grad` of the model's trainable leaves.
 
@@ -41,7 +43,7 @@ def gradient(
     decoded and read at a time (default: 8, fewer where they are large). `scale` multiplies the whole loss. Raises UserError
     for a plan that jumps by a member the model does not have.
     """
-    model = model.guided(guidance)
+    model, (prompts, seeds) = model.guided(guidance), pairs(prompts, seeds)
     chain = model.chain(prompts, seeds, Memory(memory))
     with model.blockwise(Memory(memory)):
         return backpropagate(
@@ -51,7 +53,7 @@ def gradient(
 
 
 def backpropagate(
-    chain: Chain, plan: Plan, x: Tensor, decode: Decode, reward: Objective | str | Reward | RewardFunction,
+    chain: Chain, plan: Plan, x: Tensor, decode: Decode, reward: Objective | AnyReward,
     prompts: Sequence[str], *, micro_batch: int = 8, scale: float = 1.0,
 ) -> Result:  # fmt: skip
     """Add the gradient of the mean loss, summed over branches, to `.grad` of the trainable leaves; of `x` too, if it is one.

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import index
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-
-from chainrule.errors import UserError
 
 
 class Schedule(Protocol):
@@ -100,18 +97,6 @@ class Flow:
 def derive(seed: int, *salt: int | str) -> int:
     """A 63-bit seed made of a seed and what it is for (`salt`), the same on every machine."""
     return random.Random("/".join(map(str, (seed, *salt)))).getrandbits(63)
-
-
-def seeds_of(given: int | Iterable[int]) -> list[int]:
-    """Seeds as whole numbers: of a list, or one by itself. Raises UserError for anything else, and outside [0, 2^64)."""
-    try:
-        found = [index(seed) for seed in (given if isinstance(given, Iterable) else [given])]
-    except TypeError:
-        raise UserError(f"seeds is {given!r}, but must be whole numbers") from None
-    for seed in found:
-        if not 0 <= seed < 2**64:
-            raise UserError(f"a seed is {seed}, but must be between 0 and 2^64 - 1")
-    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from chainrule import half
 from chainrule.cast import Answerer
 from chainrule.denoise import Condition
 from chainrule.plan import Jump
-from chainrule.rewards import Reward, RewardFunction, as_reward, checked
+from chainrule.rewards import AnyReward, Reward, as_reward, checked
 
 Decode: TypeAlias = Callable[[Tensor], Tensor]  # image latents to images in [0, 1], (b, 3, h, w), differentiable
 
@@ -168,7 +168,7 @@ class Objective:
     terms: tuple[Term, ...]
 
     @classmethod
-    def of(cls, reward: Objective | str | Reward | RewardFunction) -> Objective:
+    def of(cls, reward: Objective | AnyReward) -> Objective:
         """A reward's, with a term for every reward it is a sum of; an objective as it is."""
         if isinstance(reward, Objective):
             return reward

@@ -62,15 +62,9 @@ class Process:
         return 1.0, sigma2 - sigma
 
     def noise(self, level: float) -> tuple[float, float]:
-        """(p, q): the noise that an answer m at state x says there is, epsilon = p * x + q * m."""
-        alpha, sigma = self.schedule(level)
-        if self.prediction is Prediction.EPSILON:
-            return 0.0, 1.0
-        if self.prediction is Prediction.VELOCITY:
-            return sigma, alpha
-        if self.prediction is Prediction.SAMPLE:
-            return 1 / sigma, -alpha / sigma
-        return 1.0, alpha
+        """(p, q): the noise that an answer m at state x says there is, epsilon = (x - alpha * x0) / sigma = p * x + q * m."""
+        (alpha, sigma), (p, q) = self.schedule(level), self.coefficients(level, 0)
+        return (1 - alpha * p) / sigma, -alpha * q / sigma
 
     def renoise(self, start: float, stop: float) -> tuple[float, float]:
         """(a, d) of the jump up: x_stop = a * x_start + d * fresh noise has the marginal of level `stop`."""

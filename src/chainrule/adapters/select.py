@@ -114,7 +114,7 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with whatever adapters are on by then, and raise nothing.
     """
     seen = _ACTIVE.get()
-    again = _again(*seen, _leases(*seen)) if seen else contextlib.nullcontext()
+    again = _Again(*seen, _leases(*seen)) if seen else contextlib.nullcontext()
     twice = lambda: (contextlib.nullcontext(), again)
     return checkpoint(function, *args, use_reentrant=False, context_fn=twice, **kwargs)
 
@@ -124,11 +124,21 @@ def _leases(network: nn.Module, weights: Mapping[str, float]) -> list[object]:
     return [leases[name] for name in weights if name in leases]
 
 
-@contextlib.contextmanager
-def _again(network: nn.Module, weights: Mapping[str, float], leases: list[object]) -> Iterator[None]:
-    """`selected`, holding the adapters in the network until then."""
-    with selected(network, weights):
-        yield
+@dataclass(slots=True)
+class _Again:
+    """`selected`, as often as it is entered (a graph may be pulled twice), holding the adapters in the network until then."""
+
+    network: nn.Module
+    weights: Mapping[str, float]
+    leases: list[object]
+    entered: list[contextlib.AbstractContextManager[None]] = field(default_factory=list)
+
+    def __enter__(self) -> None:
+        self.entered.append(selected(self.network, self.weights))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
 
 
 def forget(network: nn.Module) -> None:

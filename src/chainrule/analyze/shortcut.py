@@ -21,7 +21,7 @@ from chainrule.plan import student_path, walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import grid
 from chainrule.report.tables import markdown
-from chainrule.rewards import HPSv2, PickScore, Reward, RewardFunction, checked, reward_of
+from chainrule.rewards import AnyReward, HPSv2, PickScore, Reward, as_reward, checked
 from chainrule.rewards.clip import Clip, load_clip, normalize, resize_and_crop
 
 Distances: TypeAlias = dict[float, dict[str, list[dict[str, Tensor]]]]  # level -> way -> a batch each: measure -> (b,)
@@ -56,7 +56,7 @@ class Shortcut:
 def shortcut(
     model: Model,
     prompts: str | Sequence[str],
-    rewards: Sequence[Reward | RewardFunction] = (),
+    rewards: Sequence[AnyReward] = (),
     *,
     clip: str | None = None,
     seeds: int = 2,
@@ -123,12 +123,12 @@ class Metrics:
     clip: Clip | None
 
     @classmethod
-    def of(cls, model: Model, rewards: Sequence[Reward | RewardFunction], clip: str | None) -> Metrics:
+    def of(cls, model: Model, rewards: Sequence[AnyReward], clip: str | None) -> Metrics:
         """These rewards and this CLIP on the model's device; for a bundled model, its own where none are given."""
         bundled = model.name in BUNDLED
         chosen = list(rewards) or ([PickScore("tiny"), HPSv2("tiny")] if bundled else [])
         network = load_clip(clip or "tiny", device=model.device) if clip or bundled else None
-        return cls([reward_of(reward).to(model.device) for reward in chosen], network)
+        return cls([as_reward(reward).to(model.device) for reward in chosen], network)
 
     def measured(self, model: Model, latent: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Of latents (b, c, h, w): each thing that is compared, with b rows."""

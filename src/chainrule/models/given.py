@@ -18,8 +18,7 @@ def prepare(pipe: Any, component: str) -> None:
     Raises UserError for what its owner put on it that would be lost or answer otherwise, and says how to take it off.
     """
     network: Any = getattr(pipe, component)
-    found = _in_the_way(network, component)
-    if found:
+    if network is not None and (found := _in_the_way(network, component)):
         raise UserError(f"the pipeline's {component} {found}")
     if getattr(network, "is_gradient_checkpointing", False):
         network.enable_gradient_checkpointing(recompute)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from chainrule import adapters
 from chainrule.adapters import Active, Adapter, Band
+from chainrule.asked import numbers, pairs, texts
 from chainrule.cast import Answerer, Cast, Member, networks_of
 from chainrule.chain import Chain, Memory
 from chainrule.denoise import Condition, Denoiser
@@ -28,7 +29,7 @@ from chainrule.models.defaults import Defaults
 from chainrule.models.pictures import pictures
 from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
-from chainrule.noise import Noise, seeds_of
+from chainrule.noise import Noise
 from chainrule.plan import Grid, Levels, walk
 from chainrule.processes import ALONE, Processes
 from chainrule.size import Size, config_size
@@ -113,7 +114,7 @@ class Model:
         return self.sampler.start * self._noise(seeds).initial().to(self.device, self.dtype)
 
     def _noise(self, seeds: Sequence[int]) -> Noise:
-        return Noise(tuple(seeds), self.codec.latent_shape)
+        return Noise(tuple(numbers(seeds)), self.codec.latent_shape)
 
     @property
     def guidance(self) -> Guidance:
@@ -155,8 +156,7 @@ class Model:
         on_call: Callable[[], None] = lambda: None,
     ) -> Chain:  # fmt: skip
         """A batch's surroundings: its members, solver, embedded prompts and noise, with the learned parts in their places."""
-        if len(prompts) != len(seeds):
-            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        prompts, seeds = pairs(prompts, seeds)
         chain = Chain(self.cast(), self.solver, self.embed(prompts), self._noise(seeds), memory, on_call)
         for part in self.learned.values():
             chain = part.into(chain)
@@ -278,12 +278,8 @@ class Model:
         processes: Processes = ALONE,
     ) -> list[Image.Image]:  # fmt: skip
         """A PIL image per prompt; seeds default to 0, 1, 2, ... Each of several `processes` makes a share and returns all."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = texts(prompts)
         if not prompts:
             raise UserError("no prompts: give at least one")
-        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-            raise UserError(f"a prompt is {wrong[0]!r}, but must be text")
-        seeds = list(range(len(prompts))) if seeds is None else seeds_of(seeds)
-        if len(prompts) != len(seeds):
-            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        prompts, seeds = pairs(prompts, range(len(prompts)) if seeds is None else seeds)
         return pictures(self.render(prompts, seeds, steps, guidance, batch, on_call, processes))

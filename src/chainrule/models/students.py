@@ -85,7 +85,8 @@ def _check(place: Path, here: Path, base: str) -> None:
     if not file:
         _check_config(_read(_network(place) / "config.json"), _read(here / component / "config.json"), place, base)
     elif weights := sorted((here / component).glob("*.safetensors")):
-        _check_lora(file, weights, base, pipeline, SimpleNamespace(**_read(here / component / "config.json")))
+        own = _read(here / component / "config.json")
+        _check_lora(file, weights, base, pipeline, SimpleNamespace(**own) if own else None)
 
 
 def _check_prediction(place: Path, predicts: str | None, base: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,12 @@ def _table(text: str, column: str, path: Path, delimiter: str) -> list[str]:
 
     Tab-separated files are written with quotes and without (PartiPrompts): what cannot be read with them is read without.
     """
+    way = partial(csv.reader, delimiter=delimiter)
     if delimiter == "\t":
         with contextlib.suppress(UserError):
-            return _rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), column, path, delimiter)
-    options: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {"strict": True}
-    return _rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **options), column, path, delimiter)
+            return _rows(way(io.StringIO(text, newline=""), strict=True), column, path, delimiter)
+        return _rows(way(io.StringIO(text, newline=""), quoting=csv.QUOTE_NONE), column, path, delimiter)
+    return _rows(way(io.StringIO(text, newline=""), strict=True), column, path, delimiter)
 
 
 def _rows(rows: Any, column: str, path: Path, delimiter: str) -> list[str]:

@@ -42,14 +42,6 @@ def texts_of(column: Iterable[Any], where: str, name: str) -> list[str]:
     return [_text(value, f"row {row} of {where}", f"not text in its column {name!r}") for row, value in enumerate(column, 1)]
 
 
-def texts_in(given: Iterable[Any]) -> list[str]:
-    """The prompts of a list, as they are. Raises UserError for one that is not text: None, NaN, bytes, a list."""
-    for number, value in enumerate(found := list(given), 1):
-        if not isinstance(value, str):
-            raise UserError(f"prompt {number} of the list is {value!r}, but must be text")
-    return found
-
-
 def _text(value: Any, where: str, otherwise: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where} is {otherwise}")

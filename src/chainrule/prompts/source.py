@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from chainrule.asked import texts
 from chainrule.errors import UserError, unknown
 from chainrule.prompts import files, hub
-from chainrule.prompts.rows import texts_in
 from chainrule.prompts.sets import SETS, subjects
 
 _HALF = re.compile(r"(.+):(train|test)(?:@([^:/]*))?", re.DOTALL)
@@ -51,18 +51,17 @@ def prompts(source: str | Path | Sequence[str]) -> list[str]:
     Raises UserError for an unknown name, and for a file that is missing, empty, not text or without a column of prompts.
     """
     if not isinstance(source, (str, Path)):
-        texts = texts_in(source)
-        if not texts:
+        if not (given := texts(source)):
             raise UserError("the list holds no prompts")
-        return texts
+        return given
     parsed = Source.parse(str(source))
-    texts = _subjects(parsed) if parsed.template else _named(parsed.name)
+    found = _subjects(parsed) if parsed.template else _named(parsed.name)
     if parsed.half:
-        train, test = split(texts, seed=_seed(parsed, str(source)))
-        texts = train if parsed.half == "train" else test
-    if not texts:
+        train, test = split(found, seed=_seed(parsed, str(source)))
+        found = train if parsed.half == "train" else test
+    if not found:
         raise UserError(f"{source} holds no prompts")
-    return [fill(parsed.template, subject) for subject in texts] if parsed.template else texts
+    return [fill(parsed.template, subject) for subject in found] if parsed.template else found
 
 
 def is_source(text: str) -> bool:

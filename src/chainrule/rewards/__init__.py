@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chainrule.rewards.clip import load_clip
     from chainrule.rewards.detect import DetectedArea, Detection
     from chainrule.rewards.diversity import Diversity, Dropout
-    from chainrule.rewards.given import as_reward, as_rewards
+    from chainrule.rewards.given import AnyReward, as_reward, as_rewards
     from chainrule.rewards.imagereward import ImageReward
     from chainrule.rewards.likeness import LPIPS, Identity
     from chainrule.rewards.loaded import release
@@ -38,6 +38,7 @@ __all__ = [
     "LPIPS",
     "REGISTRY",
     "Aesthetic",
+    "AnyReward",
     "CLIPScore",
     "Classifier",
     "Concepts",
@@ -84,7 +85,7 @@ _ROOMS = {
     "reference": ("Directional", "Perceptual", "Style", "perceptual"),
     "clip": ("load_clip",),
     "scorers": ("Aesthetic", "CLIPScore", "HPSv2", "HPSv21", "PickScore", "aesthetic_head"),
-    "given": ("as_reward", "as_rewards"),
+    "given": ("AnyReward", "as_reward", "as_rewards"),
     "detect": ("DetectedArea", "Detection"),
     "diversity": ("Diversity", "Dropout"),
     "imagereward": ("ImageReward",),

@@ -10,15 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from PIL import Image
 
+from chainrule.asked import numbers, texts
 from chainrule.config import SteerConfig
 from chainrule.errors import UserError, unknown
 from chainrule.guidance import value_among
 from chainrule.loop import Row, complete, open_run, told
 from chainrule.models import Model
-from chainrule.noise import seeds_of
 from chainrule.processes import Processes
-from chainrule.prompts.rows import texts_in
-from chainrule.rewards import Reward, RewardFunction, as_reward, probe
+from chainrule.rewards import AnyReward, Reward, as_reward, probe
 from chainrule.settings import Opening, Steering, chosen
 from chainrule.solve import DDIM, Prediction
 from chainrule.steer.found import Steered
@@ -51,10 +50,10 @@ def check(settings: Steering) -> Over:
 
 
 def steer(
-    model: Model, prompts: str | Sequence[str], reward: str | Reward | RewardFunction, settings: Steering | None = None, *,
-    seed: int = 0,
-    seeds: int | Sequence[int] | None = None, images: Source | Sequence[Source] | None = None, out: str | Path | None = None,
-    resume: bool = False, overwrite: bool = False, on_update: Callable[[Row], None] | None = None, **options: Any,
+    model: Model, prompts: str | Sequence[str], reward: AnyReward, settings: Steering | None = None, *,
+    seed: int = 0, seeds: int | Sequence[int] | None = None, images: Source | Sequence[Source] | None = None,
+    out: str | Path | None = None, resume: bool = False, overwrite: bool = False,
+    on_update: Callable[[Row], None] | None = None, **options: Any,
 ) -> Steered:  # fmt: skip
     """Optimize a latent, an embedding or controls of each image, or weights, by gradients of a reward through the chain.
 
@@ -62,9 +61,10 @@ def steer(
     they enter by DDIM inversion, and stay what `keep` holds on to; then `prompts` say what they show, "" if nothing.
     `settings`, or `options` instead of it, are a `chainrule.settings.Steering`: over ("latent"), gradient ("sdo"),
     updates (50), lr, keep, bound, ... With `out`, a folder gets the images, the curve and a report; it must be new or empty,
-    unless `resume` (continues, bit for bit) or `overwrite`. Ctrl-C and SIGTERM keep the best so far and return. An image does
-    not depend on the others it is steered with, unless `patience` ends a batch or they share weights; then the adapter that
-    is saved is the last update's, the images the best of any. With DPM-Solver++ a chain from the middle starts at first order.
+    unless `resume` (continues, bit for bit) or `overwrite`. Ctrl-C, SIGTERM and SIGHUP keep the best so far and return.
+    An image does not depend on the others it is steered with, unless `patience` ends a batch or they share weights; then the
+    adapter that is saved is the last update's, the images the best of any. With DPM-Solver++ a chain from the middle starts at
+    first order.
     Raises UserError for bad input before anything runs.
     """
     guidance, options = value_among(options)
@@ -106,17 +106,17 @@ class Images:
         cls, prompts: str | Sequence[str], seed: int, seeds: int | Sequence[int] | None, images: Source | Sequence[Source] | None
     ) -> Images:  # fmt: skip
         """From what a user gives. Raises UserError where the numbers of them do not fit."""
-        wanted = [prompts] if isinstance(prompts, str) else texts_in(prompts)
+        wanted = texts(prompts)
         sources = [images] if isinstance(images, (str, Path, Image.Image)) else None if images is None else list(images)
         if sources and len(wanted) == 1:
             wanted = wanted * len(sources)
         if not wanted or sources == []:
             raise UserError("nothing to steer: give at least one prompt, and at least one image if any")
-        numbers = seeds_of([seed + k for k in range(len(wanted))] if seeds is None else seeds)
-        for what, count in (("seeds", len(numbers)), ("images", len(sources) if sources else len(wanted))):
+        chosen_seeds = numbers([seed + k for k in range(len(wanted))] if seeds is None else seeds)
+        for what, count in (("seeds", len(chosen_seeds)), ("images", len(sources) if sources else len(wanted))):
             if count != len(wanted):
                 raise UserError(f"{len(wanted)} prompts but {count} {what}; give one each")
-        return cls(wanted, numbers, sources)
+        return cls(wanted, chosen_seeds, sources)
 
     def read(self, model: Model) -> Batch:
         """With the pictures read and fitted to the model. Raises UserError for one that cannot be read."""
