@@ -20,6 +20,12 @@ import pytest
 gc.set_threshold(200_000, 20, 100)  # a test makes many small objects beside a million that stay: less often is an eighth faster
 
 
+def pytest_collection_finish() -> None:
+    """Let garbage collection pass over those that stay."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def brief_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the analysis that ends a distillation have few steps, where it is not what is tested."""

@@ -40,7 +40,7 @@ def test_a_few_updates_raise_the_reward(name: str, over: str) -> None:
 def test_the_adjoint_of_a_flow_approaches_the_full_gradient_at_first_order(name: str) -> None:
     case, errors = CASES[name], []
     model = cr.load(case.pipe(dtype=torch.float64), size=case.size)
-    for steps in (20, 40):
+    for steps in (12, 24):
         grid = (*(1000 - 980 * i / steps for i in range(steps)), 0)
         chain = model.guided(case.guidances[-1]).chain(PROMPTS, SEEDS, Memory.RECOMPUTE)
         given = Problem(chain, grid, model.codec.decode, PROMPTS, Objective.of(bright))

@@ -19,9 +19,10 @@ from students import student_file
 from torch import Tensor
 
 import chainrule as cr
+from chainrule import loop
 from chainrule.config import FinetuneConfig
 from chainrule.distill import DistillTask
-from chainrule.loop import BAD_IN_A_ROW, STOPS, Listener, Row, Task, complete, load_checkpoint, open_run
+from chainrule.loop import STOPS, Listener, Row, Task, complete, load_checkpoint, open_run
 from chainrule.methods import SDO, Method, ShortFT
 from chainrule.objective import Objective
 from chainrule.rewards import reward_of
@@ -204,7 +205,8 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_counted(case, tmp_pat
 
 
 @tasks
-def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp_path):
+def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "BAD_IN_A_ROW", 3)
     task, run = case.make(tmp_path / "1"), open_run(tmp_path / "run", FinetuneConfig())
     task.settings = task.settings.model_copy(update={"updates": 50})
     good: list[dict[str, Tensor]] = []
@@ -213,12 +215,12 @@ def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp
         good.append(state(task)[0])
         case.spoil(task)
 
-    with pytest.raises(cr.UserError, match=f"{BAD_IN_A_ROW} updates in a row .* lower lr") as caught:
+    with pytest.raises(cr.UserError, match=r"3 updates in a row .* lower lr") as caught:
         complete(task, run, listeners=[at(2, spoil)])
-    assert "\n" not in str(caught.value) and len(run.metrics()) == 2 + BAD_IN_A_ROW
+    assert "\n" not in str(caught.value) and len(run.metrics()) == 2 + 3
     again = case.make(tmp_path / "2")
     load_checkpoint(run, again)
-    assert same(again.state()[0], good[0]) and again.step == 2 + BAD_IN_A_ROW
+    assert same(again.state()[0], good[0]) and again.step == 2 + 3
     assert list(run.adapter.rglob("*.safetensors")) or list(run.folder.glob("images/*.png"))
 
 
