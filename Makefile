@@ -22,7 +22,7 @@ demo: $(VENV)/stamp ## fine-tune the bundled model, evaluate, write runs/demo/re
 test: $(VENV)/stamp ## the whole suite, on every core (at most eight: each process holds a gigabyte)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-test-heavy: $(VENV)/stamp ## the same claims for further methods on every family
+test-heavy: $(VENV)/stamp ## the same claims for further methods on every family, and over whole runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m heavy
 
 check: $(VENV)/stamp ## formatting, lint and types

@@ -111,6 +111,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.heavy
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
     whole = cr.distill(fresh(), out=tmp_path / "whole", prompts=PROMPTS, **SMALL)
 
@@ -130,11 +131,11 @@ def test_a_student_learns_and_leaves_the_model_as_it_was(tmp_path):
     net = fresh()
     before = net.render(PROMPTS, SEEDS, 5, 2.0)
     run = cr.distill(
-        net, out=tmp_path / "run", prompts=PROMPTS, **{**SMALL, "updates": 24, "rank": 8, "ema": 0.8, "guidance": 7.0, "lr": 0.1}
+        net, out=tmp_path / "run", prompts=PROMPTS, **{**SMALL, "updates": 16, "rank": 8, "ema": 0.8, "guidance": 7.0, "lr": 0.1}
     )
     assert torch.equal(net.render(PROMPTS, SEEDS, 5, 2.0), before) and not hasattr(net.network, "peft_config")
     losses = [row["loss"] for row in run.metrics()]
-    assert sum(losses[-8:]) < 0.6 * sum(losses[:8])
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     assert facts(run.folder) == {"base": net.name, "steps": 4, "prediction": "v_prediction"}
 
 

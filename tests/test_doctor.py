@@ -45,7 +45,7 @@ def test_a_wrong_sampler_a_wrong_gradient_and_classes_are_told() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_held_to_a_wider_bound_and_adapters_are_left_out(dtype: torch.dtype) -> None:
-    model = cr.load(CASES["sdxl"].pipe(dtype=dtype), size=16)
+    model = cr.load(CASES["sd"].pipe(dtype=dtype))
     assert found(model)["gradient"].fine
     tenth = reward_of(lambda images, prompts: (images + 9 * images.detach()).mean((1, 2, 3)), "a tenth")
     assert found(model, reward=tenth)["gradient"].fine is False

@@ -49,6 +49,7 @@ def test_every_method_raises_the_reward_of_the_saved_adapter(method, tmp_path):
     assert after > before + 0.01 * abs(before)  # random weights can do little; test_laws has a toy that can reach the optimum
 
 
+@pytest.mark.heavy
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
     options = {"ema": 0.9, "schedule": "sqrt", "kl": 0.01, "accumulate": 2, "batch": 4}
     whole = run(tmp_path / "whole", SDO(), steps=6, **options)

@@ -134,7 +134,10 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make", EQUAL.values(), ids=list(EQUAL))
+SLOW = {"compiled in place": pytest.mark.heavy}  # dynamo traces the network four times
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, marks=SLOW.get(name, ()), id=name) for name, make in EQUAL.items()])
 def test_it_answers_as_the_plain_pipeline_and_a_fresh_adapter_changes_nothing(make, tmp_path):
     case = CASES["sdxl" if make is guided_xl else "sd"]
     pipe = make(tmp_path)

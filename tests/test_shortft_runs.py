@@ -34,6 +34,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [{"stage_steps": [2, 4, 1]}, {"plateau": 1, "lr": 1.0}], ids=str)
 def test_killed_and_resumed_over_a_stage_is_the_uninterrupted_run(tmp_path, options):
     student = student_file(tmp_path / "student", torch.float32)
