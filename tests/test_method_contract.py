@@ -241,7 +241,9 @@ def test_a_run_by_a_method_from_a_file_says_so_in_its_config_which_trains_it_aga
     assert found.code == 0, found.err
     said = yaml.safe_load(Path("run/config.yaml").read_text())["method"]
     assert said == {"name": NAME, "rate": 0.5, "most": 2} and Path("run/plan.txt").read_text() == "-[##]\n"
-    found = chainrule("train", "run/config.yaml", "--out", "again")
+    refused = chainrule("train", "run/config.yaml", "--out", "again")
+    assert refused.code == 2 and f"names code to run, method: {NAME}; read it, then pass --allow-code" in refused.err
+    found = chainrule("train", "run/config.yaml", "--allow-code", "--out", "again")
     assert found.code == 0, found.err
     assert torch.equal(*(torch.cat([w.flatten() for w in cr.adapters.files.read(f).tensors.values()]) for f in ("run", "again")))
 

@@ -151,6 +151,7 @@ def test_texts_from_outside_are_escaped(full: Run) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_metrics_alone_make_a_page(tmp_path: Path, count: int) -> None:
     run = Run(tmp_path / "bare")
+    run.prepare()
     run.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows(count)))
     page = report(run.folder).read_text(encoding="utf-8")
     Tags(page)
@@ -161,6 +162,7 @@ def test_metrics_alone_make_a_page(tmp_path: Path, count: int) -> None:
 def test_each_part_alone_makes_a_page(full: Run, tmp_path: Path) -> None:
     for name in ("config.yaml", "evaluation.json", "plan.txt", "metrics.jsonl"):
         part = Run(tmp_path / name)
+        part.prepare()
         part.write_text(name, (full.folder / name).read_text(encoding="utf-8"))
         Tags(report(part.folder).read_text(encoding="utf-8"))
 
@@ -171,7 +173,7 @@ def test_odd_metrics_are_survived(tmp_path: Path) -> None:
         {"reward": 1e-9, "seconds": 0.0, "skipped": 2},
         {"step": 3, "reward": -1e12, "held_out": 2.5, "terms": {"a": None}, "skipped": 0},
     ]
-    run = Run(tmp_path / "run")
+    run = Run.create(tmp_path / "run", FinetuneConfig())
     run.write_text("plan.txt", "")
     for row in odd:
         run.log(row)

@@ -194,11 +194,49 @@ def test_overwrite_deletes_a_run(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", CONFIG)
     run.log({"step": 1})
     run.checkpoint(1).mkdir(parents=True)
-    (tmp_path / "precious").mkdir()
-    (run.folder / "link").symlink_to(tmp_path / "precious")
+    (run.folder / "samples").mkdir()
+    for mine in ("link", "samples/holiday.png"):
+        (run.folder / mine).symlink_to(tmp_path)
+        with pytest.raises(UserError, match=f"no run wrote {mine}; move it away"):
+            Run.create(tmp_path / "run", config(lr=1), overwrite=True)
+        (run.folder / mine).unlink()
+    assert run.metrics() and run.config == CONFIG
     new = Run.create(tmp_path / "run", config(lr=1), overwrite=True)
     assert sorted(path.name for path in new.folder.iterdir()) == ["config.yaml", "environment.json"]
-    assert new.config == config(lr=1) and (tmp_path / "precious").is_dir()
+    assert new.config == config(lr=1)
+
+
+def test_a_run_that_was_killed_while_it_was_made_or_replaced_can_be_made_again(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    Run.create(place, CONFIG).log({"step": 1})
+    (place / "config.yaml").unlink()  # which goes first when a run is replaced
+    assert Run.create(place, config(lr=1), overwrite=True).metrics() == []
+    (place / "config.yaml").unlink()  # which comes last when a run is made
+    (place / ".config.yaml.part").write_text("kind: fin")
+    for again in ({}, {"resume": True}, {"overwrite": True}):
+        assert Run.create(place, CONFIG, **again).config == CONFIG
+        (place / "config.yaml").unlink()
+
+
+def test_one_run_has_one_writer(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", CONFIG)
+    lines = f"from chainrule import Run\nwith Run({str(run.folder)!r}).locked():\n  print('held', flush=True)\n  input()"
+    with subprocess.Popen([sys.executable, "-c", lines], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"held\n"
+        for again in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(UserError, match="another process is writing to"):
+                Run.create(run.folder, CONFIG, **again)
+        other.kill()
+    assert Run.create(run.folder, CONFIG, resume=True).config == CONFIG
+
+
+def test_a_run_that_was_moved_away_is_not_written_into_a_new_folder(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", CONFIG)
+    run.log({"step": 1})
+    run.folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is no longer there"):
+        run.log({"step": 2})
+    assert not run.folder.exists() and len(Run(tmp_path / "elsewhere").metrics()) == 1
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "config.yaml"])

@@ -21,54 +21,59 @@ SOURCE = Path(cr.__file__).parent
 MAY_IMPORT = {
     "errors": "",
     "asked": "errors",
+    "environment": "",
+    "files": "errors",
+    "tensors": "files",
     "named": "errors",
     "size": "errors",
     "settings": "errors named size",
     "config": "errors named settings",
-    "runs": "errors config",
+    "runs": "errors environment files config",
     "estimate": "",
     "plan": "",
     "processes": "errors",
-    "loop": "errors config runs processes",
     "methods": "errors named plan",
     "noise": "",
+    "checkpoints": "errors files tensors runs",
+    "loop": "errors config runs processes noise checkpoints",
     "half": "",
     "meters": "",
     "solve": "plan noise",
-    "adapters": "errors",
+    "adapters": "errors files tensors",
     "rewards": "errors named",
     "denoise": "",
     "guidance": "errors named denoise",
     "cast": "adapters denoise guidance",
     "chain": "errors plan noise half solve denoise cast",
-    "learned": "errors guidance cast chain",
+    "learned": "errors files tensors guidance cast chain",
     "objective": "plan half rewards denoise cast",
-    "models": "errors asked processes size plan noise solve adapters denoise guidance cast chain learned",
+    "models": "errors asked files tensors processes size plan noise solve adapters denoise guidance cast chain learned",
     "gradient": "asked plan rewards guidance chain objective models",
     "tiny": "errors rewards",
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
     "report": "errors config estimate plan runs",
     "learner": "learned",
     "training": "errors plan settings processes loop methods noise adapters rewards models objective gradient learner",
-    "grids": "runs processes settings loop rewards models report",
+    "grids": "files runs processes settings loop rewards models report",
     "trackers": "errors loop",
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
     "grids trackers",
-    "evaluate": "errors asked processes estimate rewards guidance models prompts",
-    "analyze": "errors estimate plan methods rewards guidance chain objective models gradient prompts report",
-    "steer": "errors asked size config plan runs processes loop settings noise half solve adapters rewards denoise guidance cast "
-    "chain learned objective models report",
+    "evaluate": "errors asked files processes estimate rewards guidance models prompts",
+    "analyze": "errors files estimate plan methods rewards guidance chain objective models gradient prompts report",
+    "steer": "errors asked files tensors size config plan runs processes loop settings noise half solve adapters rewards "
+    "denoise guidance cast chain learned objective models report",
     "doctor": "errors meters adapters methods rewards models gradient",
-    "distill": "errors config plan runs settings processes loop noise half adapters guidance cast objective models prompts learner "
-    "analyze",
+    "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
+    "learner analyze",
     "experiments": "errors estimate plan runs loop settings methods meters rewards chain objective models gradient prompts report "
     "evaluate finetune steer",
-    "cli": "errors processes named config plan runs settings methods adapters rewards guidance models prompts report finetune "
-    "steer doctor distill evaluate analyze experiments",
+    "cli": "errors files processes named config plan runs settings methods adapters rewards guidance models prompts report "
+    "finetune steer doctor distill evaluate analyze experiments",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
-    "errors", "asked", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods", "prompts", "report", "cli",
+    "errors", "asked", "environment", "files", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods",
+    "prompts", "report", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")

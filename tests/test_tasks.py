@@ -22,7 +22,7 @@ import chainrule as cr
 from chainrule import loop
 from chainrule.config import FinetuneConfig
 from chainrule.distill import DistillTask
-from chainrule.loop import STOPS, Listener, Row, Task, complete, load_checkpoint, open_run
+from chainrule.loop import STOPS, Listener, Row, Task, complete, load_checkpoint
 from chainrule.methods import SDO, Method, ShortFT
 from chainrule.objective import Objective
 from chainrule.rewards import reward_of
@@ -172,7 +172,7 @@ def test_some_updates_and_the_rest_in_a_new_task_are_all_of_them(case, tmp_path)
 
 @tasks
 def test_a_run_that_was_killed_goes_on_from_its_checkpoint_to_the_same_end(case, tmp_path):
-    whole, cut = (open_run(tmp_path / name, FinetuneConfig()) for name in ("whole", "cut"))
+    whole, cut = (cr.Run.create(tmp_path / name, FinetuneConfig()) for name in ("whole", "cut"))
     complete(case.make(tmp_path / "1"), whole)
     with pytest.raises(Killed):
         complete(case.make(tmp_path / "2"), cut, save_every=2, listeners=[at(4, kill)])  # before step 4 is saved
@@ -207,7 +207,7 @@ def test_an_update_that_is_not_finite_moves_nothing_and_is_counted(case, tmp_pat
 @tasks
 def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "BAD_IN_A_ROW", 3)
-    task, run = case.make(tmp_path / "1"), open_run(tmp_path / "run", FinetuneConfig())
+    task, run = case.make(tmp_path / "1"), cr.Run.create(tmp_path / "run", FinetuneConfig())
     task.settings = task.settings.model_copy(update={"updates": 50})
     good: list[dict[str, Tensor]] = []
 
@@ -215,7 +215,7 @@ def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp
         good.append(state(task)[0])
         case.spoil(task)
 
-    with pytest.raises(cr.UserError, match=r"3 updates in a row .* lower lr") as caught:
+    with pytest.raises(cr.UserError, match=r"the last updates, 3 times, .* lower lr") as caught:
         complete(task, run, listeners=[at(2, spoil)])
     assert "\n" not in str(caught.value) and len(run.metrics()) == 2 + 3
     again = case.make(tmp_path / "2")
@@ -233,7 +233,7 @@ def test_too_many_in_a_row_stop_the_loop_with_the_last_good_state_kept(case, tmp
     ids=[*(f"{name}-SIGTERM" for name in CASES), *(f"distilling-{number.name}" for number in STOPS if number != signal.SIGTERM)],
 )
 def test_a_signal_leaves_a_checkpoint_and_a_result_that_load(case, number, tmp_path):
-    task, run = case.make(tmp_path / "1"), open_run(tmp_path / "run", FinetuneConfig())
+    task, run = case.make(tmp_path / "1"), cr.Run.create(tmp_path / "run", FinetuneConfig())
     before, ended = [signal.getsignal(each) for each in STOPS], []
     listeners = [at(2, lambda: os.kill(os.getpid(), number)), Listener(finished=ended.append)]
     assert complete(task, run, listeners=listeners) == "interrupted" == ended[0]
@@ -248,7 +248,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_result_that_load(case, number, tmp_p
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    run, asked = open_run(tmp_path / "run", FinetuneConfig()), []
+    run, asked = cr.Run.create(tmp_path / "run", FinetuneConfig()), []
 
     def ask(row: Row) -> None:
         asked.append(row["step"])
@@ -270,7 +270,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
 
 def test_a_listener_may_add_to_a_row_and_stop_the_loop(tmp_path):
-    run = open_run(tmp_path / "run", FinetuneConfig())
+    run = cr.Run.create(tmp_path / "run", FinetuneConfig())
 
     def enough(row: Row) -> str | None:
         row["held_out"] = 0.5

@@ -118,6 +118,12 @@ class RunConfig(Checked, ABC):
             found |= found.pop(name)
         return plain(found, "config")
 
+    @property
+    def code(self) -> dict[str, Any]:
+        """The values that may name code, by their keys."""
+        values = self.values()
+        return {key: values[key] for key in ("method", "reward", "held_out", "guidance") if values.get(key)}
+
     def text(self) -> str:
         """The config as YAML."""
         return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)

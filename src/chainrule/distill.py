@@ -25,6 +25,7 @@ from chainrule.analyze import save, shortcut
 from chainrule.cast import Member
 from chainrule.config import DistillConfig
 from chainrule.errors import UserError
+from chainrule.files import write_text
 from chainrule.guidance import of_number, value_among
 from chainrule.learner import Learner, gradients
 from chainrule.loop import Row, complete, open_run, told
@@ -67,6 +68,11 @@ class DistillTask:
     def batch(self) -> int:
         """Images per update."""
         return self.settings.batch
+
+    @property
+    def seed(self) -> int:
+        """What draws of no seed of their own depend on."""
+        return self.settings.seed
 
     @property
     def total(self) -> int:
@@ -146,7 +152,7 @@ class DistillTask:
             "steps": self.settings.student_steps,
             "prediction": self.model.solver.process.prediction.value,
         }
-        (folder / "adapter" / "student.json").write_text(json.dumps(said) + "\n")
+        write_text(folder / "adapter" / "student.json", json.dumps(said) + "\n")
 
     def remove(self) -> None:
         """Give the model back without the student."""
@@ -184,15 +190,17 @@ def distill(
     config = DistillConfig(model=model.name, opening=Opening(**model.opening), prompts=source, settings=recorded)
     processes = Processes.here(model.device)
     processes.check_batch(settings.batch)
-    run = open_run(out, config, processes, resume=resume, overwrite=overwrite)
-    task = DistillTask.start(model, said, settings, processes)
-    try:
-        reason = complete(task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes)
-        if reason == "finished" and processes.main:
-            shown = said[:: max(1, len(said) // 6)][:6]
-            taught = model.with_member("student", task.student)
-            with task.learner.averaged():
-                save(shortcut(taught, shown, student_steps=settings.student_steps), run.folder)
-    finally:
-        task.remove()
+    with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
+        task = DistillTask.start(model, said, settings, processes)
+        try:
+            reason = complete(
+                task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes
+            )
+            if reason == "finished" and processes.main:
+                shown = said[:: max(1, len(said) // 6)][:6]
+                taught = model.with_member("student", task.student)
+                with task.learner.averaged():
+                    save(shortcut(taught, shown, student_steps=settings.student_steps), run.folder)
+        finally:
+            task.remove()
     return run

@@ -15,6 +15,7 @@ from torch import Tensor
 from chainrule.asked import numbers
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
+from chainrule.files import write_text
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.processes import ALONE, Processes
@@ -46,7 +47,7 @@ class Table:
 
         rows = [{"name": name, "metrics": finite(row)} for name, row in self.rows.items()]
         last = finite(list(self.gains.values())[-1]) if self.gains else {}
-        Path(path).write_text(json.dumps({"prompts": self.prompts, "rows": rows, "gains": last}, indent=2) + "\n")
+        write_text(path, json.dumps({"prompts": self.prompts, "rows": rows, "gains": last}, indent=2) + "\n")
         return Path(path)
 
 

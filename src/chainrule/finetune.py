@@ -61,13 +61,13 @@ def finetune(
     processes = Processes.here(model.device)
     processes.check_batch(settings.batch, settings.accumulate)
     sent = [tracker(settings.tracker, config.values(), out, model.device)] if settings.tracker != "none" else []
-    run = open_run(out, config, processes, resume=resume, overwrite=overwrite)
-    task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
-    try:
-        listeners = [*_shown(run, task, watched, watch), *sent, *told(on_update)]
-        complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
-    finally:
-        task.remove()
+    with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
+        task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
+        try:
+            listeners = [*_shown(run, task, watched, watch), *sent, *told(on_update)]
+            complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
+        finally:
+            task.remove()
     return run
 
 

@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from chainrule.files import make_folder, write_picture
 from chainrule.loop import Listener, Row
 from chainrule.models import Model
 from chainrule.models.pictures import pictures
 from chainrule.processes import ALONE, Processes
-from chainrule.report import before_after, grid
+from chainrule.report import before_after, cells, grid
 from chainrule.rewards import Reward
-from chainrule.runs import Run
+from chainrule.runs import Run, rounded
 from chainrule.settings import Finetuning
+
+COLUMNS = 4
 
 
 @dataclass(slots=True)
@@ -34,8 +38,7 @@ class SampleGrids:
     held_out: Reward | None
     keep_best: Callable[[Path], None]
     processes: Processes = ALONE
-    seen: list[float] = field(default_factory=list)  # held-out rewards
-    first: Tensor | None = None  # the images before the first update
+    seen: list[float] = field(default_factory=list)  # held-out rewards, as the rows of the metrics have them
 
     @property
     def listener(self) -> Listener:
@@ -48,11 +51,11 @@ class SampleGrids:
         return len(self.seen) - 1 - self.seen.index(max(self.seen)) if self.seen else 0
 
     def before(self) -> None:
-        """The grid before the first update, once for a run that is resumed; its held-out rewards are those of its rows."""
-        self.seen = [row["held_out"] for row in self.run.metrics() if row.get("held_out") is not None]
-        if not (self.run.samples / "before.png").exists():
-            self.first = self._images()
-            self._save(self.first, "before")
+        """The grid before the first update; a run that is resumed has it, and the held-out rewards in its rows."""
+        rows = self.run.metrics()
+        self.seen = [row["held_out"] for row in rows if row.get("held_out") is not None]
+        if not rows:
+            self._save(self._images(), "before")
 
     def during(self, row: Row) -> str | None:
         """Make a grid every few updates."""
@@ -64,7 +67,9 @@ class SampleGrids:
         if not self.held_out:
             return None
         with torch.no_grad():
-            row["held_out"] = float(self.held_out(images.to(self.model.device), self.prompts).mean())
+            row["held_out"] = rounded(float(self.held_out(images.to(self.model.device), self.prompts).mean()))
+        if row["held_out"] is None:  # not finite
+            return None
         self.seen.append(row["held_out"])
         if self.stale == 0 and self.processes.main:
             self.keep_best(self.run.folder / "best")
@@ -76,9 +81,12 @@ class SampleGrids:
             return
         images = self._images()
         self._save(images, "after")
-        if self.first is not None and self.processes.main:
-            shown = before_after(pictures(self.first), pictures(images), self.prompts)
-            shown.save(self.run.samples / "before_after.png")
+        before = self.run.samples / "before.png"
+        if self.processes.main and before.exists():
+            after = pictures(images)
+            with Image.open(before) as sheet:
+                shown = before_after(cells(sheet, after, COLUMNS, captioned=True), after, self.prompts)
+            write_picture(self.run.samples / "before_after.png", shown)
 
     def _images(self) -> Tensor:
         s = self.settings
@@ -87,5 +95,5 @@ class SampleGrids:
 
     def _save(self, images: Tensor, name: str) -> None:
         if self.processes.main:
-            self.run.samples.mkdir(exist_ok=True)
-            grid(pictures(images), 4, self.prompts).save(self.run.samples / f"{name}.png")
+            make_folder(self.run.samples)
+            write_picture(self.run.samples / f"{name}.png", grid(pictures(images), COLUMNS, self.prompts))

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from chainrule.cast import Member
 from chainrule.chain import Chain, Computed
 from chainrule.errors import UserError
+from chainrule.files import make_folder, write_text
 from chainrule.guidance import CFG, ByLevel, Scaled
+from chainrule.tensors import write_tensors
 
 
 class Learned(Protocol):
@@ -85,10 +86,10 @@ class GuidanceWeights:
 
     def save(self, folder: Path) -> Path:
         """Write `guidance.safetensors`, and `guidance.json` to read: [level, scale] for every call."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"levels": torch.tensor(self.levels), "weights": self.weights.detach().cpu()}, folder / "guidance.safetensors")
+        make_folder(folder)
+        write_tensors(folder / "guidance.safetensors", {"levels": torch.tensor(self.levels), "weights": self.weights})
         schedule = [[level, round(scale, 4)] for level, scale in zip(self.levels, self.weights.tolist(), strict=True)]
-        (folder / "guidance.json").write_text(json.dumps(schedule) + "\n")
+        write_text(folder / "guidance.json", json.dumps(schedule) + "\n")
         return folder
 
 
@@ -118,7 +119,5 @@ class NegativeEmbedding:
 
     def save(self, folder: Path) -> Path:
         """Write `negative.safetensors`, the network's state."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        save_file(state, folder / "negative.safetensors")
+        write_tensors(make_folder(folder) / "negative.safetensors", self.network.state_dict())
         return folder

@@ -23,6 +23,7 @@ class Learner:
     average: dict[str, Tensor]
     step: int = 0  # updates done
     skipped: int = 0  # of them without a finite value or gradient
+    before: dict[str, Tensor] | None = None  # weights and average before the last update, until it is known to be sound
 
     @classmethod
     def of(cls, parts: Mapping[str, Learned], weight_decay: float) -> Learner:
@@ -52,19 +53,38 @@ class Learner:
     ) -> tuple[float, bool]:
         """One AdamW step of these weights along a flat gradient, clipped to the norm `clip`; then the average.
 
-        Nothing moves, and the update counts as skipped, where the gradient or the `value` it is of is not finite. Returns the
-        gradient's norm and whether the step was made.
+        Nothing moves, and the update counts as skipped, where the gradient or the `value` it is of is not finite, or the
+        weights would not be. Returns the gradient's norm and whether the step was made.
         """
         norm = float(gradient.norm())
         finite = math.isfinite(norm) and math.isfinite(value)
         if finite:
+            self.before = self._copy()
             self._step(weights, gradient * min(1.0, clip / (norm + 1e-12)), lr)
             kept = min(ema, (self.step + 1) / (self.step + 10)) if ema else 0.0
             for name, weight in self.named_parameters().items():
                 self.average[name].lerp_(weight.detach(), 1 - kept)
+            if not all(bool(weight.isfinite().all()) for weight in weights):
+                self.take_back()
+                finite = False
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.skipped = self.step + 1, self.skipped + (not finite)
         return norm, finite
+
+    def take_back(self) -> bool:
+        """Undo the last update, because of what its weights led to. False if it is undone already, or was before a resume."""
+        before, self.before = self.before, None
+        if before:
+            for name, weight in self.named_parameters().items():
+                weight.data.copy_(before[f"weight/{name}"])
+                self.average[name].copy_(before[f"average/{name}"])
+        return before is not None
+
+    def _copy(self) -> dict[str, Tensor]:
+        """The weights and their average, where memory is cheap."""
+        found = {f"weight/{name}": weight.detach() for name, weight in self.named_parameters().items()}
+        found |= {f"average/{name}": value for name, value in self.average.items()}
+        return {name: value.to("cpu", copy=True) for name, value in found.items()}
 
     def _step(self, weights: list[nn.Parameter], gradient: Tensor, lr: float) -> None:
         for weight, piece in zip(weights, gradient.split([w.numel() for w in weights]), strict=True):

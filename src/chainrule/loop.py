@@ -6,12 +6,10 @@ listeners that look on (trackers, sample grids, a user's own function).
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,20 +17,22 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chainrule import checkpoints
 from chainrule.config import RunConfig
 from chainrule.errors import UserError
+from chainrule.noise import derive, drawing
 from chainrule.processes import ALONE, Processes
 from chainrule.runs import Run
 
-BAD_IN_A_ROW = 8  # updates that may be skipped for NaN or Inf in a row before the loop gives up
-KEPT = 2  # checkpoints
+BAD_IN_A_ROW = 8  # updates that may be skipped or taken back for NaN or Inf, with none that holds between, before the loop gives up
 
 Row = dict[str, Any]
-"""What one update logs: step, the task's `watched` number, grad_norm, lr, seconds, skipped, and `terms` {name: value}."""
+"""What one update logs: step, the task's `watched` number, grad_norm, lr, seconds, skipped, and `terms` {name: value}.
+
+`taken_back` is there, and true, where what came of the last update was undone.
+"""
 
 
 class Task(Protocol):
@@ -49,6 +49,10 @@ class Task(Protocol):
     @property
     def batch(self) -> int:
         """Images per update, over all processes."""
+
+    @property
+    def seed(self) -> int:
+        """What an update draws from torch's, numpy's and Python's own generators depends on this, and on nothing before it."""
 
     @property
     def total(self) -> int:
@@ -95,13 +99,23 @@ def told(on_update: Callable[[Row], object] | None) -> tuple[Listener, ...]:
     return (Listener(updated=updated),)
 
 
+@contextmanager
 def open_run(
     out: str | Path, config: RunConfig, processes: Processes = ALONE, *, resume: bool = False, overwrite: bool = False
-) -> Run:  # fmt: skip
-    """`Run.create` by the main process; the others wait for the folder. Raises UserError as that does."""
+) -> Iterator[Run]:  # fmt: skip
+    """`Run.create` by the main process, which alone writes into the folder in the block. Raises UserError as that does."""
+    run = Run(Path(out))
     processes.wait()  # until all have seen the folder as it was
-    with processes.first():
-        return Run.create(out, config, resume=resume, overwrite=overwrite) if processes.main else Run(Path(out))
+    with ExitStack() as held:
+
+        def create() -> None:
+            run.check_place(resume=resume, overwrite=overwrite)
+            run.prepare()
+            held.enter_context(run.locked())
+            Run.create(out, config, resume=resume, overwrite=overwrite)
+
+        processes.main_does(create)
+        yield run
 
 
 def complete(
@@ -112,30 +126,31 @@ def complete(
 
     SIGINT (Ctrl-C), SIGTERM and SIGHUP end the update under way; then, as at any end, a checkpoint and the result are written into
     the run's folder, and the loop returns. A second SIGINT stops at once. `resume` goes on from the folder's last checkpoint.
-    Raises UserError after `BAD_IN_A_ROW` updates without a finite number or gradient in a row, with all of that written.
+    Raises UserError after `BAD_IN_A_ROW` updates without a finite number or gradient in a row, or where the last update had none,
+    with all of that written; and where something cannot be written, with the last checkpoint whole.
     """
     if resume and run:
         load_checkpoint(run, task)
-        with processes.first():
-            if processes.main:
-                run.truncate(task.step)
+        if len(set(processes.gather([task.step]))) > 1:
+            raise UserError(f"not every process finds the checkpoints of {run.folder}; put it on a disk that all of them share")
+        processes.main_does(lambda: checkpoints.drop_after(run, task.step))
     with stop_signals() as asked:
         for listener in listeners:
             listener.started()
         with _shown(task, quiet=not processes.main) as show:
-            reason = _update(task, run if processes.main else None, listeners, save_every, processes, show, asked)
+            reason, bad = _update(task, run if processes.main else None, listeners, save_every, processes, show, asked)
         if run and processes.main:
-            save_checkpoint(run, task)
+            checkpoints.save(run, task.step, *task.state())
             task.save(run.folder)
             run.write_text("stopped.txt", f"{reason} at update {task.step}\n")
     for listener in listeners:
         listener.finished(reason)
     processes.wait()
-    if reason == "bad updates":
+    if bad and reason in ("bad updates", "finished"):
+        which = "the last update" if bad == 1 else f"the last updates, {bad} times,"
         where = f"; the last good state is in {run.folder}" if run else ""
         raise UserError(
-            f"{BAD_IN_A_ROW} updates in a row had a NaN or Inf {task.watched} or gradient{where}; "
-            f"lower lr, or look at the {task.watched}"
+            f"{which} had a NaN or Inf {task.watched} or gradient, or led to one{where}; lower lr, or look at the {task.watched}"
         )
     return reason
 
@@ -143,50 +158,43 @@ def complete(
 def _update(
     task: Task, run: Run | None, listeners: Sequence[Listener], save_every: int, processes: Processes,
     show: Callable[[Row, str], None], asked: Callable[[], bool],
-) -> str:  # fmt: skip
-    """Update to the end, or until somebody has a reason to stop, which is returned."""
-    bad, interrupted = 0, lambda: "interrupted" if asked() else None
+) -> tuple[str, int]:  # fmt: skip
+    """Update to the end, or until somebody has a reason to stop, which is returned; and how many bad updates were the last."""
+    bad, good, interrupted = 0, True, lambda: "interrupted" if asked() else None
     reason = processes.agree(interrupted())
     while reason is None and task.step < task.total:
         label = task.label
-        row = task.update()
-        bad = 0 if math.isfinite(row[task.watched]) and math.isfinite(row["grad_norm"]) else bad + 1
-        said = [listener.updated(row) for listener in listeners]
+        with drawing(derive(task.seed, "update", task.step, processes.index)):
+            row = task.update()
+            said = [listener.updated(row) for listener in listeners]
+        before, good = good, math.isfinite(row[task.watched]) and math.isfinite(row["grad_norm"]) and not row.get("taken_back")
+        if before and good:  # one that follows a bad one may still be taken back
+            bad = 0
+        bad += not good
         if run:
             run.log(row)
             if save_every and task.step % save_every == 0:
-                save_checkpoint(run, task)
+                checkpoints.save(run, task.step, *task.state())
         show(row, label)
         mine = "bad updates" if bad >= BAD_IN_A_ROW else interrupted() or next(filter(None, said), None)
         reason = processes.agree(mine)  # a signal may have reached one of the processes only
-    return reason or "finished"
-
-
-def save_checkpoint(run: Run, task: Task) -> None:
-    """Write `checkpoints/step-000123`; `state.json` comes last, so a folder that has it is complete. Keeps the last two."""
-    folder = run.checkpoint(task.step)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, state = task.state()
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps(state))
-    for old in run.checkpoints()[:-KEPT]:
-        shutil.rmtree(old)
+    return reason or "finished", bad if reason == "bad updates" else bad * (not good)
 
 
 def load_checkpoint(run: Run, task: Task) -> None:
-    """Continue from the last complete checkpoint, if there is one. Raises UserError when it is damaged or of another task."""
-    found = run.checkpoints()
-    if not found:
-        return
-    try:
-        tensors = load_file(found[-1] / "state.safetensors")
-        task.restore(tensors, json.loads((found[-1] / "state.json").read_text()))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"the checkpoint {found[-1]} is damaged ({error}); delete that folder to resume from the one before"
-        ) from error
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"the checkpoint {found[-1]} belongs to another adapter or version; start a new run") from error
+    """Continue from the last checkpoint that is whole, if there is one.
+
+    Raises UserError if there are some and none is whole, or when it is of another task.
+    """
+    found = next(checkpoints.intact(run), None)
+    if found:
+        folder, tensors, state = found
+        try:
+            task.restore(tensors, state)
+        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint {folder} belongs to another adapter or version; start a new run") from error
+    elif run.checkpoints():
+        raise UserError(f"no checkpoint of {run.folder} is whole; start it again with overwrite, or choose another out")
 
 
 # Ctrl-C, and what schedulers and closed terminals send before they kill; there is no SIGHUP on Windows.

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,23 @@ WORDS = {
 def is_place(text: str) -> bool:
     """Whether this names an object of a file, as `path/to/file.py:name` does."""
     return ".py:" in text or text.endswith(".py")
+
+
+def refuse_code(values: Mapping[str, Any], where: str | Path, allowed: bool) -> None:
+    """Raises UserError if a file's values name code, `path/to/file.py:name`, and it is not `allowed` to be run."""
+    for key, value in values.items():
+        for text in _texts(value):
+            if is_place(text) and not allowed:
+                raise UserError(f"{where} names code to run, {key}: {text}; read it, then pass --allow-code")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for each in value.values() for text in _texts(each))
+    elif isinstance(value, Sequence):
+        yield from (text for each in value for text in _texts(each))
 
 
 def from_file(place: str, what: str, kind: str) -> Any:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,3 +139,18 @@ class Noise:
                 torch.randn(self.shape, generator=generator)
         self._under_way[image] = (number + 1, generator)
         return torch.randn(self.shape, generator=generator)
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """In the block torch's, numpy's and Python's own generators start from this seed; after it they are as they were."""
+    kept, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002  the generator that others draw from
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed % 2**63)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept)
+            np.random.set_state(numpys)  # noqa: NPY002

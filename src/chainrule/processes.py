@@ -8,8 +8,7 @@ one process nothing of torch.distributed is touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -88,14 +87,16 @@ class Processes:
 
             PartialState().wait_for_everyone()
 
-    @contextmanager
-    def first(self) -> Iterator[None]:
-        """The main process runs the block before the others do."""
-        if not self.main:
-            self.wait()
-        yield
+    def main_does(self, work: Callable[[], object]) -> None:
+        """The main process does this before the others go on. Raises its UserError on every process."""
+        failed = None
         if self.main:
-            self.wait()
+            try:
+                work()
+            except UserError as error:
+                failed = str(error)
+        if failed := self.agree(failed):
+            raise UserError(failed)
 
 
 ALONE = Processes()

@@ -3,7 +3,8 @@
     config.yaml  environment.json  metrics.jsonl  plan.txt  evaluation.json  report.html
     adapter/  checkpoints/step-000123/  samples/
 
-The folder is the truth and `Run` only a name for it, so a run is opened by `Run(folder)` on any machine.
+The folder is the truth and `Run` only a name for it, so a run is opened by `Run(folder)` on any machine. What a run may write
+is known by name (`WRITES`), so that replacing a run deletes nothing else.
 """
 
 from __future__ import annotations
@@ -11,22 +12,32 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
-import shutil
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from chainrule.config import AnyConfig, RunConfig, difference, plain, read_config
+from chainrule.environment import environment
 from chainrule.errors import UserError
+from chainrule.files import unwritable, write_text
 
-PACKAGES = ("chainrule", "torch", "diffusers", "transformers", "peft", "accelerate")
 DIGITS = 6  # significant digits of a float in metrics.jsonl
+LOCK = ".lock"
+PART = re.compile(r"(.*/)?\.[^/]+\.part")  # what a kill left of a file
+WRITES = re.compile(
+    r"""(config\.yaml | environment\.json | metrics\.jsonl | plan\.txt | stopped\.txt | report\.html | evaluation\.json
+    | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
+    | (adapter|best|learned)/([\w.-]+/)?[\w-]+\.(safetensors|json)
+    | checkpoints/step-\d+/state\.(safetensors|json)
+    | samples/(before|after|before_after|step-\d+)\.png | images/\d+(-before)?\.png
+    | trackers/.*)""",
+    re.X,
+)
+"""The files a run writes, by their places in its folder."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +54,19 @@ class Run:
         """Make the folder and write `config.yaml` and `environment.json`.
 
         `resume` continues the run in the folder if it has the same config apart from its `CHANGEABLE` keys (an empty or
-        missing folder starts afresh); `overwrite` deletes the run that is there. Raises UserError, before anything is written,
-        for a used folder without either, a file, a place that cannot be written, or a config that differs.
+        missing folder starts afresh); `overwrite` deletes the run that is there, and nothing that is not a run's. Raises
+        UserError, before anything is written, for a used folder without either, a file, a place that cannot be written, or
+        a config that differs.
         """
         run = cls(Path(folder))
         text = config.text()
         used = run.check_place(resume=resume, overwrite=overwrite)
         if used and resume:
             run._check_same(config)
-        elif used:
-            run._empty()
-        run._prepare()
+        run.prepare()
+        run._delete(PART)
+        if used and not resume:
+            run._delete(WRITES)
         now = environment()
         if used and resume:
             first = run.environment or now
@@ -68,15 +81,45 @@ class Run:
         if resume and overwrite:
             raise UserError(f"resume and overwrite were both asked for {self.folder}; choose one")
         check_folder(self.folder)
-        used = self.folder.is_dir() and any(self.folder.iterdir())
-        if used and resume:
+        if (self.folder / LOCK).exists():
+            with self.locked():
+                pass
+        there = self._files()
+        if all(path in ("environment.json", LOCK) or PART.fullmatch(path) for path in there):
+            return False  # nothing, or a run that was killed before it had its config
+        if resume:
             _ = self.config
-        elif used and overwrite:
-            if not all((self.folder / name).is_file() for name in ("config.yaml", "environment.json")):
-                raise UserError(f"will not overwrite {self.folder}: it does not look like a run; choose another out")
-        elif used:
+        elif not overwrite:
             raise UserError(f"{self.folder} is not empty; pass resume to continue it, overwrite, or another out")
-        return used
+        elif "environment.json" not in there:  # the first file of a run
+            raise UserError(f"will not overwrite {self.folder}: it does not look like a run; choose another out")
+        elif foreign := next((path for path in there if not (WRITES.fullmatch(path) or PART.fullmatch(path))), None):
+            raise UserError(f"will not overwrite {self.folder}: no run wrote {foreign}; move it away, or choose another out")
+        return True
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """In the block this process writes into the folder, which must be there, and no other may.
+
+        Raises UserError if another one does. A process that was killed leaves no lock.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / LOCK, blocking=False, is_singleton=True)  # once for this process
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another process is writing to {self.folder}; wait until it has ended, or choose another out"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}; choose another out") from error
+        except NotImplementedError:  # a file system that has no locks
+            pass
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def adapter(self) -> Path:
@@ -109,14 +152,32 @@ class Run:
         return found if isinstance(found, dict) else {}
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`. Floats keep 6 significant digits; NaN and infinities become null."""
+        """Append one line to `metrics.jsonl`, flushed to disk. Raises UserError where it cannot be written.
+
+        Floats keep 6 significant digits; NaN and infinities become null.
+        """
         path = self.folder / "metrics.jsonl"
-        line = json.dumps(_rounded(plain(row, "metrics")), allow_nan=False) + "\n"
+        self.check_there()
         if _ends_in_a_torn_line(path):
-            self._write_metrics(self.metrics())
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
+            self.write_metrics(self.metrics())
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(path, error) from error
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put these rows in the place of those in `metrics.jsonl`, in one move."""
+        write_text(self.folder / "metrics.jsonl", "".join(map(_line, rows)))
+
+    def check_there(self) -> None:
+        """Raises UserError if the folder is no longer the run it was, so that nothing is written into another or a new one."""
+        if not (self.folder / "config.yaml").is_file():
+            raise UserError(
+                f"the run {self.folder} is no longer there; if it was moved, its last checkpoint is with it: resume it there"
+            )
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`, oldest first. A last line torn by a kill is left out."""
@@ -139,7 +200,7 @@ class Run:
     def truncate(self, step: int) -> None:
         """Drop the metrics of later steps, so that a resumed run holds each step once."""
         if (self.folder / "metrics.jsonl").is_file():
-            self._write_metrics([row for row in self.metrics() if row.get("step", 0) <= step])
+            self.write_metrics([row for row in self.metrics() if row.get("step", 0) <= step])
 
     def checkpoint(self, step: int) -> Path:
         """The folder of one step's checkpoint. Write `state.json` into it last: that marks it complete."""
@@ -156,17 +217,16 @@ class Run:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file of the run in one move: a reader sees the old text or the new, never half."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, path)
-        return path
+        write_text(self.folder / name, text)
+        return self.folder / name
 
-    def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.write_text("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    def _files(self) -> list[str]:
+        """Every file in the folder, by its place in it."""
+        found = self.folder.rglob("*") if self.folder.is_dir() else ()
+        return sorted(path.relative_to(self.folder).as_posix() for path in found if path.is_symlink() or not path.is_dir())
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Make the folder. Raises UserError if it cannot be made or written to."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -174,15 +234,18 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}; choose another out") from error
 
-    def _empty(self) -> None:
+    def _delete(self, what: re.Pattern[str]) -> None:
+        """Delete files: `config.yaml` first, as there is no run without it, and last what says that there was one."""
+        order = {"config.yaml": 0, "environment.json": 2}
         try:
-            for path in self.folder.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+            for path in sorted(self._files(), key=lambda path: order.get(path, 1)):
+                if what.fullmatch(path) and path != LOCK:
+                    (self.folder / path).unlink()
         except OSError as error:
             raise UserError(f"cannot overwrite {self.folder}: {error.strerror or error}; choose another out") from error
+        for folder in sorted(self.folder.rglob("*/"), reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
 
     def _check_same(self, config: RunConfig) -> None:
         if found := difference(self.config.values(), config.values(), config.CHANGEABLE):
@@ -191,18 +254,6 @@ class Run:
                 f"cannot resume {self.folder}: {key} was {before!r} and is now {now!r}; "
                 "put it back, or start another run with another out"
             )
-
-
-def environment() -> dict[str, Any]:
-    """Python, platform, date and the versions of the packages that matter (null: not installed), none imported."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    return {"date": date, "python": platform.python_version(), "platform": platform.platform(), **versions}
 
 
 def check_folder(folder: Path) -> None:
@@ -214,12 +265,17 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{place} is a file, so {folder} cannot be a folder; choose another out")
 
 
-def _rounded(value: Any) -> Any:
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(rounded(plain(row, "metrics")), allow_nan=False) + "\n"
+
+
+def rounded(value: Any) -> Any:
+    """A value as a row of the metrics holds it: floats to 6 significant digits, null for NaN and infinities."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def _ends_in_a_torn_line(path: Path) -> bool:

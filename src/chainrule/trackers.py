@@ -15,7 +15,7 @@ from chainrule.loop import Listener, Row
 
 def tracker(name: str, config: Mapping[str, Any], folder: str | Path, device: torch.device) -> Listener:
     """A listener that sends every row's numbers to one of accelerate's trackers. Raises UserError if it is not installed."""
-    accelerator = Accelerator(log_with=name, cpu=device.type == "cpu", project_dir=folder)
+    accelerator = Accelerator(log_with=name, cpu=device.type == "cpu", project_dir=Path(folder) / "trackers")
     if not accelerator.log_with:
         raise UserError(f"the tracker {name!r} is not installed; pip install {name}")
 

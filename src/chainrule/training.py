@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -128,6 +128,11 @@ class FinetuneTask:
         return self.settings.batch
 
     @property
+    def seed(self) -> int:
+        """What draws of no seed of their own depend on."""
+        return self.settings.seed
+
+    @property
     def total(self) -> int:
         """Updates until it is done."""
         return self.settings.updates
@@ -180,15 +185,29 @@ class FinetuneTask:
         flat = self.processes.mean(gradients(weights))
         reward = self.processes.mean_of(float(torch.cat([result.rewards for result in results]).mean()))
         rate = s.lr * (min(10 / math.sqrt(step + 1), 1.0) if s.schedule == "sqrt" else 1.0)
+        undone = self._undone(result.images for result in results)
         norm, finite = self.learner.update(weights, flat, reward, lr=rate, clip=s.clip, ema=s.ema)
+        if finite and self.step == self.total:  # no update comes that would see what this one led to
+            with self.learner.averaged():
+                last = self.model.render(prompts[:1], seeds[:1], s.sample_steps)
+            undone = self._undone([last])
         row: Row = {"step": self.step, "reward": reward, "grad_norm": norm, "lr": rate}
         row |= {"seconds": time.perf_counter() - began, "skipped": self.learner.skipped, "terms": self._terms(results)}
+        if undone:
+            row["taken_back"] = True
         if len(self.stages) > 1:
             row["stage"] = self.stages.now.number + 1
         if finite:
             self.stages.now.saw(reward, step)
         self.stages.advance(self.step)
         return row
+
+    def _undone(self, images: Iterable[Tensor]) -> bool:
+        """Take the last update back if the images it led to are not finite on some process. Whether there was one to take back."""
+        finite = all(bool(some.isfinite().all()) for some in images)
+        undone = self.processes.agree(None if finite else "not finite") is not None and self.learner.take_back()
+        self.learner.skipped += undone
+        return undone
 
     def _terms(self, results: Sequence[Result]) -> dict[str, float]:
         """Every term's mean over the batch, and over all processes."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chainrule.errors import UserError
+from chainrule.files import make_folder, write_text
+from chainrule.tensors import write_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 BANDS = "bands.json"  # of several adapters: which is on at which levels
@@ -49,21 +50,17 @@ class Weights:
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/pytorch_lora_weights.safetensors`; rank and alpha go into the header, as diffusers does."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        path = make_folder(folder)
         meta = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": list(self.targets), "peft_type": "LORA"}
         meta |= {"rank_pattern": {}, "alpha_pattern": {}}  # older diffusers looks for them
         header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"{self.component}.{k}": v for k, v in meta.items()})}
-        tensors = {f"{self.component}.{k}": v.detach().cpu().contiguous() for k, v in self.tensors.items()}
-        partial = path / (FILE + ".part")
-        save_file(tensors, partial, header)
-        partial.replace(path / FILE)
+        write_tensors(path / FILE, {f"{self.component}.{k}": v for k, v in self.tensors.items()}, header)
         return path
 
 
 def save_bands(folder: str | Path, bands: Mapping[str, Spans | None]) -> None:
     """Write down at which levels each of the adapters in `folder/NAME` is on (None: at all)."""
-    (Path(folder) / BANDS).write_text(json.dumps({name: {"levels": spans} for name, spans in bands.items()}, indent=2) + "\n")
+    write_text(Path(folder) / BANDS, json.dumps({name: {"levels": spans} for name, spans in bands.items()}, indent=2) + "\n")
 
 
 def adapter_files(source: str | Path) -> dict[Path, Spans | None]:

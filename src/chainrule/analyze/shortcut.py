@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
+from chainrule.files import make_folder, write_picture, write_text
 from chainrule.guidance import AnyGuidance
 from chainrule.models import BUNDLED, Model
 from chainrule.models.pictures import pictures
@@ -173,8 +174,7 @@ def _estimates(batches: list[dict[str, Tensor]], seeds: int) -> dict[str, Estima
 
 def save(found: Shortcut, folder: str | Path) -> Path:
     """Write `shortcut.md` and `shortcut.png` into a folder, which is made if need be. Returns the folder."""
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "shortcut.md").write_text(f"{found}\n")
-    found.picture.save(place / "shortcut.png")
+    place = make_folder(folder)
+    write_text(place / "shortcut.md", f"{found}\n")
+    write_picture(place / "shortcut.png", found.picture)
     return place

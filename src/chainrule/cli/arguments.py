@@ -5,17 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from chainrule import methods, named
 from chainrule.config import RunConfig
 from chainrule.errors import UserError
 from chainrule.prompts import is_source, prompts
 
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run the code that a config, run or table names, as path/to/file.py:NAME.")
+]
+
 
 def is_config(argument: str | Path) -> bool:
     """Whether an argument is a config file rather than a prompt or a model."""
     return str(argument).endswith((".yaml", ".yml"))
+
+
+def refuse_code(config: RunConfig, given: Mapping[str, Any], where: str | Path | None, allowed: bool) -> None:
+    """Raises UserError if a config file names code, which was not given on the command line, and it is not `allowed` to run."""
+    if where:
+        named.refuse_code({key: value for key, value in config.code.items() if key not in given}, where, allowed)
+
+
+def check_free(places: Iterable[Path], overwrite: bool) -> None:
+    """Raises UserError if one of the files is there already, unless it may be overwritten."""
+    there = next((place for place in places if place.exists()), None)
+    if there and not overwrite:
+        raise UserError(f"{there} is there already; pass --overwrite to replace it, or choose another place")
 
 
 def place_of(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> str:

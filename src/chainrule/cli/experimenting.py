@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chainrule.cli.arguments import at_least_one, counted
+from chainrule.cli.arguments import AllowCode, at_least_one, counted
 from chainrule.errors import UserError
+from chainrule.files import make_folder, write_text
+from chainrule.named import refuse_code
+
+if TYPE_CHECKING:
+    from chainrule.experiments.table import Table
 
 
 def results_folder() -> Path:
@@ -29,6 +34,7 @@ def experiment(
     list_runs: Annotated[
         bool, typer.Option("--list", help="List the tables' runs and where their results are; run nothing.")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run the rows of a table that have no result yet, and show the table.
 
@@ -44,7 +50,7 @@ def experiment(
         typer.echo(page.overview({name: tables.read(name) for name in tables.names()}, place))
         typer.echo(f"results: {place}")
         return
-    chosen = [tables.read(name) for name in table]
+    chosen = [_read(name, allow_code) for name in table]
     shown = [page.Results(each, place) for each in chosen]
     if list_runs:
         for unit in (unit for results in shown for row in results.runs.values() for unit in row):
@@ -68,10 +74,15 @@ def experiment(
     typer.echo(f"results: {place}")
 
 
+def _read(name: str, allow_code: bool) -> Table:
+    from chainrule.experiments.table import read
+
+    found = read(name)
+    refuse_code(found.model_dump(include={"settings", "measure", "rows", "by_seed"}), found.name, allow_code)
+    return found
+
+
 def _write(place: Path, text: str) -> None:
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {error.strerror or error}") from error
+    make_folder(place.parent)
+    write_text(place, text)
     typer.echo(f"page: {place}")

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from chainrule.cli.app import ChainSteps, Guidance, Options, progress
-from chainrule.cli.arguments import at_least_one, counted, method_of
+from chainrule.cli.arguments import AllowCode, at_least_one, counted, method_of
 from chainrule.cli.opened import Source, source_of
 from chainrule.cli.options import with_options
 from chainrule.errors import UserError
+from chainrule.files import make_folder, write_picture, write_text
 from chainrule.plan import Grid, Levels
 from chainrule.settings import Opening, Sampling
 
@@ -185,9 +186,9 @@ def _measured(model: str, reward: str | None, prompts: str, images: int, out: Pa
 
 
 def _kept(table: str, picture: Any, out: Path, name: str) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text(table + "\n")
-    picture.save(out / f"{name}.png")
+    make_folder(out)
+    write_text(out / f"{name}.md", table + "\n")
+    write_picture(out / f"{name}.png", picture)
     typer.echo(f"{table}\ntable and picture: {out / name}.md, .png")
 
 
@@ -197,12 +198,13 @@ def doctor(
     reward: Annotated[str | None, typer.Option(help="A reward to load and to differentiate; default: brightness.")] = None,
     sample_steps: ChainSteps = 4,
     opening: Opening = Opening(),
+    allow_code: AllowCode = False,
 ) -> None:
     """Check the installation and, given a model, its samples, gradient and memory."""
     from chainrule import rewards
 
     at_least_one(sample_steps=sample_steps)
-    source = source_of(model, opening) if model else None
+    source = source_of(model, opening, allow_code=allow_code) if model else None
     scorer = rewards.parse(reward, source.reward_source if source else None) if reward else None
     from chainrule.doctor import environment, examine
 

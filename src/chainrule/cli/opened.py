@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
+from chainrule.named import refuse_code
 from chainrule.settings import Opening, Sampling, merged
 
 if TYPE_CHECKING:
@@ -42,17 +43,21 @@ class Source:
         return model
 
 
-def source_of(named: str | Path, opening: Opening = Opening(), sampling: Sampling = Sampling()) -> Source:
+def source_of(
+    named: str | Path, opening: Opening = Opening(), sampling: Sampling = Sampling(), *, allow_code: bool = False
+) -> Source:  # fmt: skip
     """A model, or the model of a run as it was opened and sampled there.
 
-    What `opening` and `sampling` were given on the command line goes before what the run says.
-    Raises UserError for a name that means nothing, before anything is loaded.
+    What `opening` and `sampling` were given on the command line goes before what the run says. Raises UserError for a name that
+    means nothing, and for a run that names code which is not allowed, before anything is loaded.
     """
     from chainrule.models.loading import check
     from chainrule.models.solvers import check as check_solver
     from chainrule.runs import Run
 
     source = replace(source_of_run(Run(Path(named)).config), run=str(named)) if is_run(named) else Source(str(named))
+    if sampling.guidance is None:
+        refuse_code({"guidance": source.sampling.guidance}, named, allow_code)
     source = replace(source, opening=merged(source.opening, opening), sampling=merged(source.sampling, sampling))
     check_guidance(source.sampling.guidance)
     check_solver(source.opening.solver)

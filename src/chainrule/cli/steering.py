@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chainrule.cli.arguments import at_least_one, is_config, place_of, prompts_of
+from chainrule.cli.arguments import AllowCode, at_least_one, is_config, place_of, prompts_of, refuse_code
 from chainrule.cli.opened import check_adapter, check_guidance, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import SteerConfig
@@ -33,6 +33,7 @@ def steer(
     first_seed: Annotated[int | None, typer.Option(help="The first seed. [default: 0]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Move single images towards a reward, without training.
 
@@ -41,10 +42,11 @@ def steer(
     at_least_one(seeds=seeds)
     file = prompts[0] if prompts and len(prompts) == 1 and is_config(prompts[0]) else None
     config = SteerConfig.read(Path(file), given) if file else SteerConfig.of({"prompts": tuple(prompts or ()), **given})
+    refuse_code(config, given, file, allow_code)
     wanted, numbers = _images(config, seeds, first_seed)
     if not (config.reward or style or adversarial):
         raise UserError("no reward given; pass --reward, --style or --adversarial")
-    source = source_of(config.model, config.opening)
+    source = source_of(config.model, config.opening, allow_code=allow_code)
     reward = _reward(config.reward, style, adversarial, source.reward_source)
     out = place_of(config, resume=resume, overwrite=overwrite)
     from chainrule.steer.images import check_image

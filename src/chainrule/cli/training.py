@@ -9,7 +9,7 @@ import typer
 
 from chainrule import methods
 from chainrule.cli.app import Options
-from chainrule.cli.arguments import is_config, method_of, place_of
+from chainrule.cli.arguments import AllowCode, is_config, method_of, place_of, refuse_code
 from chainrule.cli.opened import Source, check_adapter, check_guidance, is_run, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import DistillConfig, FinetuneConfig
@@ -27,6 +27,7 @@ def train(
     method_option: Options = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Fine-tune an adapter so that its images score higher.
 
@@ -36,6 +37,7 @@ def train(
     from chainrule.prompts import prompts as read_prompts
 
     read = FinetuneConfig.read(config, given) if config else FinetuneConfig.of(given)
+    refuse_code(read, given, config, allow_code)
     if not read.reward:
         raise UserError("no reward given; pass --reward")
     if read.settings.patience and not read.held_out:
@@ -86,11 +88,13 @@ def distill(
     given: Annotated[Given, DistillConfig] = NOTHING,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Distill a few-step student that follows the model's trajectories, for shortft."""
     from chainrule.prompts import prompts as read_prompts
 
     config = DistillConfig.read(Path(model), given) if is_config(model) else DistillConfig.of({"model": model, **given})
+    refuse_code(config, given, model if is_config(model) else None, allow_code)
     read_prompts(config.prompts)
     out = place_of(config, resume=resume, overwrite=overwrite)
     source = source_of(config.model, config.opening)

@@ -8,13 +8,17 @@ from typing import Annotated
 import typer
 
 from chainrule.cli.app import Prompts, progress
-from chainrule.cli.arguments import at_least_one, counted, prompts_of, weights
+from chainrule.cli.arguments import AllowCode, at_least_one, check_free, counted, prompts_of, weights
 from chainrule.cli.opened import check_adapter, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
 from chainrule.errors import UserError
+from chainrule.files import make_folder, write_picture
+from chainrule.named import refuse_code
 from chainrule.runs import Run
 from chainrule.settings import Opening, Sampling
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
 
 
 @with_options
@@ -30,7 +34,9 @@ def sample(
         tuple[int, int] | None, typer.Option(help="The sampling steps with adapters on: the first, and the one after the last.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
+    overwrite: Overwrite = False,
     opening: Opening = Opening(),
+    allow_code: AllowCode = False,
 ) -> None:
     """Make images."""
     at_least_one(seeds=seeds)
@@ -39,7 +45,9 @@ def sample(
     from chainrule.runs import check_folder
 
     check_folder(out)
-    base = source_of(source, opening, sampling)
+    files = [out / f"{i:04d}.png" for i in range(len(every))]
+    check_free([*files, out / "grid.png"], overwrite)
+    base = source_of(source, opening, sampling, allow_code=allow_code)
     places = [place for place in (base.run, adapter) if place]
     for place in places:
         check_adapter(place, base.model, opening.solver)
@@ -57,10 +65,10 @@ def sample(
         images = model.sample([p for p, _ in every], [s for _, s in every], steps, guidance, on_call=advance, processes=processes)
     if not processes.main:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        image.save(out / f"{i:04d}.png")
-    grid(images, min(len(images), 6), [p for p, _ in every]).save(out / "grid.png")
+    make_folder(out)
+    for file, image in zip(files, images, strict=True):
+        write_picture(file, image)
+    write_picture(out / "grid.png", grid(images, min(len(images), 6), [p for p, _ in every]))
     typer.echo(f"{counted(len(images), 'image')} in {out}, all together in {out / 'grid.png'}")
 
 
@@ -73,6 +81,7 @@ def evaluate(
     sampling: Sampling = Sampling(),
     scale: Annotated[float, typer.Option(help="Strength of the adapters.")] = 1.0,
     opening: Opening = Opening(),
+    allow_code: AllowCode = False,
 ) -> None:
     """Compare runs with their base model by rewards, with 95% intervals, and diversity."""
     from chainrule import rewards
@@ -81,7 +90,9 @@ def evaluate(
 
     at_least_one(seeds=seeds)
     shown, first = read_prompts(prompts), _of_one_model(runs)
-    source = source_of(runs[0], opening, sampling)
+    source = source_of(runs[0], opening, sampling, allow_code=allow_code)
+    if not reward:
+        refuse_code({"reward": first.rewards}, runs[0], allow_code)
     scorers = [rewards.parse(name, source.reward_source) for name in reward or first.rewards]
     if not scorers:
         raise UserError(f"{runs[0]} does not say its reward; pass --reward")
@@ -140,16 +151,19 @@ def mix(
     kohya: Annotated[
         Path | None, typer.Option(help="Also write a UNet's adapter to this file, as ComfyUI and kohya's scripts read it.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Add scaled adapters into one, without approximation."""
     given = weights(parts)
     if kohya and kohya.suffix != ".safetensors":
         raise UserError(f"kohya is {str(kohya)!r}, but must end in .safetensors")
+    from chainrule.adapters.files import FILE
     from chainrule.runs import check_folder
 
     check_folder(out)
     if (out / "config.yaml").exists():
         raise UserError(f"{out} is a run with an adapter of its own; choose another out")
+    check_free([out / FILE, *([kohya] if kohya else [])], overwrite)
     from chainrule.adapters import mix as mixed
 
     made = mixed(given)

@@ -56,8 +56,7 @@ def work(unit: Unit, root: Path) -> bool:
     config = {"label": unit.label, "key": unit.key, "versions": versions(), **unit.config}
     run = Run(folder)
     run.write_text("experiment.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    part = found.save(folder / f".{RESULT}.part")
-    part.replace(folder / RESULT)
+    found.save(folder / RESULT)
     return True
 
 

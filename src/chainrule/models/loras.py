@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chainrule.adapters import Weights
 from chainrule.adapters.files import COMPONENTS, layers, one_rank
 from chainrule.adapters.files import read as own
 from chainrule.errors import UserError
+from chainrule.tensors import write_tensors
 
 OWN = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
 
@@ -89,5 +89,5 @@ def save_kohya(weights: Weights, file: Path) -> Path:
     scale = weights.alpha / weights.rank
     tensors = {f"unet.{k}": v * scale if ".lora_B." in k else v for k, v in weights.tensors.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in renamed(tensors).items()}, file, {"format": "pt"})
+    write_tensors(file, renamed(tensors), {"format": "pt"})
     return file

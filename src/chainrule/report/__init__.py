@@ -9,10 +9,10 @@ from pathlib import Path
 
 from chainrule.report.material import gather
 from chainrule.report.page import render
-from chainrule.report.pictures import before_after, grid
+from chainrule.report.pictures import before_after, cells, grid
 from chainrule.runs import Run
 
-__all__ = ["before_after", "grid", "report"]
+__all__ = ["before_after", "cells", "grid", "report"]
 
 
 def report(folder: str | Path) -> Path:

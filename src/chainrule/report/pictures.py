@@ -27,19 +27,33 @@ def grid(images: Sequence[Image.Image], columns: int, captions: Sequence[str] | 
         raise UserError(f"a grid needs images and at least one column, not {len(images)} and {columns}")
     if captions is not None and len(captions) != len(images):
         raise UserError(f"{len(captions)} captions for {len(images)} images; give one each")
-    columns = min(columns, len(images))
     cell = cell_size(images)
     font, gap = _font(cell), _gap(cell)
-    below = _line_height(font) * CAPTION_LINES + gap // 2 if captions is not None else 0
-    rows = math.ceil(len(images) / columns)
-    sheet = _sheet(columns * (cell[0] + gap) + gap, rows * (cell[1] + below + gap) + gap)
-    for index, image in enumerate(images):
-        x = gap + index % columns * (cell[0] + gap)
-        y = gap + index // columns * (cell[1] + below + gap)
+    corners, size = _corners(len(images), columns, cell, captioned=captions is not None)
+    sheet = _sheet(*size)
+    for index, (image, (x, y)) in enumerate(zip(images, corners, strict=True)):
         _place(sheet, image, cell, x, y)
         if captions is not None:
             _write(sheet, captions[index], font, cell[0], x, y + cell[1] + gap // 2)
     return sheet
+
+
+def cells(sheet: Image.Image, like: Sequence[Image.Image], columns: int, *, captioned: bool) -> list[Image.Image]:
+    """The images of a contact sheet again, as large as they are on it; `like` are as many images of the same sizes."""
+    width, height = cell_size(like)
+    corners, _ = _corners(len(like), columns, (width, height), captioned=captioned)
+    return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]
+
+
+def _corners(
+    count: int, columns: int, cell: tuple[int, int], *, captioned: bool
+) -> tuple[list[tuple[int, int]], tuple[int, int]]:  # fmt: skip
+    """The upper left corner of every cell of a contact sheet, and the size of the sheet."""
+    columns, gap = min(columns, count), _gap(cell)
+    below = _line_height(_font(cell)) * CAPTION_LINES + gap // 2 if captioned else 0
+    across, down = cell[0] + gap, cell[1] + below + gap
+    corners = [(gap + i % columns * across, gap + i // columns * down) for i in range(count)]
+    return corners, (columns * across + gap, math.ceil(count / columns) * down + gap)
 
 
 def before_after(before: Sequence[Image.Image], after: Sequence[Image.Image], prompts: Sequence[str]) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -77,19 +78,20 @@ def steer(
         model.embed(asked.prompts[start : start + settings.batch])
     reward = reward.to(model.device)
     probe(reward, model.size, model.device)
-    processes, run = Processes.here(model.device), None
-    if out is not None:
-        recorded = settings.model_copy(update={"over": str(over), "guidance": model.guidance_spec})
-        run = open_run(out, asked.config(model, reward, recorded), processes, resume=resume, overwrite=overwrite)
-    task = SteerTask.start(model, reward, settings, over, batch, processes)
-    try:
-        complete(task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes)
-    except BaseException:  # what was found before an error is kept
-        if run and processes.main:
-            task.save(run.folder)
-        raise
-    finally:
-        task.remove()
+    processes = Processes.here(model.device)
+    recorded = settings.model_copy(update={"over": str(over), "guidance": model.guidance_spec})
+    config = asked.config(model, reward, recorded)
+    place = open_run(out, config, processes, resume=resume, overwrite=overwrite) if out is not None else nullcontext()
+    with place as run:
+        task = SteerTask.start(model, reward, settings, over, batch, processes)
+        try:
+            complete(task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes)
+        except BaseException:  # what was found before an error is kept
+            if run and processes.main:
+                task.save(run.folder)
+            raise
+        finally:
+            task.remove()
     return task.result()
 
 

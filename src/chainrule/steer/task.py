@@ -71,6 +71,11 @@ class SteerTask:
         return min(self.settings.batch, sum(len(each.prompts) for each in self.batches))
 
     @property
+    def seed(self) -> int:
+        """What draws of no seed of their own depend on: the first image's seed."""
+        return self.batches[0].seeds[0]
+
+    @property
     def total(self) -> int:
         """Updates over all batches. A batch that stops early takes its own off."""
         left = len(self.batches) - len(self.found)

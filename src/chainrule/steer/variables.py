@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol, Self
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from chainrule.adapters import Adapter
 from chainrule.cast import Answerer, networks_of
 from chainrule.chain import Chain
 from chainrule.denoise import Condition
+from chainrule.files import make_folder
 from chainrule.learned import Learned
+from chainrule.tensors import write_tensors
 
 
 class Variable(Learned, Protocol):
@@ -141,9 +142,7 @@ def _rows(values: nn.Parameter, images: Sequence[int]) -> nn.Parameter:
 
 
 def _save(part: Learned, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in part.named_parameters().items()}
-    save_file(tensors, folder / f"{type(part).__name__.lower()}.safetensors")
+    write_tensors(make_folder(folder) / f"{type(part).__name__.lower()}.safetensors", part.named_parameters())
     return folder
 
 
