@@ -24,10 +24,11 @@ MAY_IMPORT = {
     "environment": "",
     "files": "errors",
     "tensors": "files",
-    "named": "errors",
+    "yaml_text": "",
+    "named": "errors yaml_text",
     "size": "errors",
     "settings": "errors named size",
-    "config": "errors named settings",
+    "config": "errors yaml_text named settings",
     "runs": "errors environment files config",
     "estimate": "",
     "plan": "",
@@ -65,15 +66,15 @@ MAY_IMPORT = {
     "doctor": "errors meters adapters methods rewards models gradient",
     "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
     "learner analyze",
-    "experiments": "errors estimate plan runs loop settings methods meters rewards chain objective models gradient prompts report "
-    "evaluate finetune steer",
-    "cli": "errors files processes named config plan runs settings methods adapters rewards guidance models prompts report "
-    "finetune steer doctor distill evaluate analyze experiments",
+    "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
+    "prompts report evaluate finetune steer",
+    "cli": "errors asked yaml_text files processes named config plan runs settings methods adapters rewards guidance models "
+    "prompts report finetune steer doctor distill evaluate analyze experiments",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
-    "errors", "asked", "environment", "files", "named", "size", "settings", "config", "runs", "estimate", "plan", "methods",
-    "prompts", "report", "cli",
+    "errors", "asked", "environment", "files", "yaml_text", "named", "size", "settings", "config", "runs", "estimate", "plan",
+    "methods", "prompts", "report", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")

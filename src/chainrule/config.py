@@ -23,6 +23,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
+from chainrule import yaml_text
 from chainrule.errors import UserError, unknown
 from chainrule.named import name_and_options
 from chainrule.settings import Checked, Distillation, Finetuning, Opening, Steering, check_keys, spellings
@@ -212,8 +213,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"the config file {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml_text.read(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise UserError(f"the config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from error

@@ -84,7 +84,7 @@ class Learner:
         """The weights and their average, where memory is cheap."""
         found = {f"weight/{name}": weight.detach() for name, weight in self.named_parameters().items()}
         found |= {f"average/{name}": value for name, value in self.average.items()}
-        return {name: value.to("cpu", copy=True) for name, value in found.items()}
+        return {name: value.to("cpu", copy=True) for name, value in found.items() if not value.is_meta}
 
     def _step(self, weights: list[nn.Parameter], gradient: Tensor, lr: float) -> None:
         for weight, piece in zip(weights, gradient.split([w.numel() for w in weights]), strict=True):

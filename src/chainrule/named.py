@@ -17,10 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
+from chainrule import yaml_text
 from chainrule.errors import UserError, unknown
 
 T = TypeVar("T")
@@ -185,8 +185,8 @@ def options_of(pairs: Sequence[str], what: str) -> dict[str, Any]:
     for pair in pairs:
         key, sign, value = pair.partition("=")
         try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            found[key.strip()] = yaml_text.read(value)
+        except ValueError:
             sign = ""
         if not sign or not key.strip():
             raise UserError(f"{what} {pair!r} must look like k=5")

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from chainrule.errors import UserError, unknown
-from chainrule.named import name_and_options
+from chainrule.named import WITHOUT_POINT, name_and_options
 from chainrule.size import config_size, size_of
 
 
@@ -29,6 +40,12 @@ def _guidance(value: Any) -> Any:
 
 GuidanceSpec = Annotated[Annotated[float, Field(ge=0, le=100)] | dict[str, Any], BeforeValidator(_guidance)]
 """How guidance is written in settings: a number, or a value of `chainrule.guidance` by its name, with options."""
+MOST_IMAGES = 10**6
+Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
+Steps = Annotated[int, Field(ge=1, le=10_000)]  # a model says how many levels it has
+Updates = Annotated[int, Field(ge=1, le=10**9)]
+Rank = Annotated[int, Field(ge=1, le=4096)]  # wider than most layers
+Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 Memory = Literal["recompute", "blocks", "keep"]
 MEMORY = "what is held for the backward pass; recompute: one network call, blocks: one block of it, keep: all calls"
 GUIDANCE = 'scale of classifier-free guidance, or another guidance as "{name: rescaled, scale: 7.5}"'
@@ -79,10 +96,31 @@ def _plainly(message: str) -> str:
     return message
 
 
+def _kinds(annotation: Any) -> set[Any]:
+    """The simple kinds a value may be of, or be a list of."""
+    if get_origin(annotation) is dict:
+        return {dict}
+    inner = [kind for each in get_args(annotation) for kind in _kinds(each)]
+    return set(inner) or ({annotation} if isinstance(annotation, type) else set())
+
+
 class Checked(BaseModel):
     """Frozen values. Whatever is wrong with them is a UserError in one line that names the key as it was given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """A number is not true or false, nor a text in quotes, but for 1e-3, which YAML takes for one."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        wanted = "float_parsing" if float in kinds else "int_parsing"
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if kinds & {int, float} and not kinds & {bool, str}:
+                quoted = isinstance(each, str) and dict not in kinds and not (float in kinds and WITHOUT_POINT.fullmatch(each))
+                if isinstance(each, bool) or quoted:
+                    raise PydanticCustomError(wanted, "another kind")
+        return value
 
     def __init__(self, **values: Any) -> None:
         check_keys(type(self).model_fields, values)
@@ -119,8 +157,7 @@ class Opening(Checked):
 class Sampling(Checked):
     """How images are sampled."""
 
-    sample_steps: int | None = Field(
-        default=None, ge=1, validation_alias=AliasChoices("sample_steps", "steps"),
+    sample_steps: Steps | None = Field(default=None, validation_alias=AliasChoices("sample_steps", "steps"),
         description="network calls per image; default: the run's or the model's own",
     )  # fmt: skip
     guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the run's or the model's own")
@@ -133,18 +170,18 @@ class Distillation(Checked):
         default=4, ge=2, le=16, validation_alias=AliasChoices("student_steps", "steps"),
         description="network calls the student makes an image with",
     )  # fmt: skip
-    updates: int = Field(default=1000, ge=1, description="optimizer updates")
-    batch: int = Field(default=8, ge=1, description="trajectories of the base model per update")
-    starts: int = Field(default=12, ge=1, description="states of each trajectory that the student learns from")
-    teacher_steps: int = Field(default=20, ge=2, description="network calls of a trajectory; at least twice the student's")
+    updates: Updates = Field(default=1000, description="optimizer updates")
+    batch: Images = Field(default=8, description="trajectories of the base model per update")
+    starts: Steps = Field(default=12, description="states of each trajectory that the student learns from")
+    teacher_steps: Steps = Field(default=20, ge=2, description="network calls of a trajectory; at least twice the student's")
     guidance: GuidanceSpec | None = Field(
         default=None, description="guidance that the student learns, a scale or by name; default: the model's own"
     )
     lr: float = Field(default=1e-3, gt=0, description="AdamW learning rate, falling linearly to 0")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm; a larger gradient is scaled down to it")
-    rank: int = Field(default=32, ge=1, description="LoRA rank, on every linear layer and convolution")
+    rank: Rank = Field(default=32, description="LoRA rank, on every linear layer and convolution")
     ema: float = Field(default=0.98, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
-    seed: int = Field(default=0, ge=0, description="seed of the student, the prompts, the noise and the levels")
+    seed: Seed = Field(default=0, description="seed of the student, the prompts, the noise and the levels")
     save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: only at the end")
 
     @model_validator(mode="after")
@@ -166,7 +203,7 @@ class Steering(Checked):
         default="sdo",
         description="gradient: sdo, full, adjoint, invertible or flowgrad; freedom and universal guide a single run instead",
     )
-    updates: int = Field(default=50, ge=1, description="optimizer updates; each one samples the image again")
+    updates: Updates = Field(default=50, description="optimizer updates; each one samples the image again")
     lr: float = Field(default=0.01, gt=0, description="learning rate")
     optimizer: Literal["adam", "sgd", "momentum"] = Field(default="adam", description="optimizer of the variable")
     keep: float = Field(default=0.0, ge=0, lt=1, description="share of the loss that is the distance to the image before steering")
@@ -174,19 +211,18 @@ class Steering(Checked):
     renormalize: bool | None = Field(
         default=None, description="keep the norm of the latent; default: only for invertible, as DOODL does"
     )
-    sample_steps: int | None = Field(
-        default=None, ge=1, validation_alias=AliasChoices("sample_steps", "steps"),
+    sample_steps: Steps | None = Field(default=None, validation_alias=AliasChoices("sample_steps", "steps"),
         description="network calls of a sampling chain; default: the model's own",
     )  # fmt: skip
     guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the model's own")
-    rank: int = Field(default=8, ge=1, description="rank of the LoRA, where weights are optimized")
+    rank: Rank = Field(default=8, description="rank of the LoRA, where weights are optimized")
     strength: float = Field(
         default=0.2,
         gt=0,
         description="strength of freedom, as a share of the sampler's step, or of universal, as a share of the noise",
     )
     patience: int = Field(default=0, ge=0, description="stop after this many updates in which no image got better; 0: never stop")
-    batch: int = Field(default=4, ge=1, description="images steered at a time, over all processes; changes no image")
+    batch: Images = Field(default=4, description="images steered at a time, over all processes; changes no image")
     save_every: int = Field(default=10, ge=0, description="updates between checkpoints; 0: only at the end")
     memory: Memory = Field(default="recompute", description=MEMORY)
 
@@ -194,8 +230,8 @@ class Steering(Checked):
 class Finetuning(Checked):
     """How to fine-tune. Defaults are DRaFT's small-scale ones (arXiv:2309.17400, Table 1) where the paper has one."""
 
-    updates: int = Field(default=200, ge=1, validation_alias=AliasChoices("updates", "steps"), description="optimizer updates")
-    batch: int = Field(default=8, ge=1, description="images per update, over all processes")
+    updates: Updates = Field(default=200, validation_alias=AliasChoices("updates", "steps"), description="optimizer updates")
+    batch: Images = Field(default=8, description="images per update, over all processes")
     accumulate: int = Field(default=1, ge=1, description="backward passes an update is split into; must divide the batch")
     lr: float = Field(default=4e-4, gt=0, description="AdamW learning rate")
     schedule: Literal["constant", "sqrt"] = Field(
@@ -203,16 +239,16 @@ class Finetuning(Checked):
     )
     weight_decay: float = Field(default=0.1, ge=0, description="AdamW weight decay, towards the pre-trained weights")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm; a larger gradient is scaled down to it")
-    rank: int = Field(default=8, ge=1, description="LoRA rank")
+    rank: Rank = Field(default=8, description="LoRA rank")
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
     kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last trained call")
-    sample_steps: int | None = Field(default=None, ge=1, description="network calls of a sampling chain; default: the model's own")
+    sample_steps: Steps | None = Field(default=None, description="network calls of a sampling chain; default: the model's own")
     guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the model's own")
     memory: Memory = Field(default="recompute", description=MEMORY)
     micro_batch: int | None = Field(
         default=None, ge=1, description="images decoded and scored at a time; default: 8, fewer for large images"
     )
-    seed: int = Field(default=0, ge=0, description="seed of the adapter, the plans, the prompts and the noise")
+    seed: Seed = Field(default=0, description="seed of the adapter, the plans, the prompts and the noise")
     sample_every: int = Field(default=50, ge=0, description="updates between sample grids; 0: only before and after")
     save_every: int = Field(default=50, ge=0, description="updates between checkpoints; 0: only at the end")
     patience: int = Field(

@@ -189,7 +189,7 @@ class FinetuneTask:
         norm, finite = self.learner.update(weights, flat, reward, lr=rate, clip=s.clip, ema=s.ema)
         if finite and self.step == self.total:  # no update comes that would see what this one led to
             with self.learner.averaged():
-                last = self.model.render(prompts[:1], seeds[:1], s.sample_steps)
+                last = self.model.render(prompts[:: s.accumulate], seeds[:: s.accumulate], s.sample_steps)
             undone = self._undone([last])
         row: Row = {"step": self.step, "reward": reward, "grad_norm": norm, "lr": rate}
         row |= {"seconds": time.perf_counter() - began, "skipped": self.learner.skipped, "terms": self._terms(results)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -69,15 +70,23 @@ def adapter_files(source: str | Path) -> dict[Path, Spans | None]:
         if (folder / BANDS).is_file():
             try:
                 bands = json.loads((folder / BANDS).read_text())
-                levels = {folder / name: _spans(band["levels"]) for name, band in bands.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                levels = {name: _spans(band["levels"]) for name, band in bands.items()}
+                if not all(re.fullmatch(r"[\w-]+", name) for name in levels):
+                    raise ValueError("a name in it is no folder's")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{folder / BANDS} is damaged ({error})") from error
-            return {find(place): spans for place, spans in levels.items()}
+            return {find(folder / name): spans for name, spans in levels.items()}
     return {find(source): None}
 
 
 def _spans(levels: Any) -> Spans | None:
-    return None if levels is None else tuple((low, high) for low, high in levels)
+    """As `Band` takes them. Raises ValueError or TypeError for anything but numbers."""
+    if levels is None:
+        return None
+    spans = tuple((low, high) for low, high in levels)
+    if not all(type(end) in (int, float) or (end is None and i) for span in spans for i, end in enumerate(span)):
+        raise ValueError(f"levels are {levels!r}")
+    return spans
 
 
 def find(source: str | Path) -> Path:
@@ -101,8 +110,10 @@ def read(source: str | Path) -> Weights:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its header is no JSON ({str(error).splitlines()[0]})") from error
     component = next((name for name in COMPONENTS if all(key.startswith(f"{name}.") for key in tensors)), COMPONENTS[0])
     tensors = {
         k.removeprefix(f"{component}.").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): v
@@ -112,13 +123,31 @@ def read(source: str | Path) -> Weights:
         raise UserError(f"{path} holds no LoRA for the denoiser")
     if any(key.endswith(".bias") for key in tensors):
         raise UserError(f"{path} has a LoRA with biases, which is not supported")
-    if any(f"{layer}.lora_{half}.weight" not in tensors for layer in layers(tensors) for half in "AB"):
-        raise UserError(f"{path} is damaged: it holds half of a LoRA for some layer")
-    scales = {layer: _scale(layer, tensors[f"{layer}.lora_A.weight"].shape[0], meta, component) for layer in layers(tensors)}
+    check(path, tensors)
+    try:
+        scales = {layer: _scale(layer, tensors[f"{layer}.lora_A.weight"].shape[0], meta, component) for layer in layers(tensors)}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: its header says no scale of a LoRA ({error})") from error
     ranks = {value.shape[0] for key, value in tensors.items() if ".lora_A." in key}
     if len(ranks) == 1 and len(set(scales.values())) == 1:
         return Weights(tensors, ranks.pop() * next(iter(scales.values())), component)
     return one_rank(tensors, scales, component)
+
+
+def check(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError, naming the first tensor, unless every layer has two matrices of finite numbers of one rank."""
+    for layer in layers(tensors):
+        down, up = (tensors.get(f"{layer}.lora_{half}.weight") for half in "AB")
+        if down is None or up is None:
+            raise UserError(f"{path} is damaged: it holds half of a LoRA for the layer {layer}")
+        for name, value in ((f"{layer}.lora_A.weight", down), (f"{layer}.lora_B.weight", up)):
+            if not value.is_floating_point() or value.ndim < 2 or not value.numel():
+                kind = str(value.dtype).removeprefix("torch.")
+                raise UserError(f"{path} is damaged: {name} is {kind} of shape {tuple(value.shape)}, no matrix of a LoRA")
+            if not value.isfinite().all():
+                raise UserError(f"{path} is damaged: {name} has a NaN or Inf")
+        if down.shape[0] != up.shape[1]:
+            raise UserError(f"{path} is damaged: the layer {layer} has ranks {down.shape[0]} and {up.shape[1]}")
 
 
 def layers(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -127,11 +156,20 @@ def layers(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _scale(layer: str, rank: int, meta: Mapping[str, Any], component: str) -> float:
-    """alpha / rank of a layer, as the header's LoraConfig says: patterns of layers may have an alpha of their own."""
+    """alpha / rank of a layer, as the header's LoraConfig says: layers may have an alpha of their own, by the ends of their names.
+
+    peft takes these ends for regular expressions, diffusers writes names; an expression from a stranger's file can hang. Raises
+    ValueError for one, and for an alpha that is no number or 0.
+    """
     header = {key.removeprefix(f"{component}."): value for key, value in meta.items()}
     alphas = header.get("alpha_pattern") or {}
-    own = next((alpha for pattern, alpha in alphas.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer)), None)
+    for end in alphas:
+        if not re.fullmatch(r"[\w.^-]+", end):
+            raise ValueError(f"alpha_pattern has {end!r}, which is no layer's name")
+    own = next((alpha for end, alpha in alphas.items() if f".{layer}".endswith(f".{end.removeprefix('^')}")), None)
     alpha = float(own if own is not None else header.get("lora_alpha", rank))
+    if not alpha or not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha:g}")
     return alpha / (rank**0.5 if header.get("use_rslora") else rank)
 
 
@@ -141,7 +179,8 @@ def one_rank(tensors: Mapping[str, Tensor], scales: Mapping[str, float], compone
     filled = {}
     for key, value in tensors.items():
         axis = 0 if ".lora_A." in key else 1
-        scaled = value if axis == 0 else value * scales.get(key.split(".lora_")[0], 1.0)
+        # alpha / rank can be small, and float16 ends at 6e-8.
+        scaled = value if axis == 0 else value.to(torch.promote_types(value.dtype, torch.float32)) * scales[key.split(".lora_")[0]]
         missing = [rank - value.shape[i] if i == axis else value.shape[i] for i in range(value.ndim)]
         filled[key] = torch.cat([scaled, value.new_zeros(missing)], axis) if missing[axis] else scaled
     return Weights(filled, float(rank), component)

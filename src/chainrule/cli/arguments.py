@@ -13,6 +13,7 @@ from chainrule import methods, named
 from chainrule.config import RunConfig
 from chainrule.errors import UserError
 from chainrule.prompts import is_source, prompts
+from chainrule.settings import MOST_IMAGES
 
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that a config, run or table names, as path/to/file.py:NAME.")
@@ -67,10 +68,19 @@ def prompts_of(sources: Iterable[str]) -> list[str]:
 
 
 def at_least_one(**values: int | None) -> None:
-    """Raises UserError naming the value that is below 1."""
+    """Raises UserError naming the value that is below 1, or beyond all use."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
+        if value is not None and value > MOST_IMAGES:
+            raise UserError(f"{name} is {value}, but must be at most {MOST_IMAGES}")
+
+
+def finite(**values: float) -> None:
+    """Raises UserError naming the value that is NaN or infinite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value}, but must be a finite number")
 
 
 def counted(number: int, thing: str) -> str:
@@ -89,5 +99,7 @@ def weights(terms: Iterable[str]) -> dict[Path, float]:
             weight = math.nan
         if not name or not math.isfinite(weight):
             raise UserError(f"{term!r} must look like runs/pick=0.6")
+        if not weight:
+            raise UserError(f"{term!r} gives a weight of 0; leave it out")
         found[Path(name)] = found.get(Path(name), 0.0) + weight
     return found

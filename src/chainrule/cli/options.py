@@ -8,9 +8,9 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-import yaml
 from pydantic.fields import FieldInfo
 
+from chainrule import yaml_text
 from chainrule.config import RunConfig
 from chainrule.settings import Checked, spellings
 
@@ -113,6 +113,6 @@ def _kind(annotation: Any) -> Any:
 def as_in_a_file(text: str) -> Any:
     """The value of a text as YAML has it; the text itself if it is not YAML."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml_text.read(text)
+    except ValueError:
         return text

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from chainrule.asked import numbers
 from chainrule.cli.app import Prompts, progress
-from chainrule.cli.arguments import AllowCode, at_least_one, check_free, counted, prompts_of, weights
+from chainrule.cli.arguments import AllowCode, at_least_one, check_free, counted, finite, prompts_of, weights
 from chainrule.cli.opened import check_adapter, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
@@ -40,6 +41,8 @@ def sample(
 ) -> None:
     """Make images."""
     at_least_one(seeds=seeds)
+    finite(scale=scale)
+    numbers([first_seed, first_seed + seeds - 1])
     every = [(prompt, first_seed + k) for prompt in prompts_of(prompts) for k in range(seeds)]
     from chainrule.models.published import PUBLISHED
     from chainrule.runs import check_folder
@@ -89,6 +92,7 @@ def evaluate(
     from chainrule.prompts import prompts as read_prompts
 
     at_least_one(seeds=seeds)
+    finite(scale=scale)
     shown, first = read_prompts(prompts), _of_one_model(runs)
     source = source_of(runs[0], opening, sampling, allow_code=allow_code)
     if not reward:

@@ -10,9 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chainrule import yaml_text
 from chainrule.errors import UserError, unknown
 
 TASKS = ("finetune", "evaluate", "steer", "cost")
@@ -84,8 +84,8 @@ def read(name: str | Path) -> Table:
     else:
         raise unknown("table", str(name), names())
     try:
-        values = yaml.safe_load(place.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml_text.read(place.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"the table {place} is not valid YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise UserError(f"cannot read the table {place}: {error.strerror}") from error

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from chainrule.adapters import Weights
-from chainrule.adapters.files import COMPONENTS, layers, one_rank
+from chainrule.adapters.files import COMPONENTS, check, layers, one_rank
 from chainrule.adapters.files import read as own
 from chainrule.errors import UserError
 from chainrule.tensors import write_tensors
 
 OWN = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
+
+
+REASONS = {
+    "lora_magnitude_vector": "is a DoRA, whose magnitudes are not a LoRA's; put it into the pipeline by {calls}, and give that",
+    "dora_scale": "is a DoRA, whose magnitudes are not a LoRA's; put it into the pipeline by {calls}, and give that",
+    "hada_": "is a LoHa, not a LoRA; put it into the network by peft, merge it there, and give the pipeline",
+    "lokr_": "is a LoKr, not a LoRA; put it into the network by peft, merge it there, and give the pipeline",
+    "base_model.model.": "is in peft's own spelling; load it by peft's PeftModel.from_pretrained(pipe.{network}, ...), put "
+    "merge_and_unload() of that into the pipeline, and give that",
+    "text_encoder": "adapts a text encoder too; put it into the pipeline by {calls}, and give that",
+    "lora_te": "adapts a text encoder too; put it into the pipeline by {calls}, and give that",
+}
+"""What a part of a key says of a file, and what its owner can do."""
+CALLS = "load_lora_weights, fuse_lora, unload_lora_weights in this order"
 
 
 def keys_of(file: Path) -> list[str]:
@@ -43,10 +59,12 @@ def read(file: Path, pipeline: str, config: Any = None) -> Weights:
     Raises UserError for a LoRA that adapts a text encoder too, and for a spelling the pipeline's loader does not know.
     """
     keys = keys_of(file)
-    if any(key.startswith(("text_encoder", "lora_te")) for key in keys):
-        calls = "load_lora_weights, fuse_lora, unload_lora_weights"
-        raise UserError(f"{file} adapts a text encoder too; put it into the pipeline by {calls} in this order, and give that")
-    if keys and all(any(mark in key for mark in OWN) for key in keys):
+    for mark, reason in REASONS.items():
+        if any(mark in key for key in keys):
+            network = "unet" if "XL" in pipeline or pipeline == "StableDiffusionPipeline" else "transformer"
+            raise UserError(f"{file} {reason.format(calls=CALLS, network=network)}")
+    comfy = any(key.startswith("diffusion_model.") for key in keys)
+    if keys and not comfy and all(any(mark in key for mark in OWN) for key in keys):
         return own(file)
     import diffusers
 
@@ -57,17 +75,31 @@ def read(file: Path, pipeline: str, config: Any = None) -> Weights:
     options = {"return_alphas": True} if "return_alphas" in inspect.signature(kind.lora_state_dict).parameters else {}
     options |= {} if config is None else {"unet_config": config}
     try:
-        found: Any = kind.lora_state_dict(str(file.parent), weight_name=file.name, **options)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{file} is no LoRA that {pipeline} can load: {str(error).splitlines()[0]}") from error
+        # In float32, because converters multiply by alpha / rank, which can be small.
+        found: Any = kind.lora_state_dict({key: _wide(value) for key, value in load_file(file).items()}, **options)
+    except (ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file} is no LoRA that diffusers can load into a {pipeline}: {reason}") from error
     state, alphas = found if isinstance(found, tuple) else (found, None)
     component = next((name for name in COMPONENTS if any(key.startswith(f"{name}.") for key in state)), COMPONENTS[0])
     tensors, scales = _peft(state, component), _peft({key: torch.tensor(float(a)) for key, a in (alphas or {}).items()}, component)
     if not tensors or not all(".lora_A." in key or ".lora_B." in key for key in tensors):
         raise UserError(f"{file} holds no LoRA for the denoiser")
+    if comfy and any(key.startswith("diffusion_model.") for key in tensors):
+        raise UserError(
+            f"{file} has keys that begin with diffusion_model., as ComfyUI's do, which diffusers converts for some families, "
+            f"not for {pipeline}; convert it to diffusers' keys first"
+        )
+    check(file, tensors)
     alphas = {key.removesuffix(".alpha").removesuffix(".lora_A.weight"): float(value) for key, value in scales.items()}
+    if wrong := next((alpha for alpha in alphas.values() if not alpha or not math.isfinite(alpha)), None):
+        raise UserError(f"{file} is damaged: a layer has alpha {wrong:g}")
     ranks = {layer: tensors[f"{layer}.lora_A.weight"].shape[0] for layer in layers(tensors)}
     return one_rank(tensors, {layer: alphas.get(layer, rank) / rank for layer, rank in ranks.items()}, component)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _peft(state: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:

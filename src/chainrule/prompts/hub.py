@@ -36,6 +36,11 @@ def is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / SPLITS).is_file()
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder, as a dataset is downloaded, by name; those in its `data` if it has none itself."""
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
+
+
 def read_saved(folder: Path, column: str = "") -> list[str]:
     """The prompts of a dataset that `save_to_disk` wrote. Raises UserError for several splits: each has a folder of its own."""
     package = _package(str(folder))

@@ -53,6 +53,8 @@ def prompts(source: str | Path | Sequence[str]) -> list[str]:
     if not isinstance(source, (str, Path)):
         if not (given := texts(source)):
             raise UserError("the list holds no prompts")
+        if blank := next((number for number, prompt in enumerate(given, 1) if not prompt.strip()), None):
+            raise UserError(f"prompt {blank} of the list is blank; leave it out")
         return given
     parsed = Source.parse(str(source))
     found = _subjects(parsed) if parsed.template else _named(parsed.name)
@@ -112,7 +114,8 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _holds_prompts(place: str) -> bool:
-    return os.path.isdir(place) and (files.is_benchmark(Path(place)) or hub.is_saved(Path(place)))
+    folder = Path(place)
+    return os.path.isdir(place) and (files.is_benchmark(folder) or hub.is_saved(folder) or bool(hub.parquet_files(folder)))
 
 
 def _named(name: str) -> list[str]:
@@ -137,9 +140,11 @@ def _named(name: str) -> list[str]:
 def _folder(path: Path, column: str) -> list[str]:
     if hub.is_saved(path):
         return hub.read_saved(path, column)
+    if parts := hub.parquet_files(path):
+        return [prompt for part in parts for prompt in hub.read_parquet(part, column)]
     if not files.is_benchmark(path):
         styles = ", ".join(f"{style}.json" for style in files.STYLES)
-        raise UserError(f"the prompt file {path} is a folder, but neither a benchmark ({styles}) nor a saved dataset")
+        raise UserError(f"the prompt file {path} is a folder, but no benchmark ({styles}), saved dataset or Parquet files")
     if column:
         raise UserError(f"the prompt folder {path} has no columns, but {column!r} was asked for")
     return files.read_benchmark(path)

@@ -7,6 +7,7 @@ Rewards add and scale, as in DRaFT's multi-reward model, 10 * PickScore() + 2 * 
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,8 +64,8 @@ class Reward(ABC):
         return reward_of(other) + -self
 
     def __mul__(self, weight: float) -> Reward:
-        if isinstance(weight, bool) or not isinstance(weight, Real):
-            raise UserError(f"reward {self.name!r} can be multiplied by a number, not by {weight!r}")
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight) or not weight:
+            raise UserError(f"reward {self.name!r} can be multiplied by a number other than 0, not by {weight!r}")
         return _sum(tuple((float(weight) * w, term) for w, term in self.weighted()))
 
     def __rmul__(self, weight: float) -> Reward:
@@ -140,6 +141,8 @@ def _sum(terms: tuple[tuple[float, Reward], ...]) -> Reward:
     merged: dict[Reward, float] = {}
     for weight, reward in terms:
         merged[reward] = merged.get(reward, 0.0) + weight
+    if gone := next((reward for reward, weight in merged.items() if not weight), None):
+        raise UserError(f"the weights of the reward {gone.name!r} add up to 0, so that nothing is left of it; leave it out")
     names = [reward.name for reward in merged]
     if twice := {name for name in names if names.count(name) > 1}:
         name = twice.pop()

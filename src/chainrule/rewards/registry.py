@@ -6,6 +6,7 @@ Nothing here imports torch, so that listing the names is instant; a class is imp
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -100,6 +101,8 @@ def parse(text: str, source: str | None = None) -> Reward:
         if term["device"]:
             one = _on(one, term["device"], term["dtype"] or "float32")
         if term["goal"]:
+            if not math.isfinite(float(term["goal"])):
+                raise UserError(f"the reward {text!r} is to reach {term['goal']}, which is no finite number")
             one = _target(one, float(term["goal"]))
         scaled = one if weight == 1 else weight * one
         total = scaled if total is None else total + scaled

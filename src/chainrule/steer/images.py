@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from chainrule.errors import UserError
 from chainrule.plan import Grid, walk
 from chainrule.size import Size
 
+Picture: TypeAlias = str | Path | Image.Image | np.ndarray
 LARGEST = 100_000_000  # pixels; a picture above this is refused
 
 
@@ -36,27 +38,53 @@ def check_image(path: str | Path) -> None:
         raise UserError(f"the image {str(path)!r} has {width}x{height} pixels; 8x8 is the least")
 
 
-def read_image(source: str | Path | Image.Image, size: Size) -> Tensor:
+def read_image(source: Picture, size: Size) -> Tensor:
     """A picture as (3, height, width) in [0, 1], whatever its own size and aspect ratio.
 
     It is turned as its EXIF says, put on white where it is transparent, cropped around its middle to the aspect ratio of
-    `size`, (height, width), and resized. Raises UserError for a file that cannot be read.
+    `size`, (height, width), and resized. An array is (height, width) or (height, width, 1, 3 or 4), of bytes or of floats in
+    [0, 1]. Raises UserError for a file that cannot be read, and an array of another form.
     """
-    if not isinstance(source, Image.Image):
+    if isinstance(source, np.ndarray):
+        source = _of_array(source)
+    elif not isinstance(source, Image.Image):
         check_image(source)
         try:
             with Image.open(source) as opened:
                 opened.load()
-                source = ImageOps.exif_transpose(opened)
+                source = opened.copy()
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"cannot read the image {str(source)!r}: {' '.join(str(error).split())}") from error
-    if source.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
-        wide = np.asarray(source, np.float32)
-        source = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+    source = ImageOps.exif_transpose(source)
+    if source.mode.startswith(("I", "F")):  # which Pillow would cut at 255
+        source = _in_bytes(np.asarray(source, np.float32), source.mode)
     image = source.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     fitted = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted, np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+def _of_array(array: np.ndarray) -> Image.Image:
+    kind = "f" if array.dtype.kind == "f" else str(array.dtype)
+    gray = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if kind not in ("f", "uint8") or not (gray.ndim == 2 or (gray.ndim == 3 and gray.shape[-1] in (3, 4))) or not gray.size:
+        said = f"{array.dtype} of shape {array.shape}"
+        raise UserError(f"a picture is an array of {said}, but must be (height, width, 3) of bytes, or of floats in [0, 1]")
+    if kind == "f":
+        if not (gray.min() >= 0 and gray.max() <= 1):
+            raise UserError(f"a picture has values in [{gray.min():g}, {gray.max():g}]; floats must be in [0, 1]")
+        gray = (gray * 255).round().astype(np.uint8)
+    return Image.fromarray(gray)
+
+
+def _in_bytes(values: np.ndarray, mode: str) -> Image.Image:
+    """A gray picture of 16 or 32 bits: floats end at 1 or at 255, 16 bits at 65535, and 32 bits wherever they seem to."""
+    values = np.nan_to_num(values)
+    if mode == "F":
+        scale = 255.0 if values.max() <= 1 else 1.0
+    else:
+        scale = 1 / 257 if mode.startswith("I;16") or values.max() > 255 else 1.0
+    return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -24,12 +25,10 @@ from chainrule.solve import DDIM, Prediction
 from chainrule.steer.found import Steered
 from chainrule.steer.gradients import GRADIENTS, check_defined
 from chainrule.steer.guided_sampling import GUIDES
-from chainrule.steer.images import read_image
+from chainrule.steer.images import Picture, read_image
 from chainrule.steer.kinds import CONTROLS, LATENT, Over
 from chainrule.steer.search import Batch
 from chainrule.steer.task import SteerTask
-
-Source: TypeAlias = str | Path | Image.Image
 
 
 def check(settings: Steering) -> Over:
@@ -52,7 +51,7 @@ def check(settings: Steering) -> Over:
 
 def steer(
     model: Model, prompts: str | Sequence[str], reward: AnyReward, settings: Steering | None = None, *,
-    seed: int = 0, seeds: int | Sequence[int] | None = None, images: Source | Sequence[Source] | None = None,
+    seed: int = 0, seeds: int | Sequence[int] | None = None, images: Picture | Sequence[Picture] | None = None,
     out: str | Path | None = None, resume: bool = False, overwrite: bool = False,
     on_update: Callable[[Row], None] | None = None, **options: Any,
 ) -> Steered:  # fmt: skip
@@ -101,15 +100,17 @@ class Images:
 
     prompts: list[str]
     seeds: list[int]
-    sources: list[Source] | None
+    sources: list[Picture] | None
 
     @classmethod
     def of(
-        cls, prompts: str | Sequence[str], seed: int, seeds: int | Sequence[int] | None, images: Source | Sequence[Source] | None
+        cls, prompts: str | Sequence[str], seed: int, seeds: int | Sequence[int] | None, images: Picture | Sequence[Picture] | None
     ) -> Images:  # fmt: skip
         """From what a user gives. Raises UserError where the numbers of them do not fit."""
         wanted = texts(prompts)
-        sources = [images] if isinstance(images, (str, Path, Image.Image)) else None if images is None else list(images)
+        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            images = [images]
+        sources = None if images is None else list(images)
         if sources and len(wanted) == 1:
             wanted = wanted * len(sources)
         if not wanted or sources == []:
