@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-heavy check format bench experiments papers sizes weights clean
+.PHONY: demo test test-heavy faults check format bench experiments papers sizes weights clean
 
 # The stamp says: this environment has what pyproject.toml and constraints.txt say, and the development tools.
 $(VENV)/stamp: pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ test: $(VENV)/stamp ## the whole suite, on every core (at most eight: each proce
 
 test-heavy: $(VENV)/stamp ## the same claims for further methods on every family, and over whole runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m heavy
+
+faults: $(VENV)/stamp ## runs killed, disks filled, files damaged, input malformed, some 800 times; resumable, about half an hour
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
 check: $(VENV)/stamp ## formatting, lint and types
 	$(BIN)/ruff format --check .

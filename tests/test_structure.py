@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "yaml_text": "",
     "named": "errors yaml_text",
     "size": "errors",
-    "settings": "errors named size",
-    "config": "errors yaml_text named settings",
+    "checked": "errors named",
+    "settings": "errors named size checked",
+    "config": "errors yaml_text named checked settings",
     "runs": "errors environment files config",
     "estimate": "",
     "plan": "",
@@ -55,7 +56,7 @@ MAY_IMPORT = {
     "report": "errors config estimate plan runs",
     "learner": "learned",
     "training": "errors plan settings processes loop methods noise adapters rewards models objective gradient learner",
-    "grids": "files runs processes settings loop rewards models report",
+    "grids": "errors files runs loop rewards models report training",
     "trackers": "errors loop",
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
     "grids trackers",
@@ -68,13 +69,13 @@ MAY_IMPORT = {
     "learner analyze",
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate finetune steer",
-    "cli": "errors asked yaml_text files processes named config plan runs settings methods adapters rewards guidance models "
-    "prompts report finetune steer doctor distill evaluate analyze experiments",
+    "cli": "errors asked yaml_text files processes named checked config plan runs settings methods adapters rewards guidance "
+    "models prompts report finetune steer doctor distill evaluate analyze experiments",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
-    "errors", "asked", "environment", "files", "yaml_text", "named", "size", "settings", "config", "runs", "estimate", "plan",
-    "methods", "prompts", "report", "cli",
+    "errors", "asked", "environment", "files", "yaml_text", "named", "size", "checked", "settings", "config", "runs", "estimate",
+    "plan", "methods", "prompts", "report", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from pipelines import make_pipeline
 from safetensors.torch import load
-from students import student_file
 from torch import Tensor
 
 import chainrule as cr
@@ -40,17 +40,19 @@ def drawn(images: Tensor, prompts: object) -> Tensor:
 
 
 def tuned(
-    folder: Path, reward: Any = gray, *, method: str | Method = "draft-lv", student: bool = False, die: int = 0, **options: Any
+    folder: Path, reward: Any = gray, *, method: str | Method = "draft-lv", student: Path | None = None, die: int = 0,
+    look: Callable[[Row], object] = lambda row: None, **options: Any,
 ) -> cr.Run:  # fmt: skip
-    """Fine-tune a small random-weight model; `die` after this update, before it is logged."""
+    """Fine-tune a small random-weight model; `look` at every row; `die` after this update, before it is logged."""
 
     def update(row: Row) -> None:
+        look(row)
         if row["step"] == die:
             raise Killed
 
     model = cr.load(make_pipeline(dtype=torch.float32))
     if student:
-        model = model.with_student(student_file(folder.parent / "student", torch.float32))
+        model = model.with_student(student)
     return cr.finetune(model, method, reward, PROMPTS, out=folder, on_update=update, **{**SMALL, **options})
 
 

@@ -24,9 +24,10 @@ from pydantic import BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
 from chainrule import yaml_text
+from chainrule.checked import Checked, check_keys, spellings
 from chainrule.errors import UserError, unknown
 from chainrule.named import name_and_options
-from chainrule.settings import Checked, Distillation, Finetuning, Opening, Steering, check_keys, spellings
+from chainrule.settings import Distillation, Finetuning, Opening, Steering
 
 COMMANDS = {"finetune": "train", "distill": "distill", "steer": "steer"}
 """The kinds of run, and the command that makes one."""

@@ -188,7 +188,7 @@ def distill(
         raise UserError(f"a student follows its model's trajectories, and {name} draws noise on the way; take the solver ddim")
     source = prompts if isinstance(prompts, str) else tuple(said)
     config = DistillConfig(model=model.name, opening=Opening(**model.opening), prompts=source, settings=recorded)
-    processes = Processes.here(model.device)
+    processes = Processes.here(model.device, settings.timeout)
     processes.check_batch(settings.batch)
     with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
         task = DistillTask.start(model, said, settings, processes)

@@ -50,16 +50,18 @@ def finetune(
     if settings.patience and not watched:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
     order = _order(model, method, settings)
-    for each in filter(None, (scorer, watched)):
-        probe(each.to(model.device), model.size)
+    processes = Processes.here(model.device, settings.timeout)
+    processes.check_batch(settings.batch, settings.accumulate)
+    together = min(settings.batch // (processes.count * settings.accumulate), settings.micro_batch or model.micro_batch)
+    probe(scorer.to(model.device), model.size, count=together)
+    if watched:
+        probe(watched.to(model.device), model.size)
     config = FinetuneConfig(
         model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
         prompts=prompts if isinstance(prompts, str) else tuple(texts),
         settings=settings.model_copy(update={"stage_steps": order.recorded, "guidance": model.guidance_spec}),
     )  # fmt: skip
-    processes = Processes.here(model.device)
-    processes.check_batch(settings.batch, settings.accumulate)
     sent = [tracker(settings.tracker, config.values(), out, model.device)] if settings.tracker != "none" else []
     with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
         task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
@@ -85,7 +87,7 @@ def _shown(run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequenc
     settings, main = task.settings, task.processes.main
     plans = [stage.plan(task.grid, Random(derive(settings.seed, "plan", i))) for stage in task.stages.methods for i in range(3)]
     prompts = list(watch) if watch else task.prompts[:: max(1, len(task.prompts) // 8)][:8]
-    grids = SampleGrids(run, task.model, prompts, settings, held_out, task.save_adapter, task.processes)
+    grids = SampleGrids(run, task, prompts, held_out)
 
     def write_plans() -> None:
         run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")

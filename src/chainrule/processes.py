@@ -8,8 +8,10 @@ one process nothing of torch.distributed is touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Self, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from chainrule.errors import UserError
 
 T = TypeVar("T")
+TIMEOUT = 1800.0  # seconds, torch's own for processes on CPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +31,19 @@ class Processes:
     count: int = 1
 
     @classmethod
-    def here(cls, device: torch.device | None = None) -> Self:
+    def here(cls, device: torch.device | None = None, timeout: float = TIMEOUT) -> Self:
         """The processes this program was launched as; one, where it was not launched as several.
 
-        `device` is where the tensors are that will be averaged (default: the GPU if there is one).
+        `device` is where the tensors are that will be averaged (default: the GPU if there is one). A process waits `timeout`
+        seconds for the others; the first call decides. Raises UserError if they cannot be reached.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=device.type == "cpu" if device else not torch.cuda.is_available())
+        cpu = device.type == "cpu" if device else not torch.cuda.is_available()
+        with _answered():
+            state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -60,8 +66,10 @@ class Processes:
             return tensor
         from accelerate.utils import reduce
 
-        averaged: Tensor = reduce(tensor, "mean")
-        return averaged
+        # In float64 the order of the sum, which differs with the number of processes, is not seen in float32.
+        with _answered():
+            total: Tensor = reduce(tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64), "sum")
+        return (total / self.count).to(tensor)
 
     def mean_of(self, number: float) -> float:
         """The mean of a number over all processes; every process gets it."""
@@ -73,7 +81,8 @@ class Processes:
             return list(mine)
         from accelerate.utils import gather_object
 
-        shares: list[list[T]] = gather_object([list(mine)])
+        with _answered():
+            shares: list[list[T]] = gather_object([list(mine)])
         return [shares[i % self.count][i // self.count] for i in range(sum(map(len, shares)))]
 
     def agree(self, mine: str | None) -> str | None:
@@ -85,7 +94,8 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            PartialState().wait_for_everyone()
+            with _answered():
+                PartialState().wait_for_everyone()
 
     def main_does(self, work: Callable[[], object]) -> None:
         """The main process does this before the others go on. Raises its UserError on every process."""
@@ -100,6 +110,35 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """What torch says when another process does not answer, as a UserError."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own errors of this sort are RuntimeErrors
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"another process has ended, or did not answer in time; look at what it said, then resume the run ({reason})"
+        ) from error
+
+
+def first_to_tell() -> bool:
+    """Whether no other process of this launch has told of its error yet: one mistake is one line, from however many processes.
+
+    torchrun and accelerate's launcher have a store that all processes share; where there is none, each tells its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f"chainrule/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:  # the launcher is gone
+        return True
 
 
 def default_device() -> str:

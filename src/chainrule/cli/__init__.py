@@ -46,5 +46,15 @@ def main() -> None:
             warnings.showwarning = partial(_shown, warnings.showwarning)
             app(prog_name="chainrule")
     except UserError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        if _tells():
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+
+
+def _tells() -> bool:
+    """Whether this process prints the error. Of several processes with one mistake one does."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from chainrule.processes import first_to_tell
+
+    return first_to_tell()

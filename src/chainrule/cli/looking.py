@@ -204,7 +204,7 @@ def doctor(
     from chainrule import rewards
 
     at_least_one(sample_steps=sample_steps)
-    source = source_of(model, opening, allow_code=allow_code) if model else None
+    source = source_of(model, opening, allow_code=allow_code) if model is not None else None
     scorer = rewards.parse(reward, source.reward_source if source else None) if reward else None
     from chainrule.doctor import environment, examine
 

@@ -11,8 +11,8 @@ import typer
 from pydantic.fields import FieldInfo
 
 from chainrule import yaml_text
+from chainrule.checked import Checked, spellings
 from chainrule.config import RunConfig
-from chainrule.settings import Checked, spellings
 
 Given = Mapping[str, Any]
 """What was given on the command line, by the names of fields."""
@@ -111,7 +111,9 @@ def _kind(annotation: Any) -> Any:
 
 
 def as_in_a_file(text: str) -> Any:
-    """The value of a text as YAML has it; the text itself if it is not YAML."""
+    """The value of a text as YAML has it; the text itself if it is not YAML. An empty one is no value."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty; leave the option out")
     try:
         return yaml_text.read(text)
     except ValueError:

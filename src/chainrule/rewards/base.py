@@ -219,14 +219,16 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     return values
 
 
-def probe(reward: Reward, size: int | tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """Try the reward on two random images of `size` pixels (a side, or height and width) before a run depends on it.
+def probe(reward: Reward, size: int | tuple[int, int], device: torch.device | str = "cpu", count: int = 2) -> Tensor:
+    """Try the reward on random images of `size` pixels (a side, or height and width) before a run depends on it.
 
-    Each term of a sum is tried on its own. Returns the two values. Raises UserError if a term raises, returns a wrong
+    `count` is how many a run gives it at a time; more than two are as two.
+
+    Each term of a sum is tried on its own. Returns the values. Raises UserError if a term raises, returns a wrong
     shape, NaN or infinity, or passes no finite gradient to the pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.rand(min(count, 2), 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     return torch.stack([weight * _probe(term, images) for weight, term in reward.weighted()]).sum(0)
 
 
@@ -235,10 +237,12 @@ def _probe(reward: Reward, images: Tensor) -> Tensor:
     no_gradient = (
         f"reward {reward.name!r} passes no gradient to the pixels; compute it from them with torch alone, "
         "without detach(), no_grad(), NumPy, PIL or rounding"
+        + "; or raise the batch, if it compares the images of one, because it gets a single image at a time"
+        * (len(images) == 1)
     )
     with torch.enable_grad():
         try:
-            values = checked(reward, images, ["a photo of a cat", "a photo of a dog"])
+            values = checked(reward, images, ["a photo of a cat", "a photo of a dog"][: len(images)])
         except UserError:
             raise
         except Exception as error:

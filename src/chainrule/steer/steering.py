@@ -77,7 +77,7 @@ def steer(
         model.embed(asked.prompts[start : start + settings.batch])
     reward = reward.to(model.device)
     probe(reward, model.size, model.device)
-    processes = Processes.here(model.device)
+    processes = Processes.here(model.device, settings.timeout)
     recorded = settings.model_copy(update={"over": str(over), "guidance": model.guidance_spec})
     config = asked.config(model, reward, recorded)
     place = open_run(out, config, processes, resume=resume, overwrite=overwrite) if out is not None else nullcontext()
