@@ -22,8 +22,42 @@ def found(model: cr.Model, **options: object) -> dict[str, Check]:
 def test_every_family_is_well(name: str) -> None:
     case = CASES[name]
     seen = found(cr.load(case.pipe(), size=case.size), prompts=["a fox", "two bees"])
+    assert seen.pop("prediction").fine is False  # random weights predict worse than nothing
+    seen.pop("autoencoder", None)  # or bring no picture back
     assert [check.fine for check in seen.values()] == [None, True, True, True, None], [str(check) for check in seen.values()]
     assert set(seen) == {"model", "samples", "reward", "gradient", "memory"}
+
+
+BROKEN = {
+    "epsilon": lambda pipe: pipe.scheduler.register_to_config(prediction_type="epsilon"),
+    "sample": lambda pipe: pipe.scheduler.register_to_config(prediction_type="sample"),
+    "a scale of 4": lambda pipe: pipe.vae.register_to_config(scaling_factor=4 * pipe.vae.config.scaling_factor),
+    "a scale of 2": lambda pipe: pipe.vae.register_to_config(scaling_factor=2 * pipe.vae.config.scaling_factor),
+    "no scale": lambda pipe: pipe.vae.register_to_config(scaling_factor=0.2 * pipe.vae.config.scaling_factor),
+    "damaged autoencoder": lambda pipe: [weight.data.mul_(0.5) for weight in pipe.vae.decoder.parameters()],
+}
+
+
+@pytest.mark.parametrize("broken", [None, *BROKEN])
+def test_a_model_is_what_its_configuration_says(broken: str | None) -> None:
+    """The bundled model predicts the velocity. Its samples equal the plain pipeline's however wrong the configuration is."""
+    pipe = cr.load("tiny-emoji").pipe
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    if broken:
+        BROKEN[broken](pipe)
+    model = cr.load(pipe)
+    seen = found(model)
+    looked = [seen[name].fine for name in ("autoencoder", "prediction")]
+    assert seen["samples"].fine and all(looked) == (broken is None), [str(check) for check in seen.values()]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_a_model_of_pixels_is_looked_at_by_its_own_samples(prediction: str) -> None:
+    pipe = cr.load("tiny-faces").pipe
+    assert found(cr.load(pipe))["prediction"].fine
+    own = pipe.scheduler.config.prediction_type
+    pipe.scheduler.register_to_config(prediction_type=prediction if prediction != own else "v_prediction")
+    assert found(cr.load(pipe))["prediction"].fine is False
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "euler", "euler-a", "dpm++", "dpm++3m", "lcm", "tcd"])

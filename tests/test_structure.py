@@ -64,7 +64,8 @@ MAY_IMPORT = {
     "analyze": "errors files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked files tensors size config plan runs processes loop settings noise half solve adapters rewards "
     "denoise guidance cast chain learned objective models report",
-    "doctor": "errors meters adapters methods rewards models gradient",
+    "looked": "models tiny",
+    "doctor": "errors meters adapters methods rewards models gradient looked",
     "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
     "learner analyze",
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "

@@ -64,10 +64,13 @@ def environment() -> Iterator[Check]:
     yield Check("downloads", f"{'switched off by HF_HUB_OFFLINE' if offline else f'go to {cache}'}, {free:.0f} GiB free there")
 
 
-def examine(model: Model, reward: AnyReward | None = None, prompts: Sequence[str] = (), steps: int = 4) -> Iterator[Check]:
-    """Check a loaded model: its samples against the plain pipeline's, its gradient by finite differences, its memory.
+def examine(
+    model: Model, reward: AnyReward | None = None, prompts: Sequence[str] = (), steps: int = 4, pictures: Sequence[Tensor] = (),
+) -> Iterator[Check]:  # fmt: skip
+    """Check a loaded model: its samples against the plain pipeline's, what it makes of pictures, its gradient, its memory.
 
-    `reward` is probed and differentiated; the default is the images' mean brightness. The chain has `steps` calls.
+    `reward` is probed and differentiated; the default is the images' mean brightness. The chain has `steps` calls. `pictures`,
+    (3, height, width) in [0, 1] each, are what its autoencoder and its prediction are tried on; the default are drawings.
     Active adapters are switched off. Yields each `Check` as soon as it is known. Raises UserError for a reward without a gradient.
     """
     from chainrule.rewards import as_reward, probe, reward_of
@@ -76,6 +79,7 @@ def examine(model: Model, reward: AnyReward | None = None, prompts: Sequence[str
     exact = next(model.network.parameters()).dtype in (torch.float32, torch.float64)
     yield Check("model", f"{model.family}, {model.size[0]}x{model.size[1]} pixels, {model.sampler.name}, {_sizes(model)}")
     yield _samples(model, prompts, steps, 2e-4 if exact else 0.1)
+    yield from _seen(model, pictures)
     chosen = (as_reward(reward) if reward else reward_of(_brightness, "brightness")).to(model.device)
     values = ", ".join(f"{value:.4g}" for value in probe(chosen, model.size, model.device).tolist())
     yield Check("reward", f"{chosen.name}: {values} on two images of noise, its gradient reaches the pixels", True)
@@ -112,6 +116,22 @@ def _samples(model: Model, prompts: Sequence[str], steps: int, allowed: float) -
     apart = float((model.render(prompts, seeds, steps, guidance) - theirs).abs().max())
     found = f"{apart:.2g} apart at most from the plain {model.family}'s, of 1 (allowed: {allowed:g})"
     return Check("samples", found, apart <= allowed)
+
+
+def _seen(model: Model, pictures: Sequence[Tensor]) -> Iterator[Check]:
+    """What the model makes of pictures."""
+    from chainrule.looked import MOST_LOSS, drawn, latents, prediction_losses
+
+    prompts = [(*model.defaults.labels, "")[0]] * len(pictures)
+    images, prompts = (torch.stack(list(pictures)), prompts) if pictures else drawn(model)
+    if model.codec.network is not None:
+        seen = latents(model, images)
+        yield Check("autoencoder", str(seen), seen.fine)
+    losses = prediction_losses(model, images, prompts)
+    said = ", ".join(f"{loss:.2f} at {level:g}" for level, loss in losses.items())
+    wrong = "; is it trained, and is its prediction type what the scheduler's configuration says?"
+    fine = max(losses.values()) < MOST_LOSS
+    yield Check("prediction", f"loss {said}, where predicting nothing has 1{'' if fine else wrong}", fine)
 
 
 def _gradient(model: Model, reward: Reward, prompts: Sequence[str], steps: int, exact: bool) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -197,6 +198,9 @@ def doctor(
     model: Annotated[str | None, typer.Option(help="Bundled model, diffusers folder, hub id or run.")] = None,
     reward: Annotated[str | None, typer.Option(help="A reward to load and to differentiate; default: brightness.")] = None,
     sample_steps: ChainSteps = 4,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture to try the model on; default: four drawings. May be repeated.")
+    ] = None,
     opening: Opening = Opening(),
     allow_code: AllowCode = False,
 ) -> None:
@@ -206,10 +210,19 @@ def doctor(
     at_least_one(sample_steps=sample_steps)
     source = source_of(model, opening, allow_code=allow_code) if model is not None else None
     scorer = rewards.parse(reward, source.reward_source if source else None) if reward else None
-    from chainrule.doctor import environment, examine
+    from chainrule.doctor import Check, environment, examine
+    from chainrule.steer.images import check_image, read_image
+
+    for path in image or ():
+        check_image(path)
+
+    def examined() -> Iterator[Check]:
+        if source:
+            net = source.load()
+            yield from examine(net, scorer, steps=sample_steps, pictures=[read_image(path, net.size) for path in image or ()])
 
     fine = True
-    for each in (environment, lambda: examine(source.load(), scorer, steps=sample_steps) if source else ()):
+    for each in (environment, examined):
         for check in each():
             typer.echo(str(check))
             fine = fine and check.fine is not False

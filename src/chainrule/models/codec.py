@@ -77,7 +77,8 @@ class KLAutoencoder:
     def encode(self, images: Tensor) -> Tensor:
         """Images to the means of their latents, in float32 or better."""
         weight = next(self.network.parameters())
-        found = self.network.encode((images * 2 - 1).to(weight.device, weight.dtype)).latent_dist.mean
+        seen = self.network.encode((images * 2 - 1).to(weight.device, weight.dtype))
+        found = seen.latents if hasattr(seen, "latents") else seen.latent_dist.mean  # of an AutoencoderTiny there is one
         found = found.to(torch.promote_types(weight.dtype, torch.float32))
         scale, shift = self._units(found)
         return (found - shift) * scale

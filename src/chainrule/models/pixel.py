@@ -7,7 +7,7 @@ one class more than there are names, the last one stands for the empty prompt, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
     own: Size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
     if defaults.size not in (None, own):
         raise UserError(f"size is {config_size(defaults.size)}, but {name} is a model of {config_size(own)} pixels")
+    defaults = replace(defaults, labels=names or tuple(map(str, range(count))))
     return Model(
         name=name, pipe=pipe, denoiser=UNet(pipe.unet),
         sampler=sampler_of(pipe.scheduler, solver), embed=embed, codec=Pixels(*own), defaults=defaults,
