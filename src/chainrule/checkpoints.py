@@ -32,8 +32,10 @@ def save(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str,
     folder = make_folder(run.checkpoint(step))
     data = write_tensors(folder / "state.safetensors", tensors)
     write_text(folder / "state.json", json.dumps({SUM: _sum(data, state), **state}))
-    for old in run.checkpoints()[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = run.checkpoints()[-KEPT:]
+    for other in run.folder.glob("checkpoints/step-*"):  # older ones, and what is left of one that a kill kept from being deleted
+        if other not in kept:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def intact(run: Run) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]:

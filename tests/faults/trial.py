@@ -87,6 +87,14 @@ def run(work: Work, errors: Path) -> Ended:
     return start(work, errors).end()
 
 
+def tear(number: int) -> None:
+    """Cut off half of what was being written: of the last line of a log, whose earlier lines are on disk already."""
+    place = Path(os.readlink(f"/proc/self/fd/{number}"))
+    data = place.read_bytes()
+    start = data.rfind(b"\n", 0, len(data) - 1) + 1 if place.suffix == ".jsonl" else 0
+    os.ftruncate(number, (start + len(data)) // 2)
+
+
 def touching(work: Work, die: int = 0, torn: bool = False, count: Path | None = None) -> Work:
     """The same, killed before it touches a file for the `die`-th time; `torn`: with half of what was being written.
 
@@ -102,7 +110,7 @@ def touching(work: Work, die: int = 0, torn: bool = False, count: Path | None = 
                 times += 1
                 if times == die:
                     if torn and name == "fsync":
-                        os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
+                        tear(arguments[0])
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*arguments, **options)
 
