@@ -120,7 +120,7 @@ def test_an_adapter_comes_back_in_the_plain_pipeline_and_goes_without_a_trace(ca
     torch.testing.assert_close(again, tuned, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.heavy)])
 def test_half_precision_weights_train_an_adapter_in_float32(case: Case, dtype: torch.dtype) -> None:
     model = loaded(case, case.pipe(dtype=dtype))
     adapter = shaken(model)

@@ -47,7 +47,11 @@ TORN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "damage"), TORN.values(), ids=list(TORN))
+CORE = ("nothing", "flipped", "gone", "another JSON")
+KINDS = [pytest.param(*kind, marks=() if name in CORE else pytest.mark.heavy, id=name) for name, kind in TORN.items()]
+
+
+@pytest.mark.parametrize(("name", "damage"), KINDS)
 def test_a_killed_run_ends_like_another_whatever_became_of_its_last_checkpoint(name, damage, undisturbed, tmp_path):
     """Rewards that draw, held-out rewards, the best adapter and the pictures are the same too."""
     with pytest.raises(Killed):

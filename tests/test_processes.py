@@ -6,14 +6,18 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from faults.trial import Started, start
 from PIL import Image
 from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
@@ -64,19 +68,66 @@ def work(folder: Path) -> None:
     app(["sample", str(folder.parent / "sd"), *options], standalone_mode=False)
 
 
+def launch(do: Callable[[], object], folder: Path) -> list[Started]:
+    """Two processes that do the same, with what a launcher tells them, started without importing everything again."""
+
+    def alone() -> None:
+        PartialState._reset_state()  # another test may have made the one of this process
+        do()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return [start(alone, folder / f"said-{k}.txt", {**told, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(2)]
+
+
+@pytest.mark.heavy
+def test_torchrun_launches_the_command_line_and_one_mistake_is_one_line(tmp_path):
+    """Two processes by torchrun write the images of one, and a wrong option is told once."""
+    make_pipeline(dtype=torch.float32).save_pretrained(tmp_path / "sd")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for number, options, told in ((0, [], 0), (1, ["--scale", "nan"], 1)):
+        line = [
+            "-m",
+            "chainrule",
+            "sample",
+            "sd",
+            "--prompts",
+            "a fox",
+            "--seeds",
+            "3",
+            "--steps",
+            "2",
+            "--out",
+            f"two{number}",
+            *options,
+        ]
+        done = subprocess.run([*torchrun, *line], cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
+        assert (done.returncode != 0) == bool(told) and done.stderr.count("error: scale is nan") == told, done.stderr[-2000:]
+    subprocess.run([sys.executable, "-m", "chainrule", *line, "--out", "one"], cwd=tmp_path, check=True, capture_output=True)
+    for name in files(tmp_path / "one"):
+        pixels = [np.asarray(Image.open(tmp_path / where / name)).astype(int) for where in ("one", "two0")]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """What one process wrote, and what two did."""
     folder = tmp_path_factory.mktemp("processes")
     make_pipeline(dtype=torch.float32).save_pretrained(folder / "sd")
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    two = subprocess.Popen(
-        [*launch, str(folder / "two")], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    launched = launch(lambda: work(folder / "two"), folder)
     work(folder / "one")
-    _, errors = two.communicate(timeout=300)
-    assert two.returncode == 0, errors
+    for each in launched:
+        ended = each.end()
+        assert ended.code == 0, ended.said
     return folder / "one", folder / "two"
 
 
@@ -164,7 +215,3 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-if __name__ == "__main__":  # one of the two processes
-    work(Path(sys.argv[1]))

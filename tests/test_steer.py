@@ -173,6 +173,7 @@ def test_a_gradient_for_ddim_refuses_another_solver(tmp_path: Path) -> None:
     assert all(b >= a for a, b in zip(found.rewards_before, found.rewards, strict=True))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [{"over": "latent"}, {"over": "prompt", "gradient": "full"}, {"gradient": "freedom"}], ids=str)
 def test_steering_that_was_interrupted_goes_on_to_the_same_end(options: dict[str, Any], tmp_path: Path) -> None:
     """Two batches; it is interrupted in the second one."""

@@ -21,7 +21,7 @@ from chainrule.models import attach
 from chainrule.size import config_size
 
 pytestmark = pytest.mark.usefixtures("brief_analysis")
-METHODS = ["draft-lv", "shortft", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("drtune", "sdo"))]
+METHODS = ["draft-lv", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("shortft", "drtune", "sdo"))]
 OPTIONS = {"drtune": ["--method-option", "k=2", "--method-option", "m=2"], "shortft": ["--method-option", "k=2"]}
 
 
@@ -45,6 +45,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Place(case, folder, model, model.render(said(case), SEEDS, 4, case.guidances[-1]))
 
 
+@pytest.mark.heavy
 def test_a_student_is_distilled_from_every_family_and_lies_in_its_own_keys(place: Place, tmp_path: Path) -> None:
     case, model = place.case, place.model
     small: dict[str, Any] = {"updates": 1, "batch": 1, "starts": 2, "teacher_steps": 8, "rank": 2, "guidance": case.guidances[-1]}
