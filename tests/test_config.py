@@ -165,6 +165,34 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return {f"{path.parent.name}/{key}": value for path in files for key, value in load_file(path).items()}
 
 
+STRICT = {
+    "lr: true": "lr is True, but must be a number", "updates: '1'": "updates is '1', but must be a whole number",
+    "stage_steps: [1, true]": "stage_steps is", "lr: 1e-3\nlr: 2e-3": "the key lr is there twice, again on line 2",
+    "reward: 2024-13-45": "is not valid YAML: month must be in 1..12", "reward: 2024-01-01": "but must be text",
+    "reward: [symmetry]": "reward is ['symmetry'], but must be text", "model: {name: sd}": "but must be text",
+    "x: " + "[" * 9999: "nested too deeply", "{a: b}: 1": "is not valid YAML",
+    "seed: 18446744073709551616": "seed is 18446744073709551616",
+    "prompts: ['']": "prompt 1 of the list is blank", "method: {name: 3}": "method is",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "said"), STRICT.items(), ids=[text[:20] for text in STRICT])
+def test_a_config_that_says_something_else_than_it_seems_to_is_one_line(text, said, tmp_path, chainrule):
+    """YAML keeps the last of two equal keys, and true is a number to it."""
+    path = tmp_path / "c.yaml"
+    path.write_text(text if "reward" in text else f"{text}\nreward: symmetry\n")
+    found = chainrule("train", path, "--out", tmp_path / "run")
+    assert found.code == 2 and said in found.err and found.err.count("\n") == 1, found.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_as_yaml_reads_them_are_numbers(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 1e-3\nclip: 1\nkl: 1_0\nbatch: 0x10\n")
+    settings = FinetuneConfig.read(path).settings
+    assert (settings.lr, settings.clip, settings.kl, settings.batch) == (1e-3, 1.0, 10.0, 16)
+
+
 TRAIN = "train --model sd --reward symmetry --prompts prompts.txt --batch 2 --sample-steps 3 --guidance 2 --rank 2 --lr 0.05 "
 
 

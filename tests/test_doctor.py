@@ -38,7 +38,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("broken", [None, *BROKEN])
+HEAVY = ("a scale of 4", "damaged autoencoder")
+
+
+@pytest.mark.parametrize("broken", [None, *(pytest.param(k, marks=pytest.mark.heavy) if k in HEAVY else k for k in BROKEN)])
 def test_a_model_is_what_its_configuration_says(broken: str | None) -> None:
     """The bundled model predicts the velocity. Its samples equal the plain pipeline's however wrong the configuration is."""
     pipe = cr.load("tiny-emoji").pipe

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.utils import convert_state_dict_to_diffusers
-from families import BETAS, CASES, PROMPTS, SEEDS, images_of, shaken
+from families import BETAS, CASES, PROMPTS, SEEDS, images_of, said, shaken
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from pipelines import make_pipeline, score
@@ -343,3 +343,62 @@ def test_a_table_by_tabs_may_have_quotes_or_none(tmp_path):
     assert cr.prompts(tmp_path / "quoted.tsv") == ['a "big" fox']
     (tmp_path / "lines.txt").write_text("# animals\na fox\n#1 dad\n")
     assert cr.prompts(tmp_path / "lines.txt") == ["a fox", "#1 dad"]
+
+
+def test_a_size_of_two_numbers_or_none_at_all():
+    """As a list it is height and width; where there is none, one has to be given."""
+    pipe = CASES["sd"].pipe()
+    side = pipe.unet.config.sample_size
+    expected = cr.load(pipe).render(PROMPTS, SEEDS, 2, 2.0)
+    pipe.unet.register_to_config(sample_size=[side, side])
+    assert torch.equal(cr.load(pipe).render(PROMPTS, SEEDS, 2, 2.0), expected)
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(cr.UserError, match="does not say its size; pass size"):
+        cr.load(pipe)
+    assert torch.equal(cr.load(pipe, size=side * pipe.vae_scale_factor).render(PROMPTS, SEEDS, 2, 2.0), expected)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "ddpm"])
+def test_a_programs_default_type_changes_no_image(name):
+    case = CASES[name]
+    model = cr.load(case.pipe(dtype=torch.float32), size=case.size)
+    seen = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            seen.append(model.render(said(case), SEEDS, 2, case.guidances[-1]))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(*seen, rtol=0, atol=2e-5, check_dtype=False)
+    assert seen[1].dtype == torch.float32
+
+
+def test_a_network_of_a_class_of_ones_own_is_the_network_it_is():
+    pipe = CASES["sd"].pipe()
+    expected = cr.load(pipe).render(PROMPTS, SEEDS, 2, 2.0)
+    pipe.unet.__class__ = type("Mine", (type(pipe.unet),), {})
+    model = cr.load(pipe)
+    adapter = model.adapt("mine", rank=2)
+    assert torch.equal(model.render(PROMPTS, SEEDS, 2, 2.0), expected)
+    model.drop(adapter)
+
+
+def test_steering_from_a_picture_with_a_tiny_autoencoder(tmp_path):
+    """The latents are those of diffusers' own way from a picture: the scaling factor times what its encoder gives."""
+    pipe = CASES["sd"].pipe(dtype=torch.float32)
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
+    factor = pipe.vae_scale_factor
+    count = factor.bit_length() - 1
+    layers = {"num_encoder_blocks": (1,) * (count + 1), "num_decoder_blocks": (1,) * (count + 1)}
+    blocks = dict.fromkeys(blocks, (8,) * (count + 1))
+    pipe.vae = diffusers.AutoencoderTiny(latent_channels=4, upsampling_scaling_factor=2, **blocks, **layers).eval()
+    model = cr.load(pipe)
+    images = torch.rand(1, 3, *model.size)
+    with torch.no_grad():
+        expected = pipe.vae.config.scaling_factor * pipe.vae.encode(images * 2 - 1).latents
+    torch.testing.assert_close(model.codec.encode(images), expected)
+    assert model.codec.decode(expected).shape == images.shape
+    score = lambda images, prompts: images.mean((1, 2, 3))
+    found = cr.steer(model, [""], score, images=[np.float32(images[0].permute(1, 2, 0))], steps=2, updates=1)
+    assert len(found.images) == 1

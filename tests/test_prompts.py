@@ -57,7 +57,8 @@ def fake_datasets(monkeypatch, tmp_path):
     for name, kind in (("one", "state.json"), ("single", "dataset_dict.json"), ("several", "dataset_dict.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / kind).write_text("{}")
-    for name in ("some.parquet", "torn.parquet"):
+    (tmp_path / "parts/data").mkdir(parents=True)
+    for name in ("some.parquet", "torn.parquet", "parts/data/0.parquet", "parts/data/1.parquet"):
         (tmp_path / name).write_bytes(b"PAR1")
     fake = SimpleNamespace(
         load_dataset=load_dataset,
@@ -338,6 +339,8 @@ def test_a_file_fills_a_template_with_its_lines(tmp_path):
         ("hub:org/both/large:train:caption", ["two bees"]),
         ("some.parquet", ["a fox", "two bees", "a fox"]),
         ("some.parquet:Category", ["Colors"] * 4),
+        ("parts", ["a fox", "two bees", "a fox"] * 2),
+        ("parts:Category", ["Colors"] * 8),
         ("one", ["a fox", "two bees", "a fox"]),
         ("one:Category", ["Colors"] * 4),
         ("one:train", split(["a fox", "two bees", "a fox"])[0]),

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from official import ImageRewardOfficial, OpenClip
 from reward_models import ALL, PROMPTS, SIZE, random_images
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import chainrule as cr
 from chainrule import rewards
 from chainrule.rewards import imagereward, openclip, parse
 from chainrule.rewards.clip import load_clip, normalize
@@ -103,3 +105,19 @@ def test_imagereward_equals_its_second_implementation(models: Path) -> None:
     with torch.no_grad():
         wanted = official(normalize(images), tokens.input_ids, tokens.attention_mask)
     torch.testing.assert_close(folder(images, long), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_laions_aesthetic_head_as_it_is_published(models: Path, suffix: str, tmp_path: Path) -> None:
+    """Its own keys, `layers.0.weight` on, in one file; a file with more than tensors is refused and runs nothing."""
+    folder, clip, images = models / "aesthetic", str(models / "clip"), torch.rand(2, 3, SIZE, SIZE)
+    (file,) = folder.glob("*.safetensors")
+    state = {f"layers.{key.removeprefix('layers.')}": value for key, value in load_file(file).items()}
+    head = tmp_path / f"sac+logos+ava1-l14-linearMSE{suffix}"
+    save_file(state, head) if suffix == ".safetensors" else torch.save(state, head)
+    expected = rewards.Aesthetic(str(folder), clip=clip)(images, ["", ""])
+    assert torch.equal(rewards.Aesthetic(str(head), clip=clip)(images, ["", ""]), expected)
+    bad = tmp_path / "bad.pth"
+    torch.save({"layers.0.weight": Path("x")}, bad)
+    with pytest.raises(cr.UserError, match="cannot read the weights in"):
+        rewards.Aesthetic(str(bad), clip=clip).to("cpu")

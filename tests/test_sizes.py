@@ -23,8 +23,10 @@ def count(
 @pytest.mark.parametrize(
     ("name", "method", "memory"),
     [
-        ("tiny-sd", DRaFTLV(1), "recompute"), ("tiny-sd", DRaFTLV(1), "keep"), ("tiny-sd3", DRaFTLV(1), "keep"),
-        ("tiny-sd3", ShortFT(k=2, stage=1), "recompute"), ("tiny-sd3", ShortFT(k=2, stage=1), "keep"),
+        ("tiny-sd", DRaFTLV(1), "recompute"), ("tiny-sd3", ShortFT(k=2, stage=1), "keep"),
+        *(pytest.param(*more, marks=pytest.mark.heavy) for more in (
+            ("tiny-sd", DRaFTLV(1), "keep"), ("tiny-sd3", DRaFTLV(1), "keep"), ("tiny-sd3", ShortFT(k=2, stage=1), "recompute"),
+        )),
     ],
 )  # fmt: skip
 def test_a_count_without_numbers_is_the_count_with_them(name, method, memory):

@@ -67,6 +67,34 @@ def test_gray_pictures_of_sixteen_bits_keep_their_light(tmp_path: Path) -> None:
     torch.testing.assert_close(read_image(tmp_path / "deep.png", (8, 8)), torch.full((3, 8, 8), 30000 / 65535), rtol=0, atol=4e-3)
 
 
+def test_one_picture_however_it_comes(tmp_path: Path) -> None:
+    """A file, Pillow's object turned by EXIF, arrays of bytes and of floats, float TIFFs in [0, 1] and in [0, 255]."""
+    gray = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    color = np.repeat(gray[..., None], 3, -1)
+    Image.fromarray(gray).save(tmp_path / "plain.png")
+    expected = read_image(tmp_path / "plain.png", (8, 8))
+    turned = Image.fromarray(np.rot90(gray))
+    turned.getexif()[0x0112] = 6  # the camera was held a quarter turn to the side
+    for scale in (1, 255):
+        Image.fromarray((gray / 255 * scale).astype(np.float32)).save(tmp_path / f"float{scale}.tif")
+    given = [
+        Image.fromarray(gray), turned, gray, color, gray[..., None], color / 255, np.float32(gray / 255),
+        tmp_path / "float1.tif", tmp_path / "float255.tif",
+    ]  # fmt: skip
+    for picture in given:
+        torch.testing.assert_close(read_image(picture, (8, 8)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("array", "said"), [
+    (np.zeros((3, 8, 8), np.uint8), "must be"), (np.zeros((8, 8, 3), np.int64), "of bytes, or of floats"),
+    (np.ones((8, 8)) * 200.0, "floats must be in"),
+    (np.full((8, 8), np.nan), "floats must be in"), (np.zeros((0, 8), np.uint8), "must be"),
+])  # fmt: skip
+def test_an_array_that_is_no_picture(array: np.ndarray, said: str) -> None:
+    with pytest.raises(cr.UserError, match=said):
+        read_image(array, (8, 8))
+
+
 def test_bad_pictures_and_rewards_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = cr.load(make_pipeline())
     room = importlib.import_module("chainrule.steer.images")  # `chainrule.steer` is the function

@@ -128,7 +128,9 @@ class Noise:
         return self._draw([derive(seed, "up", number) for seed in self.seeds])
 
     def _draw(self, seeds: Sequence[int]) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.stack(
+            [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in seeds]
+        )
 
     def _next(self, image: int, number: int) -> Tensor:
         """One image's draw. A chain asks in order, so its generator is kept where it stands; any other order starts anew."""
@@ -136,9 +138,9 @@ class Noise:
         if at != number:
             generator.manual_seed(self.seeds[image])
             for _ in range(number + 1):
-                torch.randn(self.shape, generator=generator)
+                torch.randn(self.shape, generator=generator, dtype=torch.float32)
         self._under_way[image] = (number + 1, generator)
-        return torch.randn(self.shape, generator=generator)
+        return torch.randn(self.shape, generator=generator, dtype=torch.float32)
 
 
 @contextmanager

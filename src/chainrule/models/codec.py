@@ -128,6 +128,8 @@ def kl_autoencoder(pipe: Any, channels: int, size: Size | None, default: Any, pa
     if size is not None and any(side < unit or side % unit for side in size):
         advice = "must be a multiple of" if size[0] == size[1] else "both must be multiples of"
         raise UserError(f"size is {config_size(size)}, but {advice} {unit} for {type(pipe).__name__}")
+    if size is None and default is None:
+        raise UserError(f"the configuration of this {type(pipe).__name__} does not say its size; pass size")
     if size is not None:
         height, width = (side // factor for side in size)
     else:

@@ -63,6 +63,8 @@ def build(name: str, pipe: Any, defaults: Defaults, solver: str | None) -> Model
             PromptEmbedding(classes), PromptEmbedding(torch.full_like(classes, count - 1) if has_empty else classes)
         )  # else guidance changes nothing
 
+    if config.sample_size is None:
+        raise UserError(f"the configuration of {name} does not say its size, sample_size; put it there")
     own: Size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
     if defaults.size not in (None, own):
         raise UserError(f"size is {config_size(defaults.size)}, but {name} is a model of {config_size(own)} pixels")

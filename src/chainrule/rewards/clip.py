@@ -26,7 +26,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 BUNDLED = Path(__file__).parent.parent / "tiny" / "weights"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TOKENIZERS = {"yuvalkirstain/PickScore_v1": CLIP_H, "adams-story/HPSv2-hf": CLIP_H}  # models whose text side is their parent's
-OFFICIAL = ("hps", "imagereward")  # kinds whose weights are published as one file, which may be given as it is
+OFFICIAL = ("hps", "imagereward", "aesthetic")  # kinds whose weights are published as one file, which may be given as it is
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
@@ -114,13 +114,13 @@ class Clip:
 def check_source(source: str, kind: str, needs: Sequence[str] = ("config.json",)) -> str:
     """The folder or hub id `source` stands for ("tiny": the bundled `kind`), without loading anything.
 
-    A kind of `OFFICIAL` may be one file too, .pt or .safetensors, in a folder or on the hub (owner/name/file).
+    A kind of `OFFICIAL` may be one file too, .pt, .pth or .safetensors, in a folder or on the hub (owner/name/file).
     Raises UserError for a folder that is missing, lacks one of the files `needs` or has only pickled weights, and for a
     text that is neither a folder nor a hub id.
     """
     folder = BUNDLED / kind if source == "tiny" else Path(source).expanduser()
     pickled = "pickled weights can run code when opened; convert them to safetensors and give that folder"
-    if kind in OFFICIAL and folder.suffix in (".pt", ".safetensors"):
+    if kind in OFFICIAL and folder.suffix in (".pt", ".pth", ".safetensors"):
         if not folder.is_file() and not HUB_FILE.fullmatch(source):
             raise UserError(f"no file {source!r}")
         return str(folder) if folder.is_file() else source

@@ -214,10 +214,10 @@ def aesthetic_head(dim: int) -> nn.Sequential:
 
 @load_once
 def _load_head(source: str, device: str) -> nn.Sequential:
-    """The frozen head of a folder (its one safetensors file) or of a hub id (its model.safetensors), in float32."""
+    """The frozen head of a file (LAION's own .pth too), a folder (its safetensors file) or a hub id, in float32."""
     path = fetch(source)
     state = {key.removeprefix("layers."): value.float() for key, value in read_state(path).items()}
-    if "0.weight" not in state:
+    if "0.weight" not in state or state["0.weight"].ndim != 2:
         raise UserError(f"{path} is not an aesthetic head: it has no '0.weight' or 'layers.0.weight'")
     head: nn.Sequential = fill(aesthetic_head(state["0.weight"].shape[1]), state, path)
     return head.to(device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from chainrule.errors import UserError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.(?:safetensors|pt))")
+HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.(?:safetensors|pth?))")
 WIDE_HEADS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, ViT-g and ViT-bigG in open_clip's configurations; others have 64
 
 
@@ -40,7 +40,7 @@ def fetch(source: str) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of an official .pt, under its "state_dict" if it has one.
+    """The tensors of a safetensors file, or of an official .pt or .pth, under its "state_dict" if it has one.
 
     A .pt is a pickle. It is opened with torch's `weights_only`, which builds tensors and plain containers and refuses
     everything else, so it runs no code from the file. Raises UserError for a file that is neither.
