@@ -25,7 +25,7 @@ test: $(VENV)/stamp ## the whole suite, on every core (at most eight: each proce
 test-heavy: $(VENV)/stamp ## the same claims for further methods on every family, and over whole runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m heavy
 
-faults: $(VENV)/stamp ## runs killed, disks filled, files damaged, input malformed, some 800 times; resumable, about half an hour
+faults: $(VENV)/stamp ## runs killed, disks filled, files damaged, input malformed, some 760 times; resumable, about half an hour
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
 check: $(VENV)/stamp ## formatting, lint and types
