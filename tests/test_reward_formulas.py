@@ -14,7 +14,7 @@ from reward_models import PROMPTS, SIZE, brightness, pictures, random_images
 from chainrule import rewards
 from chainrule.errors import UserError
 from chainrule.rewards import reward_of
-from chainrule.rewards.jpeg import jpeg
+from chainrule.rewards.jpeg import jpeg, quality_of
 
 
 def test_a_target_is_the_distance_to_a_value(models: Path) -> None:
@@ -36,6 +36,26 @@ def test_jpeg_equals_pillow(quality: int, size: tuple[int, int]) -> None:
     by_reward = rewards.JPEGCompressibility(quality)(images, [""])
     torch.testing.assert_close(by_reward, -(images - official).square().mean((1, 2, 3)), rtol=0.05, atol=0)
     assert torch.equal(by_reward, -rewards.JPEGIncompressibility(quality)(images, [""]))
+
+
+def test_a_jpeg_ratio_is_reached_by_the_highest_quality() -> None:
+    """By Pillow's encoder: the next quality's file would be too large. The value is that of this quality."""
+    images = torch.rand(3, 3, 64, 64) * torch.tensor([1.0, 0.3, 0.05])[:, None, None, None]
+    found = quality_of(images, 4.0)
+    for image, quality in zip(images, found, strict=True):
+        sizes = []
+        for each in (quality, quality + 1):
+            file = io.BytesIO()
+            pictures(image[None])[0].save(file, "JPEG", quality=each, subsampling=2)
+            sizes.append(file.tell())
+        assert 1 < quality < 100 and 3 * 64 * 64 / sizes[0] >= 4 > 3 * 64 * 64 / sizes[1]
+    assert len(set(found)) == 3
+    reward = rewards.parse("compressible:4x")
+    expected = torch.cat(
+        [rewards.JPEGCompressibility(quality)(image[None], [""]) for image, quality in zip(images, found, strict=True)]
+    )
+    assert torch.equal(reward(images, [""] * 3), expected) and reward.name == "compressible:4x"
+    assert torch.equal(rewards.parse("incompressible:4x")(images, [""] * 3), -expected)
 
 
 def test_jpeg_passes_gradients_and_the_reward_passes_the_exact_one() -> None:

@@ -274,6 +274,7 @@ def test_parse_reads_what_a_reward_says() -> None:
         ("compressible:high", "whole number after the colon .quality., got 'high'"),
         ("compressible:0", "from 1 to 100, got 0"),
         ("compressible:30:tiny", "takes nothing after its quality"),
+        ("compressible:0x", "a JPEG ratio must be from 1 to 1000, got 0"),
         ("dropout:high", "takes a number after the colon .rate., got 'high'"),
         ("dropout:1", "from 0 to less than 1, got 1"),
         ("detect", "'detect' needs a text after a colon"),

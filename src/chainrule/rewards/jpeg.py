@@ -7,10 +7,13 @@ is another choice, whose values agree less with real decoders.
 
 from __future__ import annotations
 
+import io
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from chainrule.errors import UserError
@@ -52,6 +55,27 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
     doubled = [_round(F.interpolate(plane, scale_factor=2.0, mode="bilinear")) for plane in halved]
     decoded = _clip(_round(_to_rgb(luma, *doubled)))
     return (decoded[..., :height, :width] / 255).to(images.dtype)
+
+
+def quality_of(images: Tensor, ratio: float) -> list[int]:
+    """For each image, the highest quality at which its bytes, 3 a pixel, are at least `ratio` times those of Pillow's JPEG file.
+
+    1 where no quality reaches it. A file has some 600 bytes beside the picture, which count in small ones.
+    """
+    arrays = (images.detach().clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype(np.uint8)
+    return [_highest(Image.fromarray(array), ratio) for array in arrays]
+
+
+def _highest(picture: Image.Image, ratio: float) -> int:
+    low, high = 1, 100
+    while low < high:
+        middle, file = (low + high + 1) // 2, io.BytesIO()
+        picture.save(file, "JPEG", quality=middle, subsampling="4:2:0")
+        if 3 * picture.width * picture.height >= ratio * file.tell():
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _table(base: tuple[tuple[int, ...], ...], quality: int, like: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ REGISTRY: Mapping[str, Entry] = {
     "lpips": Entry("likeness.LPIPS", "closeness to the image as it was by LPIPS; lpips:vgg; needs the package lpips"),
     "symmetry": Entry("weightless.Symmetry", "left-right symmetry"),
     "rotation": Entry("weightless.RotationalAnticorrelation", "unlikeness to the image's own quarter turns"),
-    "compressible": Entry("weightless.JPEGCompressibility", "what survives JPEG; compressible:30 sets the quality"),
+    "compressible": Entry(
+        "weightless.JPEGCompressibility", "what survives JPEG; compressible:30 sets its quality, compressible:4x its ratio"
+    ),
     "incompressible": Entry("weightless.JPEGIncompressibility", "what JPEG loses; incompressible:30 sets the quality"),
     "diversity": Entry("diversity.Diversity", "unlikeness of the images of a batch, by pixels or by a CLIP: diversity:tiny"),
     "dropout": Entry("diversity.Dropout", "aesthetic with dropout in its head: dropout:0.95, or dropout:0.5:tiny"),
@@ -82,8 +84,8 @@ _TERM = re.compile(
 def parse(text: str, source: str | None = None) -> Reward:
     """The reward written as a weighted sum, e.g. "10*pickscore + 2*hpsv2:tiny - rewards.py:brightness".
 
-    A term is a name of `REGISTRY`, with `:source` (a folder, hub id or "tiny") or `:quality` where the class takes one,
-    or `path/to/file.py:function`; after it `@cuda:1`, or `@cuda:1/bfloat16`, says where it is computed (`On`).
+    A term is a name of `REGISTRY`, with `:source` (a folder, hub id or "tiny"), `:30` or `:4x` where the class takes one, or
+    `path/to/file.py:function`; after it `@cuda:1`, or `@cuda:1/bfloat16`, says where it is computed (`On`).
     Put spaces around + and - after a path or source, which may contain them.
     `source` is used for terms that take a source and name none. "tiny" is the reward models that come with the bundled
     models; it is not used for `UNBUNDLED`.
@@ -127,6 +129,8 @@ def _named(body: str, otherwise: dict[str, str]) -> Reward:
     option = next(iter(fields(kind)), None)  # type: ignore[arg-type]
     if option is None:
         raise UserError(f"reward {head!r} takes nothing after a colon, got {tail!r}")
+    if "ratio" in names and re.fullmatch(rf"{_NUMBER}x", tail):
+        return kind(ratio=float(tail[:-1]))  # type: ignore[call-arg]
     if isinstance(option.default, int | float):
         return kind(**otherwise | _number_options(head, tail, option.name, type(option.default), "source" in names))
     return kind(tail)  # type: ignore[call-arg]
