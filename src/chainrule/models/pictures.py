@@ -8,6 +8,6 @@ from torch import Tensor
 
 
 def pictures(images: Tensor) -> list[Image.Image]:
-    """(n, 3, h, w) in [0, 1] to PIL images, rounded as diffusers rounds."""
-    arrays = (images.clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype(np.uint8)
+    """(n, 3, h, w) in [0, 1] to PIL images, rounded as diffusers rounds; NaN is black."""
+    arrays = (images.clamp(0, 1).nan_to_num(0).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype(np.uint8)
     return [Image.fromarray(array) for array in arrays]
