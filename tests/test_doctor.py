@@ -80,7 +80,7 @@ def test_a_wrong_sampler_a_wrong_gradient_and_classes_are_told() -> None:
     assert faces["samples"].fine is None and "knows no classes" in faces["samples"].found and faces["gradient"].fine
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.heavy)])
 def test_half_precision_is_held_to_a_wider_bound_and_adapters_are_left_out(dtype: torch.dtype) -> None:
     model = cr.load(CASES["sd"].pipe(dtype=dtype))
     assert found(model)["gradient"].fine

@@ -40,8 +40,10 @@ def test_steering_keeps_the_image_of_lowest_loss_and_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"over": "prompt"}, {"gradient": "full", "over": "negative"}, {"gradient": "invertible"}, {"gradient": "adjoint"},
-    {"gradient": "flowgrad"}, {"gradient": "freedom"}, {"gradient": "universal"}, {"over": "latent@601", "renormalize": True},
+    {}, {"gradient": "full", "over": "negative"}, {"gradient": "invertible"}, {"gradient": "flowgrad"}, {"gradient": "universal"},
+    *(pytest.param(more, marks=pytest.mark.heavy) for more in (
+        {"over": "prompt"}, {"gradient": "adjoint"}, {"gradient": "freedom"}, {"over": "latent@601", "renormalize": True},
+    )),
 ], ids=str)  # fmt: skip
 def test_an_image_does_not_depend_on_those_it_is_steered_with(options: dict[str, Any]) -> None:
     model = cr.load(make_pipeline())

@@ -36,7 +36,7 @@ def test_a_few_updates_raise_the_reward(name: str, over: str) -> None:
     assert all(after > before for before, after in zip(found.rewards_before, found.rewards, strict=True))
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.heavy)])
 def test_the_adjoint_of_a_flow_approaches_the_full_gradient_at_first_order(name: str) -> None:
     case, errors = CASES[name], []
     model = cr.load(case.pipe(dtype=torch.float64), size=case.size)
