@@ -48,7 +48,8 @@ def intact(run: Run) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]
             if known and known != _sum(data, state):
                 raise ValueError("its checksum is another")
         except (OSError, SafetensorError, ValueError, AttributeError) as error:
-            warnings.warn(Note(f"the checkpoint {folder} is damaged ({error}) and is passed over"), stacklevel=2)
+            reason = " ".join(str(error).split())
+            warnings.warn(Note(f"the checkpoint {folder} is damaged ({reason}) and is passed over"), stacklevel=2)
         else:
             yield folder, tensors, state
 
