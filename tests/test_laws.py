@@ -105,12 +105,12 @@ def plain_loop(model: cr.Model, adapter: cr.Adapter, plan: Plan) -> dict[str, Te
     for number, branch in enumerate(plan.branches):
         latent = run(first.detach() if first is not None and branch[0].start == 0 else trunk, branch, number)
         first = latent if first is None else first
-        if reused is not None and plan.reuse_reward_gradient:
-            total = total + (latent * reused).sum()
-            continue
         images = (pipe.vae.decode(latent / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        if reused is not None and plan.reuse_reward_gradient:
+            total = total + (images * reused).sum()
+            continue
         loss = -score(images, PROMPTS).mean()
-        (reused,) = torch.autograd.grad(loss, latent, retain_graph=True)
+        (reused,) = torch.autograd.grad(loss, images, retain_graph=True)
         total = total + loss
     named = adapter.named_parameters()
     found = torch.autograd.grad(total, list(named.values()), allow_unused=True)

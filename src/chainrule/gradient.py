@@ -12,7 +12,7 @@ from chainrule.asked import pairs
 from chainrule.chain import Chain, Memory
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
-from chainrule.objective import Call, Decode, Objective, Reading, read
+from chainrule.objective import Call, Decode, Objective, Reading, read, read_again
 from chainrule.plan import Jump, Plan
 from chainrule.rewards import AnyReward
 
@@ -63,10 +63,11 @@ def backpropagate(
     objective, share = Objective.of(reward), scale / len(x)
     at_call = _AtCall(objective, chain, share)
     first: Reading | None = None
-    upstream: Tensor | None = None
     means = []
     for walk in chain.walk(plan, x):
-        if upstream is None or not plan.reuse_reward_gradient:
+        if first and plan.reuse_reward_gradient and first.pixels is not None:
+            upstream = read_again(decode, first.pixels, walk.image, micro_batch)
+        else:
             reading, upstream = read(decode, objective, walk.image, prompts, micro_batch)
             means.append(float(reading.rewards.mean()))
             first = first or reading

@@ -153,12 +153,16 @@ class SegmentError:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One look at finished images: the loss and the reward of each (b,), the terms' values (b,), and the images."""
+    """One look at finished images: the loss and the reward of each (b,), the terms' values (b,), and the images.
+
+    `pixels`, of the images' shape, is d(sum of losses)/d(images), once it is known.
+    """
 
     loss: Tensor
     rewards: Tensor
     terms: Mapping[str, Tensor]
     images: Tensor
+    pixels: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,22 +224,36 @@ def read(
     Decoded and read `micro_batch` images at a time, on a leaf copy of the latents.
     """
     readings, gradients = [], []
-    for first in range(0, len(latents), micro_batch):
-        rows = slice(first, first + micro_batch)
+    for rows in _micro(latents, micro_batch):
         leaf = latents[rows].detach().requires_grad_()
         with torch.enable_grad():
             images = decode(leaf)
             reading = objective.of_images(images, prompts[rows], rows)
             on_images = reading.loss.requires_grad  # else every term is on calls
             pixels = torch.autograd.grad(reading.loss.sum(), images)[0] if on_images else torch.zeros_like(images)
-        readings.append(replace(reading, loss=reading.loss.detach()))
+        readings.append(replace(reading, loss=reading.loss.detach(), pixels=pixels))
         gradients.append(half.gradient(images, leaf, pixels))
     return joined(readings), torch.cat(gradients)
+
+
+def read_again(decode: Decode, pixels: Tensor, latents: Tensor, micro_batch: int = 8) -> Tensor:
+    """d(sum of pixels * image)/d(latents) of other finished latents, for the `Reading.pixels` of a look at the first."""
+    gradients = []
+    for rows in _micro(latents, micro_batch):
+        leaf = latents[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            images = decode(leaf)
+        gradients.append(half.gradient(images, leaf, pixels[rows]))
+    return torch.cat(gradients)
+
+
+def _micro(latents: Tensor, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, len(latents), size)]
 
 
 def joined(readings: Sequence[Reading]) -> Reading:
     """The readings of a batch's parts as one."""
     columns = {name: torch.cat([reading.terms[name] for reading in readings]) for name in readings[0].terms}
-    whole = (torch.cat([getattr(reading, name) for reading in readings]) for name in ("loss", "rewards", "images"))
-    loss, rewards, images = whole
-    return Reading(loss, rewards, columns, images)
+    whole = (torch.cat([getattr(reading, name) for reading in readings]) for name in ("loss", "rewards", "images", "pixels"))
+    loss, rewards, images, pixels = whole
+    return Reading(loss, rewards, columns, images, pixels)

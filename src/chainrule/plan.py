@@ -55,8 +55,8 @@ class Plan:
     """A trunk, then branches; each branch is backpropagated on its own, so memory is that of one branch.
 
     A branch starts where the trunk ended, or at level 0: then it starts from the image the first branch finished,
-    taken as a constant. With `reuse_reward_gradient`, the reward is differentiated for the first branch only and the
-    others are pulled back with that same gradient of the image latent.
+    taken as a constant. With `reuse_reward_gradient`, the reward is differentiated for the first branch only, and the
+    others' images are pulled back with that same gradient of the pixels, through their own decoding.
 
     `print(plan)` draws it: `-`, `=` and `#` are the model's own calls by what the reward may reach through them, `>` is a call
     of another member of the cast, `^` is noised again, and `|` stands between branches. Raises ValueError for a plan that

@@ -39,7 +39,7 @@ class DRaFTLV:
     """DRaFT-1, plus `n` copies: noise the finished image again and denoise it once. `---------[#|^#|^#]`
 
     arXiv:2309.17400 section 4, Algorithm 1: gradients of the last step and of the copies are summed, which lowers
-    the variance. With `reuse_reward_gradient` the reward's gradient is taken once and reused for the copies
+    the variance. With `reuse_reward_gradient` the reward's pixel gradient is taken once and reused for the copies
     (section C.1, single-reward LV; unstable, kept as an ablation).
     """
 
