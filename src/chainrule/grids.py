@@ -13,7 +13,7 @@ from torch import Tensor
 from chainrule.errors import Note
 from chainrule.files import make_folder, write_picture
 from chainrule.loop import Listener, Row
-from chainrule.models.pictures import pictures
+from chainrule.pictures import pictures
 from chainrule.report import before_after, cells, grid
 from chainrule.rewards import Reward
 from chainrule.runs import Run, rounded

@@ -109,7 +109,7 @@ def open_run(
     with ExitStack() as held:
 
         def create() -> None:
-            run.check_place(resume=resume, overwrite=overwrite)
+            run.check_place(resume=resume, overwrite=overwrite)  # and again below, when no other process can change it
             run.prepare()
             held.enter_context(run.locked())
             Run.create(out, config, resume=resume, overwrite=overwrite)

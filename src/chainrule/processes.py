@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from chainrule.errors import UserError
+from chainrule.settings import TIMEOUT
 
 T = TypeVar("T")
-TIMEOUT = 1800.0  # seconds, torch's own for processes on CPUs
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ def _guidance(value: Any) -> Any:
 
 GuidanceSpec = Annotated[Annotated[float, Field(ge=0, le=100)] | dict[str, Any], BeforeValidator(_guidance)]
 """How guidance is written in settings: a number, or a value of `chainrule.guidance` by its name, with options."""
+TIMEOUT = 1800.0  # seconds, torch's own for processes on CPUs
 MOST_IMAGES = 10**6
 Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
 Steps = Annotated[int, Field(ge=1, le=10_000)]  # a model says how many levels it has
@@ -73,7 +74,15 @@ class Sampling(Checked):
     guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the run's or the model's own")
 
 
-class Distillation(Checked):
+class Together(Checked):
+    """What several processes that do one thing are told."""
+
+    timeout: float = Field(
+        default=TIMEOUT, gt=0, le=10**7, exclude=True, description="seconds that a process waits for the others before it ends"
+    )
+
+
+class Distillation(Together):
     """How to distill a few-step student."""
 
     student_steps: int = Field(
@@ -93,9 +102,6 @@ class Distillation(Checked):
     ema: float = Field(default=0.98, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
     seed: Seed = Field(default=0, description="seed of the student, the prompts, the noise and the levels")
     save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: only at the end")
-    timeout: float = Field(
-        default=1800.0, gt=0, le=10**7, exclude=True, description="seconds that a process waits for the others before it ends"
-    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -105,7 +111,7 @@ class Distillation(Checked):
         return self
 
 
-class Steering(Checked):
+class Steering(Together):
     """How to steer. Defaults are SDO's for text-guided manipulation (arXiv:2505.07477, section 5.1)."""
 
     over: str = Field(
@@ -138,12 +144,9 @@ class Steering(Checked):
     batch: Images = Field(default=4, description="images steered at a time, over all processes; changes no image")
     save_every: int = Field(default=10, ge=0, description="updates between checkpoints; 0: only at the end")
     memory: Memory = Field(default="recompute", description=MEMORY)
-    timeout: float = Field(
-        default=1800.0, gt=0, le=10**7, exclude=True, description="seconds that a process waits for the others before it ends"
-    )
 
 
-class Finetuning(Checked):
+class Finetuning(Together):
     """How to fine-tune. Defaults are DRaFT's small-scale ones (arXiv:2309.17400, Table 1) where the paper has one."""
 
     updates: Updates = Field(default=200, validation_alias=AliasChoices("updates", "steps"), description="optimizer updates")
@@ -175,9 +178,6 @@ class Finetuning(Checked):
     )
     plateau: int = Field(
         default=0, ge=0, description="end a stage early after this many updates without a better smoothed reward; 0: never"
-    )
-    timeout: float = Field(
-        default=1800.0, gt=0, le=10**7, exclude=True, description="seconds that a process waits for the others before it ends"
     )
     tracker: Literal["none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"] = (
         Field(default="none", description="where the log goes besides metrics.jsonl")

@@ -16,7 +16,7 @@ from chainrule.estimate import Estimate
 from chainrule.files import make_folder, write_picture, write_text
 from chainrule.guidance import AnyGuidance
 from chainrule.models import BUNDLED, Model
-from chainrule.models.pictures import pictures
+from chainrule.pictures import pictures
 from chainrule.plan import Path as Jumps
 from chainrule.plan import student_path, walk
 from chainrule.prompts import prompts as read_prompts

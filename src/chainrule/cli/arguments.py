@@ -25,7 +25,7 @@ def is_config(argument: str | Path) -> bool:
     return str(argument).endswith((".yaml", ".yml"))
 
 
-def refuse_code(config: RunConfig, given: Mapping[str, Any], where: str | Path | None, allowed: bool) -> None:
+def check_code(config: RunConfig, given: Mapping[str, Any], where: str | Path | None, allowed: bool) -> None:
     """Raises UserError if a config file names code, which was not given on the command line, and it is not `allowed` to run."""
     if where:
         named.refuse_code({key: value for key, value in config.code.items() if key not in given}, where, allowed)
@@ -67,8 +67,8 @@ def prompts_of(sources: Iterable[str]) -> list[str]:
     return found
 
 
-def at_least_one(**values: int | None) -> None:
-    """Raises UserError naming the value that is below 1, or beyond all use."""
+def check_counts(**values: int | None) -> None:
+    """Raises UserError naming the number of things that is below 1, or above a million."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chainrule.cli.arguments import AllowCode, at_least_one, counted
+from chainrule.cli.arguments import AllowCode, check_counts, counted
 from chainrule.errors import UserError
 from chainrule.files import make_folder, write_text
 from chainrule.named import refuse_code
@@ -44,7 +44,7 @@ def experiment(
     from chainrule.experiments import page
     from chainrule.experiments import table as tables
 
-    at_least_one(jobs=jobs)
+    check_counts(jobs=jobs)
     place = (root or results_folder()).expanduser().absolute()
     if not table:
         typer.echo(page.overview({name: tables.read(name) for name in tables.names()}, place))

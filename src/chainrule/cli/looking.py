@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from chainrule.cli.app import ChainSteps, Guidance, Options, progress
-from chainrule.cli.arguments import AllowCode, at_least_one, counted, method_of
+from chainrule.cli.arguments import AllowCode, check_counts, counted, method_of
 from chainrule.cli.opened import Source, source_of
 from chainrule.cli.options import with_options
 from chainrule.errors import UserError
@@ -30,7 +30,7 @@ def plan(
     from chainrule.methods import needs, stages
     from chainrule.plan import Forecast, leading
 
-    at_least_one(sample_steps=sample_steps)
+    check_counts(sample_steps=sample_steps)
     levels, made = leading(sample_steps), method_of({"name": method}, method_option)
     turns = stages(made)
     plans = [(turn.plan(levels, Random(seed)), needs(turn, levels)) for turn in turns]
@@ -94,7 +94,7 @@ def analyze_shortcut(
     from chainrule.rewards.clip import check_source
     from chainrule.runs import check_folder
 
-    at_least_one(seeds=seeds, sample_steps=sample_steps, points=points, student_steps=student_steps)
+    check_counts(seeds=seeds, sample_steps=sample_steps, points=points, student_steps=student_steps)
     count, compared = len(read_prompts(prompts)), [rewards.parse(name, Source(model).reward_source) for name in reward or ()]
     if clip:
         check_source(clip, "clip")
@@ -161,7 +161,7 @@ def analyze_gradients(
     opening: Opening = Opening(),
 ) -> None:
     """Measure the gradient's norm and angle by depth (Figure 11a of SDO, Figures 8 and 25 of DRaFT)."""
-    at_least_one(batches=batches, sample_steps=sample_steps)
+    check_counts(batches=batches, sample_steps=sample_steps)
     net, shown, scorer = _measured(model, reward, prompts, 1000, out, opening)
     from chainrule.analyze import gradients
 
@@ -176,7 +176,7 @@ def _measured(model: str, reward: str | None, prompts: str, images: int, out: Pa
     from chainrule.prompts import prompts as read_prompts
     from chainrule.runs import check_folder
 
-    at_least_one(images=images)
+    check_counts(images=images)
     own = Source(model).reward_source
     if not (reward or own):
         raise UserError("no reward given; pass --reward")
@@ -207,7 +207,7 @@ def doctor(
     """Check the installation and, given a model, its samples, gradient and memory."""
     from chainrule import rewards
 
-    at_least_one(sample_steps=sample_steps)
+    check_counts(sample_steps=sample_steps)
     source = source_of(model, opening, allow_code=allow_code) if model is not None else None
     scorer = rewards.parse(reward, source.reward_source if source else None) if reward else None
     from chainrule.doctor import Check, environment, examine

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chainrule.cli.arguments import AllowCode, at_least_one, is_config, place_of, prompts_of, refuse_code
+from chainrule.cli.arguments import AllowCode, check_code, check_counts, is_config, place_of, prompts_of
 from chainrule.cli.opened import check_adapter, check_guidance, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import SteerConfig
@@ -39,10 +39,10 @@ def steer(
 
     With a bundled model, rewards that name no source are the scorers bundled with it.
     """
-    at_least_one(seeds=seeds)
+    check_counts(seeds=seeds)
     file = prompts[0] if prompts and len(prompts) == 1 and is_config(prompts[0]) else None
     config = SteerConfig.read(Path(file), given) if file else SteerConfig.of({"prompts": tuple(prompts or ()), **given})
-    refuse_code(config, given, file, allow_code)
+    check_code(config, given, file, allow_code)
     wanted, numbers = _images(config, seeds, first_seed)
     if not (config.reward or style or adversarial):
         raise UserError("no reward given; pass --reward, --style or --adversarial")

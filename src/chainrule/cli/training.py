@@ -9,7 +9,7 @@ import typer
 
 from chainrule import methods
 from chainrule.cli.app import Options
-from chainrule.cli.arguments import AllowCode, is_config, method_of, place_of, refuse_code
+from chainrule.cli.arguments import AllowCode, check_code, is_config, method_of, place_of
 from chainrule.cli.opened import Source, check_adapter, check_guidance, is_run, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import DistillConfig, FinetuneConfig
@@ -37,7 +37,7 @@ def train(
     from chainrule.prompts import prompts as read_prompts
 
     read = FinetuneConfig.read(config, given) if config else FinetuneConfig.of(given)
-    refuse_code(read, given, config, allow_code)
+    check_code(read, given, config, allow_code)
     if not read.reward:
         raise UserError("no reward given; pass --reward")
     if read.settings.patience and not read.held_out:
@@ -94,7 +94,7 @@ def distill(
     from chainrule.prompts import prompts as read_prompts
 
     config = DistillConfig.read(Path(model), given) if is_config(model) else DistillConfig.of({"model": model, **given})
-    refuse_code(config, given, model if is_config(model) else None, allow_code)
+    check_code(config, given, model if is_config(model) else None, allow_code)
     read_prompts(config.prompts)
     out = place_of(config, resume=resume, overwrite=overwrite)
     source = source_of(config.model, config.opening)

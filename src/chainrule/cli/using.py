@@ -9,7 +9,7 @@ import typer
 
 from chainrule.asked import numbers
 from chainrule.cli.app import Prompts, progress
-from chainrule.cli.arguments import AllowCode, at_least_one, check_free, counted, finite, prompts_of, weights
+from chainrule.cli.arguments import AllowCode, check_counts, check_free, counted, finite, prompts_of, weights
 from chainrule.cli.opened import check_adapter, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
@@ -40,7 +40,7 @@ def sample(
     allow_code: AllowCode = False,
 ) -> None:
     """Make images."""
-    at_least_one(seeds=seeds)
+    check_counts(seeds=seeds)
     finite(scale=scale)
     numbers([first_seed, first_seed + seeds - 1])
     every = [(prompt, first_seed + k) for prompt in prompts_of(prompts) for k in range(seeds)]
@@ -91,7 +91,7 @@ def evaluate(
     from chainrule.adapters.files import adapter_files
     from chainrule.prompts import prompts as read_prompts
 
-    at_least_one(seeds=seeds)
+    check_counts(seeds=seeds)
     finite(scale=scale)
     shown, first = read_prompts(prompts), _of_one_model(runs)
     source = source_of(runs[0], opening, sampling, allow_code=allow_code)

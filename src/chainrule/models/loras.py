@@ -17,23 +17,26 @@ from chainrule.adapters import Weights
 from chainrule.adapters.files import COMPONENTS, check, layers, one_rank
 from chainrule.adapters.files import read as own
 from chainrule.errors import UserError
+from chainrule.models.families import FAMILIES
 from chainrule.tensors import write_tensors
 
 OWN = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
 
 
-REASONS = {
-    "lora_magnitude_vector": "is a DoRA, whose magnitudes are not a LoRA's; put it into the pipeline by {calls}, and give that",
-    "dora_scale": "is a DoRA, whose magnitudes are not a LoRA's; put it into the pipeline by {calls}, and give that",
-    "hada_": "is a LoHa, not a LoRA; put it into the network by peft, merge it there, and give the pipeline",
-    "lokr_": "is a LoKr, not a LoRA; put it into the network by peft, merge it there, and give the pipeline",
-    "base_model.model.": "is in peft's own spelling; load it by peft's PeftModel.from_pretrained(pipe.{network}, ...), put "
-    "merge_and_unload() of that into the pipeline, and give that",
-    "text_encoder": "adapts a text encoder too; put it into the pipeline by {calls}, and give that",
-    "lora_te": "adapts a text encoder too; put it into the pipeline by {calls}, and give that",
-}
-"""What a part of a key says of a file, and what its owner can do."""
-CALLS = "load_lora_weights, fuse_lora, unload_lora_weights in this order"
+BY_CALLS = "put it into the pipeline by load_lora_weights, fuse_lora, unload_lora_weights in this order, and give that"
+BY_PEFT = "not a LoRA; put it into the network by peft, merge it there, and give the pipeline"
+REASONS = (
+    (("lora_magnitude_vector", "dora_scale"), f"is a DoRA, whose magnitudes are not a LoRA's; {BY_CALLS}"),
+    (("hada_",), f"is a LoHa, {BY_PEFT}"),
+    (("lokr_",), f"is a LoKr, {BY_PEFT}"),
+    (
+        ("base_model.model.",),
+        "is in peft's own spelling; load it by peft's PeftModel.from_pretrained(pipe.NETWORK, ...), put merge_and_unload() of that "
+        "into the pipeline, and give that",
+    ),
+    (("text_encoder", "lora_te"), f"adapts a text encoder too; {BY_CALLS}"),
+)
+"""What parts of keys say of a file, and what its owner can do."""
 
 
 def keys_of(file: Path) -> list[str]:
@@ -59,10 +62,9 @@ def read(file: Path, pipeline: str, config: Any = None) -> Weights:
     Raises UserError for a LoRA that adapts a text encoder too, and for a spelling the pipeline's loader does not know.
     """
     keys = keys_of(file)
-    for mark, reason in REASONS.items():
-        if any(mark in key for key in keys):
-            network = "unet" if "XL" in pipeline or pipeline == "StableDiffusionPipeline" else "transformer"
-            raise UserError(f"{file} {reason.format(calls=CALLS, network=network)}")
+    for marks, reason in REASONS:
+        if any(mark in key for mark in marks for key in keys):
+            raise UserError(f"{file} {reason.replace('NETWORK', FAMILIES[pipeline].network)}")
     comfy = any(key.startswith("diffusion_model.") for key in keys)
     if keys and not comfy and all(any(mark in key for mark in OWN) for key in keys):
         return own(file)

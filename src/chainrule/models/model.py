@@ -26,10 +26,10 @@ from chainrule.models import loras, published, solvers, students
 from chainrule.models.blocks import recomputed
 from chainrule.models.codec import Codec
 from chainrule.models.defaults import Defaults
-from chainrule.models.pictures import pictures
 from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
 from chainrule.noise import Noise
+from chainrule.pictures import pictures
 from chainrule.plan import Grid, Levels, walk
 from chainrule.processes import ALONE, Processes
 from chainrule.size import Size, config_size

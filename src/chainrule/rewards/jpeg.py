@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from chainrule.errors import UserError
+from chainrule.pictures import pictures
 
 # ITU-T T.81, Annex K.1: quantization steps at quality 50, in row-major (not zigzag) order.
 _LUMA = (
@@ -62,8 +62,7 @@ def quality_of(images: Tensor, ratio: float) -> list[int]:
 
     1 where no quality reaches it. A file has some 600 bytes beside the picture, which count in small ones.
     """
-    arrays = (images.detach().clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype(np.uint8)
-    return [_highest(Image.fromarray(array), ratio) for array in arrays]
+    return [_highest(picture, ratio) for picture in pictures(images.detach())]
 
 
 def _highest(picture: Image.Image, ratio: float) -> int:

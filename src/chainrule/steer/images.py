@@ -52,10 +52,11 @@ def read_image(source: Picture, size: Size) -> Tensor:
         try:
             with Image.open(source) as opened:
                 opened.load()
-                source = opened.copy()
+                source = ImageOps.exif_transpose(opened)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"cannot read the image {str(source)!r}: {' '.join(str(error).split())}") from error
-    source = ImageOps.exif_transpose(source)
+    else:
+        source = ImageOps.exif_transpose(source)
     if source.mode.startswith(("I", "F")):  # which Pillow would cut at 255
         source = _in_bytes(np.asarray(source, np.float32), source.mode)
     image = source.convert("RGBA")

@@ -16,9 +16,9 @@ from chainrule.adapters import Adapter
 from chainrule.chain import Memory
 from chainrule.errors import UserError
 from chainrule.models import Model
-from chainrule.models.pictures import pictures
 from chainrule.noise import derive
 from chainrule.objective import Distance, Objective, distance
+from chainrule.pictures import pictures
 from chainrule.plan import walk
 from chainrule.processes import ALONE, Processes
 from chainrule.rewards import Reward
