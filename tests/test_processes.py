@@ -6,18 +6,16 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from faults.trial import Started, start
+from faults.trial import together
 from PIL import Image
 from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
@@ -68,24 +66,22 @@ def work(folder: Path) -> None:
     app(["sample", str(folder.parent / "sd"), *options], standalone_mode=False)
 
 
-def launch(do: Callable[[], object], folder: Path) -> list[Started]:
-    """Two processes that do the same, with what a launcher tells them, started without importing everything again."""
+@pytest.mark.heavy
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("method", ["sdo", "draft-lv", "draft-1"])
+def test_an_adapter_is_the_same_to_1e6_by_any_number_of_processes(method, count, tmp_path):
+    def tune(place: Path) -> None:
+        net = cr.load(make_pipeline("v_prediction", torch.float32))
+        small = {"updates": 5, "batch": 4, "sample_steps": 4, "guidance": 2.0, "rank": 2, "sample_every": 0}
+        cr.finetune(net, method, gray, PROMPTS, out=place, **small)
 
-    def alone() -> None:
-        PartialState._reset_state()  # another test may have made the one of this process
-        do()
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    return [start(alone, folder / f"said-{k}.txt", {**told, "RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(2)]
+    launched = together(lambda rank: partial(tune, tmp_path / "several"), tmp_path / "said", count)
+    tune(tmp_path / "one")
+    ended = [each.end() for each in launched]
+    assert not any(each.code for each in ended), ended[0].said
+    one, several = (load_file(tmp_path / name / "adapter/pytorch_lora_weights.safetensors") for name in ("one", "several"))
+    for key in one:
+        torch.testing.assert_close(several[key], one[key], rtol=0, atol=1e-6)
 
 
 @pytest.mark.heavy
@@ -110,7 +106,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """What one process wrote, and what two did."""
     folder = tmp_path_factory.mktemp("processes")
     make_pipeline(dtype=torch.float32).save_pretrained(folder / "sd")
-    launched = launch(lambda: work(folder / "two"), folder)
+    launched = together(lambda rank: partial(work, folder / "two"), folder / "said")
     work(folder / "one")
     for each in launched:
         ended = each.end()

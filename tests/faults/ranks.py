@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -15,33 +14,16 @@ from typing import Any
 from tuned import differences, gray, outcome, tuned
 
 import chainrule as cr
-from faults.trial import Ended, Started, start, touching
+from faults.trial import Ended, Started, together, touching
 
 MOMENTS = 10
 TIMEOUT = 8.0  # seconds that one waits for the other
 OPTIONS: dict[str, Any] = {"sample_every": 2, "timeout": TIMEOUT, "held_out": gray}
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 def both(folder: Path, name: str, work: Callable[[int], Callable[[], object]]) -> list[Started]:
-    """Two processes under way, as a launcher starts them."""
-    port = free_port()
-    launched = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "ACCELERATE_USE_CPU": "1",
-    }
-    return [
-        start(work(rank), folder / f"{name}-{rank}.txt", {**launched, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
+    """Two processes under way, which say what they say in files of this name."""
+    return together(work, folder / name)
 
 
 def tuning(folder: Path, **options: Any) -> Callable[[int], Callable[[], object]]:

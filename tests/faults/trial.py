@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from chainrule.errors import UserError
 
@@ -80,6 +83,26 @@ def start(work: Work, errors: Path, environment: dict[str, str] | None = None) -
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def together(work: Callable[[int], Work], errors: Path, count: int = 2) -> list[Started]:
+    """Several processes that are told what a launcher tells them; each does the work of its number."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def own(number: int) -> Work:
+        def alone() -> None:
+            PartialState._reset_state()  # this process may have one of its own, which a fork inherits
+            work(number)()
+
+        return alone
+
+    def environment(number: int) -> dict[str, str]:
+        return {**told, "ACCELERATE_USE_CPU": "true", "RANK": str(number), "LOCAL_RANK": str(number)}
+
+    return [start(own(k), errors.with_name(f"{errors.name}-{k}.txt"), environment(k)) for k in range(count)]
 
 
 def run(work: Work, errors: Path) -> Ended:
