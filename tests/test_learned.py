@@ -177,7 +177,7 @@ def test_it_is_trained_and_saved_with_a_run(case: Case, tmp_path: Path) -> None:
     )
     moved = max(float((weight.detach() - before[name]).abs().max()) for name, weight in part.named_parameters().items())
     assert moved == pytest.approx(5e-3, rel=0.1)  # AdamW adds 1e-8 to a small gradient
-    (file,) = (run.folder / "learned" / "mine").glob("*.safetensors")
+    (file,) = (run.adapter / "learned" / "mine").glob("*.safetensors")
     kept = load_file(file)
     for name, weight in part.named_parameters().items():
         assert torch.equal(kept[name], weight.detach())
@@ -187,7 +187,7 @@ def test_guidance_weights_are_a_schedule_for_any_number_of_steps(tmp_path: Path)
     model = cr.load(make_pipeline())
     part = guidance_weights(model)
     part.save(tmp_path)
-    schedule = json.loads((tmp_path / "guidance.json").read_text())
+    schedule = json.loads((tmp_path / "guidance.json").read_text())["schedule"]
     assert [level for level, _ in schedule] == list(model.grid(STEPS))[:-1]
     assert [scale for _, scale in schedule] == pytest.approx([2.0, 2.5, 3.0, 3.5, 4.0])
     chain = model.learning("mine", part).chain(PROMPTS, SEEDS)

@@ -15,7 +15,7 @@ from pipelines import make_pipeline
 
 import chainrule as cr
 from chainrule import methods
-from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, Method, Needs, ReFL, ShortFT, needs, stages
+from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, Method, Needs, Pathwise, ReFL, ShortFT, needs, stages
 from chainrule.plan import Grad, Grid, Jump, Plan, leading, walk
 
 METHODS: list[Method] = [
@@ -115,7 +115,7 @@ class Bare:
 
 
 def test_a_method_that_says_nothing_trains_one_adapter_that_is_on_everywhere() -> None:
-    assert needs(Bare(), leading(4)) == Needs((), {"default": None}, ("default",), ())
+    assert needs(Bare(), leading(4)) == Needs((), {"default": None}, ("default",), Pathwise())
     assert stages(Bare()) == (Bare(),)
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "asked": "errors",
     "environment": "",
     "files": "errors",
-    "tensors": "files",
+    "tensors": "errors files",
     "yaml_text": "",
     "named": "errors yaml_text",
     "size": "errors",
@@ -49,18 +49,21 @@ MAY_IMPORT = {
     "cast": "adapters denoise guidance",
     "chain": "errors plan noise half solve denoise cast",
     "learned": "errors files tensors guidance cast chain",
-    "objective": "plan half rewards denoise cast",
+    "objective": "plan half solve rewards denoise cast",
     "models": "errors asked pictures files tensors processes size plan noise solve adapters denoise guidance cast chain learned",
     "gradient": "asked plan rewards guidance chain objective models",
     "tiny": "errors rewards",
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
     "report": "errors config estimate plan runs",
     "learner": "learned",
-    "training": "errors plan settings processes loop methods noise adapters rewards models objective gradient learner",
+    "estimators": "errors plan processes methods noise half solve adapters rewards chain objective models gradient learner",
+    "learnable": "errors settings guidance learned models",
+    "training": "errors plan settings processes loop methods noise adapters rewards learned models objective gradient learner "
+    "estimators learnable",
     "grids": "errors pictures files runs loop rewards models report training",
     "trackers": "errors loop",
-    "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
-    "grids trackers",
+    "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report learnable "
+    "training grids trackers",
     "evaluate": "errors asked files processes estimate rewards guidance models prompts",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked pictures files tensors size config plan runs processes loop settings noise half solve adapters rewards "

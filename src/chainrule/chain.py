@@ -11,7 +11,7 @@ graphs instead. Both run the same lines and give the same numbers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import chain
@@ -37,18 +37,24 @@ class Memory(Enum):
 
 
 FRESH = 1000  # the largest number of branches whose noise differs; `Noise.fresh` gets branch + FRESH * draw
-# The gradient that terms on a call add at its answer: (answer, state, jump) -> the answer's shape, or None for nothing.
-AtCall = Callable[[Tensor, Tensor, Jump], Tensor | None]
 
 
 @dataclass(slots=True)
-class _Step:
-    """What the backward pass needs of one jump."""
+class Taken:
+    """One jump that was made, by its `move`. Of a live call also the state it read, and under KEEP its answer with its graph.
+
+    `after` is where it led to, where that is kept (`Chain.along`).
+    """
 
     jump: Jump
     move: Step
     x: Tensor | None = None
     answer: Tensor | None = None
+    after: Tensor | None = None
+
+
+# The gradient that terms on a call add at its answer: (answer, what was taken) -> the answer's shape, or None for nothing.
+AtCall = Callable[[Tensor, Taken], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class Walk:
     """A finished branch: its image latent, and the way back."""
 
     image: Tensor
-    _steps: list[_Step]
+    _steps: list[Taken]
     _call: Callable[[Tensor, Jump], Tensor]
     _clean: Callable[[Jump], tuple[float, float]]
     _half: Callable[[Jump], bool]
@@ -73,7 +79,8 @@ class Walk:
     def pull(self, gradient: Tensor, at_call: AtCall | None = None) -> Tensor:
         """Add d(loss)/d(leaf) to `.grad` of every trainable leaf, given d(loss)/d(image).
 
-        `at_call` is asked at every live call for what else the loss says of its answer, the call's state held constant.
+        `at_call` is asked at every call with live weights for what else the loss says of its answer, the call's state held
+        constant.
         Returns the gradient at the branch's first state. Frees what it used: call it once.
         """
         v, ws = gradient.detach(), list[Tensor]()  # at the state, and at the last clean predictions that later steps read
@@ -84,13 +91,13 @@ class Walk:
             if step.x is not None:
                 answer = step.answer if step.answer is not None else _live(self._call, step.x, step.jump)
                 upstream = step.move.b * v if w is None else step.move.b * v + q * w
-                added = at_call(answer.detach(), step.x.detach(), step.jump) if at_call else None
+                added = at_call(answer.detach(), step) if at_call and step.jump.grad.weights else None
                 if added is not None and step.x.requires_grad:  # what it says of the answer does not reach the state
-                    self._back(answer, added, step.jump, again=True)
+                    self._back(answer, added, step, again=True)
                 elif added is not None:
                     upstream = upstream + added
                 step.x.grad = None
-                self._back(answer, upstream, step.jump)
+                self._back(answer, upstream, step)
             read = [c * v for c in step.move.history]
             ws = [*map(torch.add, ws, read), *ws[len(read) :], *read[len(ws) :]]
             v = step.move.a * v if w is None else step.move.a * v + p * w
@@ -98,11 +105,16 @@ class Walk:
                 v = v + step.x.grad
         return v
 
-    def _back(self, answer: Tensor, upstream: Tensor, jump: Jump, again: bool = False) -> None:
-        """Add the gradient at a call's answer to the leaves; with `again` its graph is kept for another one."""
-        if answer.requires_grad and self._half(jump):
+    def _back(self, answer: Tensor, upstream: Tensor, step: Taken, again: bool = False) -> None:
+        """Add the gradient at a call's answer to the leaves that the plan lets it reach; with `again` the graph is kept."""
+        assert step.x is not None
+        if not answer.requires_grad:
+            return
+        if step.jump.grad is Grad.INPUT:
+            step.x.grad = half.gradient(answer, step.x, upstream.to(answer.dtype))
+        elif self._half(step.jump):
             half.backward(answer, upstream, again)
-        elif answer.requires_grad:
+        else:
             answer.backward(upstream.to(answer.dtype), retain_graph=again)
 
 
@@ -157,8 +169,8 @@ class Chain:
     def _call(self, x: Tensor, jump: Jump) -> Tensor:
         return self.cast[jump.via](x, jump.start, self.condition)
 
-    def _take(self, place: _Place, jump: Jump, move: Step, branch: int) -> tuple[_Place, _Step]:
-        step, cleans = _Step(jump, move), tuple[Tensor, ...]()
+    def _take(self, place: _Place, jump: Jump, move: Step, branch: int) -> tuple[_Place, Taken]:
+        step, cleans = Taken(jump, move), tuple[Tensor, ...]()
         after = move.a * place.x
         if not jump.up:
             answer = self._answer(place.x, jump, step)
@@ -171,10 +183,10 @@ class Chain:
             after = after + move.d * self._fresh(branch, place.ups).to(after)
         return _Place(after, cleans, place.ups + bool(move.d)), step
 
-    def _answer(self, x: Tensor, jump: Jump, step: _Step) -> Tensor:
+    def _answer(self, x: Tensor, jump: Jump, step: Taken) -> Tensor:
         """The call's answer as a constant; a live call's state, and under KEEP its graph, stay in `step`."""
         if jump.grad is not Grad.NONE:
-            step.x = x.detach().requires_grad_(jump.grad is Grad.FULL)
+            step.x = x.detach().requires_grad_(jump.grad.input)
         if step.x is not None and self.memory is Memory.KEEP:
             answer = step.answer = _live(self._call, step.x, jump)
         else:
@@ -191,7 +203,7 @@ class Chain:
         """(p, q): the clean prediction of this jump's call is p * x + q * m."""
         return self.solver.process.coefficients(jump.start, 0)
 
-    def _path(self, place: _Place, path: Path, branch: int, before: Path = (), after: Path = ()) -> tuple[_Place, list[_Step]]:
+    def _path(self, place: _Place, path: Path, branch: int, before: Path = (), after: Path = ()) -> tuple[_Place, list[Taken]]:
         """Walk a path; a solver also looks at the jumps `before` it, which led to `place`, and at those `after` it."""
         steps, found = [], list(moves(self.solver, before + path + after))[len(before) :]
         for jump, move in zip(path, found, strict=False):
@@ -211,6 +223,22 @@ class Chain:
         """Where a path leads, without gradient; `x` itself if there is nothing to walk."""
         return deque(chain((x,), self.states(x, path)), maxlen=1).pop()
 
+    def along(self, path: Path, states: Sequence[Tensor]) -> Walk:
+        """The way back along a path that was walked before, through these `states`: where it began, and where each jump led to.
+
+        What was kept of the walk decides, and not what the network answers now. `pull` asks its terms at every live call.
+        """
+        steps = [
+            Taken(jump, move, after=after) for jump, move, after in zip(path, moves(self.solver, path), states[1:], strict=True)
+        ]
+        for step, state in zip(steps, states, strict=False):
+            if step.jump.grad is not Grad.NONE:
+                step.x = state.detach().requires_grad_(step.jump.grad.input)
+        return self._walked(states[-1], steps)
+
+    def _walked(self, image: Tensor, steps: list[Taken]) -> Walk:
+        return Walk(image, steps, self._call, self._clean, lambda jump: in_float16(self.cast[jump.via]))
+
     def walk(self, plan: Plan, x: Tensor) -> Iterator[Walk]:
         """Yield each branch finished; pull it before asking for the next and only one is held.
 
@@ -226,7 +254,7 @@ class Chain:
                 else:
                     end, steps = self._path(trunk, branch, number, before=plan.trunk)
                 first = end if first is None else first
-                yield Walk(end.x, steps, self._call, self._clean, lambda jump: in_float16(self.cast[jump.via]))
+                yield self._walked(end.x, steps)
 
 
 def check_members(members: Iterable[str], cast: Cast) -> None:

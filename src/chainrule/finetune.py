@@ -12,8 +12,9 @@ from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
 from chainrule.grids import SampleGrids
 from chainrule.guidance import value_among
+from chainrule.learnable import sampler_parts
 from chainrule.loop import Listener, Row, complete, open_run, told
-from chainrule.methods import Method, as_method, needs, spelled
+from chainrule.methods import Method, Pathwise, as_method, needs, spelled
 from chainrule.models import Model
 from chainrule.noise import derive
 from chainrule.processes import Processes
@@ -23,7 +24,7 @@ from chainrule.rewards import AnyReward, Reward, as_reward, probe
 from chainrule.runs import Run
 from chainrule.settings import Finetuning, Opening, chosen
 from chainrule.trackers import tracker
-from chainrule.training import FinetuneTask, Stages
+from chainrule.training import FinetuneTask, Stages, group_of
 
 
 def finetune(
@@ -50,12 +51,14 @@ def finetune(
     if settings.patience and not watched:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
     order = _order(model, method, settings)
+    sampler_parts(model, settings)
     processes = Processes.here(model.device, settings.timeout)
     processes.check_batch(settings.batch, settings.accumulate)
     together = min(settings.batch // (processes.count * settings.accumulate), settings.micro_batch or model.micro_batch)
-    probe(scorer.to(model.device), model.size, count=together)
+    differentiated = isinstance(needs(method, model.grid(settings.sample_steps)).estimator, Pathwise)
+    probe(scorer.to(model.device), model.size, count=together, gradient=differentiated)
     if watched:
-        probe(watched.to(model.device), model.size)
+        probe(watched.to(model.device), model.size, gradient=False)
     config = FinetuneConfig(
         model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
@@ -79,6 +82,8 @@ def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
     for stage in order.methods:
         check_members(needs(stage, grid).members, model.cast())
         stage.plan(grid, Random(0))
+        if settings.batch % (group := group_of(stage, grid)):
+            raise UserError(f"batch is {settings.batch}, but must be divisible by the method's groups of {group} images")
     return order
 
 

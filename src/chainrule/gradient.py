@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from chainrule.asked import pairs
-from chainrule.chain import Chain, Memory
+from chainrule.chain import Chain, Memory, Taken
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.objective import Call, Decode, Objective, Reading, read, read_again
-from chainrule.plan import Jump, Plan
+from chainrule.plan import Plan
 from chainrule.rewards import AnyReward
 
 
@@ -61,7 +61,7 @@ def backpropagate(
     `x` is the state at `plan.start`, (b, c, h, w); `scale` multiplies the loss (1 / accumulation steps).
     """
     objective, share = Objective.of(reward), scale / len(x)
-    at_call = _AtCall(objective, chain, share)
+    at_call = AtCalls(objective, chain, share)
     first: Reading | None = None
     means = []
     for walk in chain.walk(plan, x):
@@ -80,21 +80,26 @@ def backpropagate(
     return Result(first.rewards, first.images, tuple(means), terms)
 
 
-class _AtCall:
-    """Asks an objective's terms at every live call, and keeps what they said."""
+class AtCalls:
+    """Asks an objective's terms at every call with live weights, and keeps what they said. `share` multiplies their gradient."""
 
     def __init__(self, objective: Objective, chain: Chain, share: float) -> None:
         self.objective, self.chain, self.share = objective, chain, share
         self.seen: dict[str, list[Tensor]] = {}
         self.last = True  # branches are pulled from their ends, the first branch first
 
-    def __call__(self, answer: Tensor, state: Tensor, jump: Jump) -> Tensor | None:
-        noise = self.chain.solver.process.noise(jump.start)
-        gradient, values = self.objective.of_call(Call(answer, state, jump, self.chain.condition, self.last, noise))
+    def __call__(self, answer: Tensor, taken: Taken) -> Tensor | None:
+        assert taken.x is not None
+        noise = self.chain.solver.process.noise(taken.jump.start)
+        call = Call(
+            answer, taken.x.detach(), taken.jump, self.chain.condition, self.last, noise, move=taken.move, after=taken.after
+        )  # fmt: skip
+        gradient, values = self.objective.of_call(call)
         self.last = False
         for name, value in values.items():
             self.seen.setdefault(name, []).append(value)
         return None if gradient is None else self.share * gradient
 
     def means(self) -> dict[str, float]:
+        """Each term's mean over the calls and images it looked at."""
         return {name: float(torch.cat(values).mean()) for name, values in self.seen.items()}

@@ -10,7 +10,7 @@ with these. Rewards are terms of negative weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -21,6 +21,7 @@ from chainrule.cast import Answerer
 from chainrule.denoise import Condition
 from chainrule.plan import Jump
 from chainrule.rewards import AnyReward, Reward, as_reward, checked
+from chainrule.solve import Step
 
 Decode: TypeAlias = Callable[[Tensor], Tensor]  # image latents to images in [0, 1], (b, 3, h, w), differentiable
 
@@ -30,6 +31,7 @@ class Call:
     """One live call of the network: its answer and the state it read, (b, c, h, w), the jump it makes, and the prompts.
 
     `last` says that it is the last live call of the plan's first branch. The noise it predicts is p x + q m with `noise` = (p, q).
+    `move` is the step that the call's jump makes, and `after` where it led to, where that was kept.
     """
 
     answer: Tensor
@@ -38,6 +40,8 @@ class Call:
     condition: Condition
     last: bool = True
     noise: tuple[float, float] = (0.0, 1.0)
+    move: Step = field(default_factory=lambda: Step(1.0))
+    after: Tensor | None = None
 
 
 class Term(Protocol):
@@ -178,6 +182,11 @@ class Objective:
             return reward
         return cls(tuple(RewardTerm(each, -weight) for weight, each in as_reward(reward).weighted()))
 
+    @property
+    def on_calls(self) -> Objective:
+        """The terms on answers alone."""
+        return Objective(tuple(term for term in self.terms if isinstance(term, CallTerm)))
+
     def against(self, reference: Tensor) -> Objective:
         """This objective with every reward told the images as they were, (b, 3, h, w); what steering asks for."""
         return Objective(tuple(replace(t, reference=reference) if isinstance(t, RewardTerm) else t for t in self.terms))
@@ -224,7 +233,7 @@ def read(
     Decoded and read `micro_batch` images at a time, on a leaf copy of the latents.
     """
     readings, gradients = [], []
-    for rows in _micro(latents, micro_batch):
+    for rows in micro_batches(latents, micro_batch):
         leaf = latents[rows].detach().requires_grad_()
         with torch.enable_grad():
             images = decode(leaf)
@@ -236,10 +245,18 @@ def read(
     return joined(readings), torch.cat(gradients)
 
 
+@torch.no_grad()
+def look(
+    decode: Decode, objective: Objective, latents: Tensor, prompts: Sequence[str], micro_batch: int = 8
+) -> Reading:  # fmt: skip
+    """What the objective says of finished latents (b, c, h, w), without a gradient: its rewards need none."""
+    return joined([objective.of_images(decode(latents[rows]), prompts[rows], rows) for rows in micro_batches(latents, micro_batch)])
+
+
 def read_again(decode: Decode, pixels: Tensor, latents: Tensor, micro_batch: int = 8) -> Tensor:
     """d(sum of pixels * image)/d(latents) of other finished latents, for the `Reading.pixels` of a look at the first."""
     gradients = []
-    for rows in _micro(latents, micro_batch):
+    for rows in micro_batches(latents, micro_batch):
         leaf = latents[rows].detach().requires_grad_()
         with torch.enable_grad():
             images = decode(leaf)
@@ -247,13 +264,15 @@ def read_again(decode: Decode, pixels: Tensor, latents: Tensor, micro_batch: int
     return torch.cat(gradients)
 
 
-def _micro(latents: Tensor, size: int) -> list[slice]:
+def micro_batches(latents: Tensor, size: int) -> list[slice]:
+    """The rows of a batch, `size` at a time."""
     return [slice(first, first + size) for first in range(0, len(latents), size)]
 
 
 def joined(readings: Sequence[Reading]) -> Reading:
     """The readings of a batch's parts as one."""
     columns = {name: torch.cat([reading.terms[name] for reading in readings]) for name in readings[0].terms}
-    whole = (torch.cat([getattr(reading, name) for reading in readings]) for name in ("loss", "rewards", "images", "pixels"))
-    loss, rewards, images, pixels = whole
-    return Reading(loss, rewards, columns, images, pixels)
+    whole = (torch.cat([getattr(reading, name) for reading in readings]) for name in ("loss", "rewards", "images"))
+    loss, rewards, images = whole
+    pixels = [reading.pixels for reading in readings if reading.pixels is not None]
+    return Reading(loss, rewards, columns, images, torch.cat(pixels) if pixels else None)

@@ -23,7 +23,18 @@ class Grad(Enum):
 
     NONE = "-"  # nothing: the network's answer is a constant; the solver's linear carry of x remains
     WEIGHTS = "="  # the trainable leaves inside the call, but not its input latent
+    INPUT = "~"  # its input latent, but not the trainable leaves inside the call
     FULL = "#"  # both
+
+    @property
+    def input(self) -> bool:
+        """Whether the reward reaches the call's input latent."""
+        return self in (Grad.INPUT, Grad.FULL)
+
+    @property
+    def weights(self) -> bool:
+        """Whether the reward reaches the trainable leaves inside the call."""
+        return self in (Grad.WEIGHTS, Grad.FULL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +69,7 @@ class Plan:
     taken as a constant. With `reuse_reward_gradient`, the reward is differentiated for the first branch only, and the
     others' images are pulled back with that same gradient of the pixels, through their own decoding.
 
-    `print(plan)` draws it: `-`, `=` and `#` are the model's own calls by what the reward may reach through them, `>` is a call
+    `print(plan)` draws it: `-`, `=`, `~` and `#` are the model's own calls by what the reward may reach through them, `>` is a call
     of another member of the cast, `^` is noised again, and `|` stands between branches. Raises ValueError for a plan that
     cannot be walked.
     """

@@ -29,6 +29,7 @@ def _guidance(value: Any) -> Any:
 
 GuidanceSpec = Annotated[Annotated[float, Field(ge=0, le=100)] | dict[str, Any], BeforeValidator(_guidance)]
 """How guidance is written in settings: a number, or a value of `chainrule.guidance` by its name, with options."""
+LEARNABLE = ("adapter", "guidance", "negative")
 TIMEOUT = 1800.0  # seconds, torch's own for processes on CPUs
 MOST_IMAGES = 10**6
 Images = Annotated[int, Field(ge=1, le=MOST_IMAGES)]
@@ -159,6 +160,10 @@ class Finetuning(Together):
     weight_decay: float = Field(default=0.1, ge=0, description="AdamW weight decay, towards the pre-trained weights")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm; a larger gradient is scaled down to it")
     rank: Rank = Field(default=8, description="LoRA rank")
+    learn: str = Field(
+        default="adapter",
+        description="what is trained: adapter, guidance (a scale per step), negative; with commas between",
+    )
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
     kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last trained call")
     sample_steps: Steps | None = Field(default=None, description="network calls of a sampling chain; default: the model's own")
@@ -182,6 +187,20 @@ class Finetuning(Together):
     tracker: Literal["none", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"] = (
         Field(default="none", description="where the log goes besides metrics.jsonl")
     )
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """What is trained, by name."""
+        return tuple(self.learn.split(","))
+
+    @field_validator("learn", mode="before")
+    @classmethod
+    def _learn(cls, value: Any) -> Any:
+        """In one order, with commas and without spaces; a list stands for the same."""
+        names = value if isinstance(value, list | tuple) else [name.strip() for name in str(value).split(",")]
+        if not names or not set(names) <= set(LEARNABLE):
+            raise ValueError(f"learn is {value!r}, but must be any of {', '.join(LEARNABLE)}, with commas between them")
+        return ",".join(name for name in LEARNABLE if name in names)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

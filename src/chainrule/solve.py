@@ -123,6 +123,7 @@ class DDIM:
 class Ancestral:
     """DDPM's ancestral step (arXiv:2006.11239, Eq. 6-7): a draw from the posterior of x_stop given x_start and x0.
 
+    It is DDIM's step with eta = 1 (arXiv:2010.02502, Eq. 12 and 16), and has the marginals of any schedule, a flow's too.
     Mean alpha' (1 - r^2) / sigma^2-weighted x0 and r sigma'^2 / sigma^2 x_start with r = alpha / alpha', and the posterior's own
     variance (diffusers' "fixed_small"). A step to 0 adds nothing.
     """

@@ -13,12 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from chainrule.adapters import Adapter, save_bands
+from chainrule.adapters import LEARNED, Adapter, save_bands
 from chainrule.errors import UserError
-from chainrule.gradient import Result, gradient
+from chainrule.estimators import Batch, Estimator, Paths, estimator_of
+from chainrule.gradient import Result
+from chainrule.learnable import sampler_parts, trainable
+from chainrule.learned import Learned
 from chainrule.learner import Learner, gradients
 from chainrule.loop import Row
-from chainrule.methods import Method, needs, stages
+from chainrule.methods import LikelihoodRatio, Method, needs, stages
 from chainrule.models import Model
 from chainrule.noise import derive
 from chainrule.objective import KL, Objective
@@ -88,6 +91,12 @@ class Stages:
             self.now = Stage(self.now.number + 1, began=step, best_at=step)
 
 
+def group_of(method: Method, grid: Grid) -> int:
+    """How many images of one prompt the method compares with each other; 1 for most."""
+    estimator = needs(method, grid).estimator
+    return estimator.group if isinstance(estimator, LikelihoodRatio) else 1
+
+
 @dataclass(slots=True)
 class FinetuneTask:
     """Everything an update needs. Its whole state is the learner's and the stage."""
@@ -100,6 +109,7 @@ class FinetuneTask:
     prompts: Sequence[str]
     settings: Finetuning
     processes: Processes = ALONE
+    estimator: Estimator = field(default_factory=Paths)
     watched: ClassVar[str] = "reward"
 
     @classmethod
@@ -109,13 +119,16 @@ class FinetuneTask:
     ) -> FinetuneTask:  # fmt: skip
         """Put the method's fresh adapters into the model; `remove` takes them out again."""
         order, model = Stages.of(method, settings), model.guided(settings.guidance)
-        bands = needs(method, model.grid(settings.sample_steps)).adapters
+        own, learn = needs(method, model.grid(settings.sample_steps)), settings.learned
+        estimator = estimator_of(own.estimator, model, reward, lr=settings.lr, clip=settings.clip, seed=settings.seed)
         adapters = {
             name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels)
-            for i, (name, levels) in enumerate(bands.items())
+            for i, (name, levels) in enumerate(own.adapters.items() if "adapter" in learn else ())
         }
-        learner = Learner.of({**adapters, **model.learned}, settings.weight_decay)
-        return cls(model, learner, adapters, order, reward, prompts, settings, processes)
+        for name, part in sampler_parts(model, settings).items():
+            model = model.learning(name, part)
+        learner = Learner.of({**adapters, **trainable(model.learned)}, settings.weight_decay)
+        return cls(model, learner, adapters, order, reward, prompts, settings, processes, estimator)
 
     @property
     def label(self) -> str:
@@ -143,6 +156,11 @@ class FinetuneTask:
         return self.learner.step
 
     @property
+    def learned(self) -> dict[str, Learned]:
+        """What is trained besides adapters."""
+        return {name: part for name, part in self.learner.parts.items() if name not in self.adapters}
+
+    @property
     def grid(self) -> Grid:
         """The levels of a sampling chain."""
         return self.model.grid(self.settings.sample_steps)
@@ -152,10 +170,13 @@ class FinetuneTask:
         return self.stages.method.plan(self.grid, Random(derive(self.settings.seed, "plan", self.step)))
 
     def share(self) -> tuple[list[str], list[int]]:
-        """This process's prompts and image seeds of the next update: the same global batch for any number of processes."""
-        s, step = self.settings, self.step
+        """This process's prompts and image seeds of the next update: the same global batch for any number of processes.
+
+        The images of a group, of a method that has such, are next to each other.
+        """
+        s, step, group = self.settings, self.step, group_of(self.stages.method, self.grid)
         rng = Random(derive(s.seed, "prompts", step))
-        prompts = [rng.choice(self.prompts) for _ in range(s.batch)]
+        prompts = [prompt for _ in range(s.batch // group) for prompt in [rng.choice(self.prompts)] * group]
         seeds = [derive(s.seed, "image", step, k) for k in range(s.batch)]
         return self.processes.share(prompts), self.processes.share(seeds)
 
@@ -170,23 +191,17 @@ class FinetuneTask:
         """Make one update and return its row of the log."""
         s, step, began = self.settings, self.step, time.perf_counter()
         plan, trained = self.plan(), needs(self.stages.method, self.grid).trained
-        weights = self.learner.train_only((*trained, *self.model.learned))
+        weights = self.learner.train_only((*trained, *self.learned))
         prompts, seeds = self.share()
-        results, objective = [], self.objective()
-        for i in range(s.accumulate):
-            some = slice(i, None, s.accumulate)
-            results.append(
-                gradient(
-                    self.model, plan, objective, prompts[some], seeds[some], memory=s.memory, micro_batch=s.micro_batch,
-                    scale=1 / s.accumulate,
-                )
-            )  # fmt: skip
+        batch = Batch(prompts, seeds, s.accumulate, s.memory, s.micro_batch, self.processes)
+        results = self.estimator.add(self.model, plan, self.objective(), batch)
         # Adapters are small: one flat mean over processes, zeros where the plan left a weight unused.
         flat = self.processes.mean(gradients(weights))
         reward = self.processes.mean_of(float(torch.cat([result.rewards for result in results]).mean()))
         rate = s.lr * (min(10 / math.sqrt(step + 1), 1.0) if s.schedule == "sqrt" else 1.0)
         undone = self._undone(result.images for result in results)
         norm, finite = self.learner.update(weights, flat, reward, lr=rate, clip=s.clip, ema=s.ema)
+        self.estimator.settle(self.processes.mean)
         if finite and self.step == self.total:  # no update comes that would see what this one led to
             with self.learner.averaged():
                 last = self.model.render(prompts[:: s.accumulate], seeds[:: s.accumulate], s.sample_steps)
@@ -217,31 +232,36 @@ class FinetuneTask:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a checkpoint needs: tensors, and values for JSON."""
-        return self.learner.tensors(), {**self.learner.state, "stage": asdict(self.stages.now)}
+        tensors, kept = self.estimator.state()
+        return {**self.learner.tensors(), **tensors}, {**self.learner.state, "stage": asdict(self.stages.now), **kept}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go back to a saved state. Raises KeyError, TypeError or RuntimeError when it is of another task."""
         self.stages.now = Stage(**state["stage"])
         self.learner.restore(tensors, state)
+        self.estimator.restore(tensors, state)
 
     def save(self, folder: Path) -> None:
-        """The adapter, and every other learned part in a folder of its own beside it."""
+        """What was trained, as the folder `adapter`."""
         self.save_adapter(folder / "adapter")
-        with self.learner.averaged():
-            for name, part in self.model.learned.items():
-                part.save(folder / "learned" / name)
 
     def save_adapter(self, folder: Path) -> None:
-        """The averaged adapter, in the format plain diffusers loads; several by level in a folder each, with their levels."""
+        """The averaged adapter, in the format plain diffusers loads; several by level in a folder each, with their levels.
+
+        What else was trained is in `learned`, a folder each.
+        """
         bands = needs(self.stages.method, self.grid).adapters
         alone = list(bands.values()) == [None]
         with self.learner.averaged():
             for name, adapter in self.adapters.items():
                 adapter.save(folder if alone else folder / name)
-        if not alone:
+            for name, part in self.learned.items():
+                part.save(folder / LEARNED / name)
+        if self.adapters and not alone:
             save_bands(folder, bands)
 
     def remove(self) -> None:
-        """Give the model back without the adapters."""
+        """Give the model back without the adapters, and the reward without a critic."""
+        self.estimator.remove()
         for adapter in self.adapters.values():
             self.model.drop(adapter)

@@ -1,11 +1,12 @@
 """LoRA adapters: peft's layers and file formats, selected ambiently instead of by flipping flags."""
 
 from chainrule.adapters.bands import Active, Band, check_calls
-from chainrule.adapters.files import Weights, adapter_files, mix, save_bands
+from chainrule.adapters.files import LEARNED, Weights, adapter_files, learned_folders, mix, save_bands
 from chainrule.adapters.lora import Adapter, inject, lease, load, unused_name
 from chainrule.adapters.select import recompute, selected
 
 __all__ = [
+    "LEARNED",
     "Active",
     "Adapter",
     "Band",
@@ -13,6 +14,7 @@ __all__ = [
     "adapter_files",
     "check_calls",
     "inject",
+    "learned_folders",
     "lease",
     "load",
     "mix",

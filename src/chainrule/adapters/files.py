@@ -20,6 +20,7 @@ from chainrule.tensors import write_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 BANDS = "bands.json"  # of several adapters: which is on at which levels
+LEARNED = "learned"  # folder of what was learned besides adapters, a folder for each part
 COMPONENTS = ("unet", "transformer")  # what a pipeline calls the network that denoises: the first word of every key
 Spans = tuple[tuple[float, float | None], ...]
 
@@ -76,7 +77,20 @@ def adapter_files(source: str | Path) -> dict[Path, Spans | None]:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{folder / BANDS} is damaged ({error})") from error
             return {find(folder / name): spans for name, spans in levels.items()}
-    return {find(source): None}
+    try:
+        return {find(source): None}
+    except UserError:
+        if learned_folders(source):  # a sampler was learned, and no adapter
+            return {}
+        raise
+
+
+def learned_folders(source: str | Path) -> list[Path]:
+    """The folders of the parts that an adapter folder or a run folder has besides its adapters."""
+    for folder in (Path(source) / LEARNED, Path(source) / "adapter" / LEARNED):
+        if folder.is_dir():
+            return sorted(path for path in folder.iterdir() if path.is_dir())
+    return []
 
 
 def _spans(levels: Any) -> Spans | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
 from chainrule.named import refuse_code
-from chainrule.settings import Opening, Sampling, merged
+from chainrule.settings import Finetuning, Opening, Sampling, merged
 
 if TYPE_CHECKING:
     from chainrule.models import Model
@@ -71,7 +71,8 @@ def source_of_run(config: AnyConfig) -> Source:
     """The model of a run, as it was opened and sampled there, with the adapters that the run's own was put on top of."""
     match config:
         case FinetuneConfig(settings=settings) | SteerConfig(settings=settings):
-            sampling = Sampling(sample_steps=settings.sample_steps, guidance=settings.guidance)
+            learned = isinstance(settings, Finetuning) and "guidance" in settings.learned  # then the run itself has it
+            sampling = Sampling(sample_steps=settings.sample_steps, guidance=None if learned else settings.guidance)
             return Source(config.model, config.opening, config.adapter, sampling)
         case DistillConfig(settings=distilled):
             return Source(config.model, config.opening, sampling=Sampling(guidance=distilled.guidance))

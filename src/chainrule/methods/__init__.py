@@ -6,12 +6,14 @@ Everything that tells the methods apart is where the gradient may flow, and whic
 
 from __future__ import annotations
 
-from chainrule.methods.method import Method, Needs, needs, stages
+from chainrule.methods.method import Critic, Estimator, LikelihoodRatio, Method, Needs, Pathwise, needs, stages
 from chainrule.methods.plain import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
+from chainrule.methods.policy import DDPO, DPG, GRPO
 from chainrule.methods.registry import REGISTRY, as_method, describe, make, read, spelled
 from chainrule.methods.shortft import ShortFT
 
 __all__ = [
-    "REGISTRY", "SDO", "AlignProp", "DRTune", "DRaFT", "DRaFTLV", "Method", "Needs", "ReFL", "ShortFT",
+    "DDPO", "DPG", "GRPO", "REGISTRY", "SDO", "AlignProp", "Critic", "DRTune", "DRaFT", "DRaFTLV", "Estimator",
+    "LikelihoodRatio", "Method", "Needs", "Pathwise", "ReFL", "ShortFT",
     "as_method", "describe", "make", "needs", "read", "spelled", "stages",
 ]  # fmt: skip

@@ -12,19 +12,55 @@ from chainrule.plan import Grid, Levels, Plan
 
 
 @dataclass(frozen=True, slots=True)
+class Pathwise:
+    """The reward is differentiated, and its gradient goes back along the chain as the plan says."""
+
+
+@dataclass(frozen=True, slots=True)
+class LikelihoodRatio:
+    """The steps that led to better images are made likelier (REINFORCE, arXiv:2305.13301): the reward needs no gradient.
+
+    An image's advantage is its reward less the mean, over the standard deviation: of the `group` images of its prompt in the
+    batch, or where `group` is 1 of its prompt's last rewards. Each rollout serves `reuse` updates, whose likelihood ratios are
+    cut at 1 +- `clip`.
+    """
+
+    group: int = 1
+    reuse: int = 1
+    clip: float = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Critic:
+    """The reward's own network with a LoRA of this `rank` foresees the reward after one call (arXiv:2309.17400, C.2).
+
+    It learns at `rate` times the run's learning rate. The plan has two branches: the finished image, and the one-step clean
+    prediction after the live call.
+    """
+
+    rank: int = 8
+    rate: float = 1.0
+
+
+Estimator = Pathwise | LikelihoodRatio | Critic
+"""How the rewards of a batch become a gradient."""
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
     """What a method needs beside the model and the reward.
 
     `members` are the names it jumps by besides "base". `adapters` are its own adapters by name, each with the levels it is on at
     in the base model's calls, while training and afterwards (None: at all levels). `trained` names those that are trained, by
-    default all of them. `learned` names other learned parts. A method that says nothing trains one adapter, on everywhere.
+    default all of them. `estimator` is how rewards become a gradient. A method that says nothing trains one adapter, on
+    everywhere, with the gradient of the reward.
     Raises ValueError when an adapter is trained that is not among the adapters.
     """
 
     members: tuple[str, ...] = ()
     adapters: Mapping[str, Levels | None] = field(default_factory=lambda: {"default": None})
     trained: tuple[str, ...] = ()
-    learned: tuple[str, ...] = ()
+    estimator: Estimator = field(default_factory=Pathwise)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trained", self.trained or tuple(self.adapters))
@@ -49,7 +85,7 @@ class Method(Protocol):
 
 
 def needs(method: Method, grid: Grid) -> Needs:
-    """What a method needs on this grid: members, adapters, learned parts. Raises UserError for a chain with too few calls."""
+    """What a method needs on this grid: members, adapters, estimator. Raises UserError for a chain with too few calls."""
     own: Callable[[Grid], Needs] | None = getattr(method, "needs", None)
     return own(grid) if own else Needs()
 

@@ -22,7 +22,7 @@ class DRaFT:
         within("k", self.k, 1)
 
     def needs(self, grid: Grid) -> Needs:
-        """Say which members, adapters and learned parts it needs on this grid."""
+        """Say which members, adapters and estimator it needs on this grid."""
         within("k", self.k, 1, len(grid) - 1)
         return Needs()
 
@@ -72,7 +72,7 @@ class ReFL:
         within("m", self.m, 1)
 
     def needs(self, grid: Grid) -> Needs:
-        """Say which members, adapters and learned parts it needs on this grid."""
+        """Say which members, adapters and estimator it needs on this grid."""
         within("m", self.m, 1, len(grid) - 1)
         return Needs(members=() if self.guided else ("unguided",))
 
@@ -115,7 +115,7 @@ class DRTune:
         within("m", self.m, 1)
 
     def needs(self, grid: Grid) -> Needs:
-        """Say which members, adapters and learned parts it needs on this grid."""
+        """Say which members, adapters and estimator it needs on this grid."""
         within("k", self.k, 1, len(grid) - 1)
         within("m", self.m, 1, len(grid) - 1)
         return Needs()
@@ -152,7 +152,7 @@ class SDO:
         within("samples", self.samples, 1)
 
     def needs(self, grid: Grid) -> Needs:
-        """Say which members, adapters and learned parts it needs on this grid."""
+        """Say which members, adapters and estimator it needs on this grid."""
         within("samples", self.samples, 1, len(grid) - 1)
         return Needs()
 

@@ -9,6 +9,7 @@ from typing import Any
 from chainrule.errors import UserError, unknown
 from chainrule.methods.method import Method
 from chainrule.methods.plain import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
+from chainrule.methods.policy import DDPO, DPG, GRPO
 from chainrule.methods.shortft import ShortFT
 from chainrule.named import Catalog, is_place, name_and_options
 
@@ -20,6 +21,9 @@ REGISTRY: dict[str, type[Any]] = {
     "drtune": DRTune,
     "sdo": SDO,
     "shortft": ShortFT,
+    "dpg": DPG,
+    "ddpo": DDPO,
+    "grpo": GRPO,
 }
 METHODS: Catalog[Method] = Catalog("method", REGISTRY)
 

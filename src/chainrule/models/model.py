@@ -21,7 +21,8 @@ from chainrule.chain import Chain, Memory
 from chainrule.denoise import Condition, Denoiser
 from chainrule.errors import UserError
 from chainrule.guidance import AnyGuidance, Guidance, of_number, read, specification
-from chainrule.learned import Learned
+from chainrule.learned import GuidanceWeights, Learned
+from chainrule.learned import load as load_learned
 from chainrule.models import loras, published, solvers, students
 from chainrule.models.blocks import recomputed
 from chainrule.models.codec import Codec
@@ -129,20 +130,21 @@ class Model:
     def guided(self, guidance: AnyGuidance) -> Model:
         """This model with another guidance: a value of `chainrule.guidance`, one as a config has it, or a number. None: as it is.
 
-        A number is classifier-free guidance, or what the network reads where it reads its guidance. Raises UserError for a
-        number outside [0, 100] and for an unknown name.
+        A number is classifier-free guidance, or what the network reads where it reads its guidance. It goes before
+        guidance weights that were learned by a run. Raises UserError for a number outside [0, 100] and for an unknown name.
         """
         if guidance is None:
             return self
         asked = read(self.denoiser, guidance)
-        return replace(self, active=dict(self.active), asked=asked)
+        learned = {name: part for name, part in self.learned.items() if not (isinstance(part, GuidanceWeights) and part.frozen)}
+        return replace(self, active=dict(self.active), asked=asked, learned=learned)
 
     def with_member(self, name: str, member: Answerer) -> Model:
         """This model with a member `(x, level, condition) -> answer` that plans call by this name (`Jump(..., via=name)`)."""
         return replace(self, active=dict(self.active), members={**self.members, name: member})
 
     def learning(self, name: str, part: Learned) -> Model:
-        """This model with a learned part in its chains: it answers when sampling, and is trained by `finetune`."""
+        """This model with a learned part in its chains: it answers when sampling, and is trained by `finetune` if not frozen."""
         return replace(self, active=dict(self.active), learned={**self.learned, name: part})
 
     def cast(self) -> Cast:
@@ -193,6 +195,7 @@ class Model:
     ) -> Model:  # fmt: skip
         """This model with a saved adapter (a run, a folder, a file, OWNER/NAME:FILE on the hub) on top, at `scale`.
 
+        What a run learned besides, guidance weights and negative embeddings, comes along as it is.
         A name of `chainrule.models.PUBLISHED` (hyper-sd15-4, lcm-sdxl, ...) is downloaded, and sampled as its authors say.
         `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
         excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model, which stays as it is. The adapter
@@ -214,7 +217,8 @@ class Model:
             name = adapters.unused_name(self.network, "loaded")
             lease = adapters.lease(self.network, name, weights)
             active[name] = Band(scale * (known.scale if known else 1.0), own or spans, lease)
-        model = replace(self, active=active, base_adapters=(*self.base_adapters, str(source)))
+        learned = {} if isinstance(source, adapters.Weights) else load_learned(adapters.learned_folders(source))
+        model = replace(self, active=active, learned={**self.learned, **learned}, base_adapters=(*self.base_adapters, str(source)))
         if not known:
             return model
         defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)

@@ -61,11 +61,14 @@ KINDS: Mapping[str, Kind] = {
         lambda process, config: DPMSolver(process, 3, settle=15 if config.lower_order_final else 0),
         MULTISTEP | {"solver_order": 3},
     ),
+    # The stochastic equation of the same marginals: DDIM with eta = 1; flows have it too.
+    "sde": Kind("DDIMScheduler", lambda process, config: Ancestral(process), {}, strides=True),
     "lcm": Kind("LCMScheduler", lambda process, config: Consistency(process, config.timestep_scaling), {}),
     "tcd": Kind("TCDScheduler", lambda process, config: TCD(process), {}),
 }  # fmt: skip
 SOLVERS = tuple(KINDS)
 FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW_SOLVERS: Mapping[str, Callable[[Process], Solver]] = {"euler": DDIM, "sde": Ancestral}
 # Schedulers that are not here, and the solver that comes nearest; all others: ddim.
 NEAREST = {
     "UniPCMultistepScheduler": "dpm++", "DEISMultistepScheduler": "dpm++",
@@ -91,8 +94,8 @@ def own_spacing(scheduler: Any, steps: int, **options: Any) -> None:
 
 def check_scheduler(scheduler: str, name: str | None) -> None:
     """Raises UserError for a pipeline's scheduler, by its class, that has no solver here, unless another one is asked for."""
-    if scheduler == FLOW and name not in (None, "euler"):
-        raise UserError(f"the solver {name} is for diffusion models, and this one is a flow; its solver is euler")
+    if scheduler == FLOW and name not in (None, *FLOW_SOLVERS):
+        raise UserError(f"the solver {name} is for diffusion models, and this one is a flow; its solvers are euler and sde")
     if name is None and scheduler not in (FLOW, *REPLACED, *(kind.scheduler for kind in KINDS.values())):
         nearest = NEAREST.get(scheduler, "ddim")
         raise UserError(f"the scheduler {scheduler} is not supported; sample with the nearest solver, {nearest}")
@@ -129,7 +132,7 @@ def sampler_of(
     if settings:
         scheduler = _remade(scheduler, type(scheduler), **settings)
     if type(scheduler).__name__ == FLOW:
-        return _flow(scheduler, spacing)
+        return _flow(scheduler, spacing, name or "euler")
     own = _own(scheduler)
     if "alphas_cumprod" not in vars(scheduler):
         raise UserError(f"the scheduler {type(scheduler).__name__} is not supported; the nearest supported is {FLOW}")
@@ -179,13 +182,15 @@ def _end(name: str, scheduler: Any) -> int:
     """The level a sampler's last step lands on."""
     config, own = scheduler.config, inspect.signature(type(scheduler)).parameters
     lowest = "final_sigmas_type" in own and config.final_sigmas_type == "sigma_min"
-    return int(name == "tcd" or (name == "ddim" and not config.set_alpha_to_one) or lowest)
+    return int(name == "tcd" or (name in ("ddim", "sde") and not config.set_alpha_to_one) or lowest)
 
 
-def _flow(scheduler: Any, spacing: Spacing) -> Sampler:
+def _flow(scheduler: Any, spacing: Spacing, name: str) -> Sampler:
     _check(scheduler, {})
     process = Process(Flow(scheduler.config.num_train_timesteps), Prediction.FLOW)
-    return Sampler("euler", DDIM(process), lambda steps: _levels(scheduler, steps, spacing, 0, False), scheduler, spacing)
+    return Sampler(
+        name, FLOW_SOLVERS[name](process), lambda steps: _levels(scheduler, steps, spacing, 0, False), scheduler, spacing
+    )
 
 
 def _check(scheduler: Any, needs: Mapping[str, object]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from chainrule.errors import UserError
 
 RewardFunction: TypeAlias = Callable[[Tensor, Sequence[str]], Tensor]
+COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
 
 
 class Reward(ABC):
@@ -209,6 +210,8 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         got = f"{count} images but {len(prompts)} prompts"
         raise UserError(f"reward {reward.name!r} got {got}; give one prompt per image")
     values = reward(images, prompts)
+    if not isinstance(values, Tensor):  # numbers of a scorer that knows nothing of torch
+        values = _numbers(values, images)
     wanted = f"must return one float per image, a tensor of shape ({count},)"
     if not isinstance(values, Tensor):
         raise UserError(f"reward {reward.name!r} {wanted}, but it returned {values!r}")
@@ -219,28 +222,40 @@ def checked(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     return values
 
 
-def probe(reward: Reward, size: int | tuple[int, int], device: torch.device | str = "cpu", count: int = 2) -> Tensor:
+def _numbers(values: object, images: Tensor) -> object:
+    """A list or an array of numbers as a tensor; anything else as it is."""
+    try:
+        given = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return values
+    kind = torch.promote_types(images.dtype, torch.float32)
+    return given.to(images.device, kind) if given.dtype not in (torch.bool, *COMPLEX) else values
+
+
+def probe(
+    reward: Reward, size: int | tuple[int, int], device: torch.device | str = "cpu", count: int = 2, *, gradient: bool = True
+) -> Tensor:  # fmt: skip
     """Try the reward on random images of `size` pixels (a side, or height and width) before a run depends on it.
 
     `count` is how many a run gives it at a time; more than two are as two.
 
     Each term of a sum is tried on its own. Returns the values. Raises UserError if a term raises, returns a wrong
-    shape, NaN or infinity, or passes no finite gradient to the pixels.
+    shape, NaN or infinity, or, where a `gradient` is needed, passes no finite one to the pixels.
     """
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.rand(min(count, 2), 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-    return torch.stack([weight * _probe(term, images) for weight, term in reward.weighted()]).sum(0)
+    return torch.stack([weight * _probe(term, images, gradient) for weight, term in reward.weighted()]).sum(0)
 
 
-def _probe(reward: Reward, images: Tensor) -> Tensor:
-    images = images.detach().requires_grad_()
+def _probe(reward: Reward, images: Tensor, differentiated: bool) -> Tensor:
+    images = images.detach().requires_grad_(differentiated)
     no_gradient = (
         f"reward {reward.name!r} passes no gradient to the pixels; compute it from them with torch alone, "
-        "without detach(), no_grad(), NumPy, PIL or rounding"
+        "without detach(), no_grad(), NumPy, PIL or rounding, or train by ddpo or grpo, which need none"
         + "; or raise the batch, if it compares the images of one, because it gets a single image at a time"
         * (len(images) == 1)
     )
-    with torch.enable_grad():
+    with torch.set_grad_enabled(differentiated):
         try:
             values = checked(reward, images, ["a photo of a cat", "a photo of a dog"][: len(images)])
         except UserError:
@@ -252,6 +267,8 @@ def _probe(reward: Reward, images: Tensor) -> Tensor:
         if not values.isfinite().all():
             got = str(values.tolist())
             raise UserError(f"reward {reward.name!r} returned {got}; it must be finite on images in [0, 1]")
+        if not differentiated:
+            return values.detach()
         if not values.requires_grad:
             raise UserError(no_gradient)
         (gradient,) = torch.autograd.grad(values.sum(), images, allow_unused=True)
