@@ -55,6 +55,14 @@ def guidance_weights(model: cr.Model) -> GuidanceWeights:
     return part
 
 
+def negative_network(model: cr.Model) -> NegativeEmbedding:
+    part = NegativeEmbedding.start(model.embed([""]).negative.states[0])
+    torch.manual_seed(5)
+    for parameter in part.network.parameters():
+        parameter.data.normal_(0, 0.3)
+    return part
+
+
 def embedding(side: str) -> Callable[[cr.Model], Embedding]:
     """One away from the prompts' own."""
 
@@ -77,6 +85,7 @@ CASES = {
     "negative embedding": Case(
         lambda model: NegativeEmbedding(Mixer()), negative=lambda part, positive, negative: part.network(positive)
     ),
+    "the paper's negative embedding": Case(negative_network, negative=lambda part, positive, negative: part.network(positive)),
     "steered prompt": Case(embedding("positive"), positive=lambda part, positive: part.states),
     "steered negative prompt": Case(embedding("negative"), negative=lambda part, positive, negative: part.states),
     "steered controls": Case(controls, control=lambda part, level: part.values[level]),

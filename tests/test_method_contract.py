@@ -15,13 +15,30 @@ from pipelines import make_pipeline
 
 import chainrule as cr
 from chainrule import methods
-from chainrule.methods import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, Method, Needs, Pathwise, ReFL, ShortFT, needs, stages
+from chainrule.methods import (
+    DDPO,
+    DPG,
+    GRPO,
+    SDO,
+    AlignProp,
+    DRaFT,
+    DRaFTLV,
+    DRTune,
+    Method,
+    Needs,
+    Pathwise,
+    ReFL,
+    ShortFT,
+    needs,
+    stages,
+)  # fmt: skip
 from chainrule.plan import Grad, Grid, Jump, Plan, leading, walk
 
 METHODS: list[Method] = [
     DRaFT(), DRaFT(3), DRaFTLV(), DRaFTLV(n=1, reuse_reward_gradient=True), ReFL(m=4), ReFL(m=4, guided=False), AlignProp(),
     AlignProp(last_only=True), DRTune(k=3, m=2), SDO(), SDO(samples=3), ShortFT(), ShortFT(k=3, shared=True), ShortFT(k=3, stage=2),
-    ShortFT(k=3, stage=3), ShortFT(k=2, depth=2), ShortFT(shortcuts=()), ShortFT(k=6), ShortFT(k=6, stage=2),
+    ShortFT(k=3, stage=3), ShortFT(k=2, depth=2), ShortFT(shortcuts=()), ShortFT(k=6), ShortFT(k=6, stage=2), DPG(), DDPO(),
+    DDPO(reuse=4, calls=2), GRPO(group=3),
 ]  # fmt: skip
 GRIDS: dict[str, Grid] = {
     "sd50": leading(50),

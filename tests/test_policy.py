@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ import torch
 from families import sd3
 from pipelines import make_pipeline
 from torch import Tensor, nn
+from tuned import Judge, differences, gray, outcome
 
 import chainrule as cr
 from chainrule.adapters import selected
@@ -30,19 +32,6 @@ from chainrule.rewards import reward_of
 from chainrule.solve import Ancestral, Prediction, Process, moves
 
 STEPS, PROMPTS, SEEDS = 4, ["a fox", "a fox", "two bees", "two bees"], [4, 9, 5, 2]
-
-
-class Judge(nn.Module):
-    """A small network that scores images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        self.inner, self.out = nn.Linear(12, 8).double(), nn.Linear(8, 1).double()
-
-    def forward(self, images: Tensor, prompts: object) -> Tensor:
-        small = nn.functional.adaptive_avg_pool2d(images.to(self.out.weight), 2).flatten(1)
-        return self.out(self.inner(3 * small).tanh())[:, 0]
 
 
 def whole_numbers(images: Tensor, prompts: object) -> list[int]:
@@ -202,7 +191,7 @@ def test_advantages_are_in_standard_deviations_of_the_group_or_of_the_prompts_la
 def test_the_actor_and_the_critic_are_plain_loops(name: str, at: int) -> None:
     model, adapter = prepared(name)
     model = model.solving(None) if name == "epsilon" else model
-    judge = Judge()
+    judge = Judge().double()
     reward, grid = reward_of(judge), model.grid(STEPS)
     (action,) = walk(grid[at : at + 2], Grad.WEIGHTS)
     plan = next(p for p in (DPG(rank=2).plan(grid, Random(seed)) for seed in range(99)) if p.branches[1][0] == action)
@@ -252,7 +241,7 @@ def test_the_actor_and_the_critic_are_plain_loops(name: str, at: int) -> None:
 
 
 def test_a_critic_learns_what_images_are_worth_and_leaves_the_reward_as_it_is(tmp_path: Path) -> None:
-    judge = Judge().float()
+    judge = Judge()
     before = {name: value.clone() for name, value in judge.state_dict().items()}
     model = cr.load(make_pipeline(dtype=torch.float32))
     run = cr.finetune(
@@ -303,6 +292,33 @@ def test_a_step_of_the_sde_has_the_marginals_of_the_ode() -> None:
         signal, noise = step.a * alpha - step.b + step.b * 0, step.a * sigma + step.b
         assert signal == pytest.approx(alpha2, abs=1e-12)
         assert noise**2 + step.d**2 == pytest.approx(sigma2**2, abs=1e-12)
+
+
+def test_a_rollout_that_serves_several_updates_is_in_the_checkpoint(tmp_path: Path) -> None:
+    """Killed and resumed in the middle of a rollout, the run ends as if it had not been."""
+    options: dict[str, Any] = {
+        "updates": 5,
+        "batch": 4,
+        "accumulate": 2,
+        "sample_steps": 3,
+        "rank": 2,
+        "lr": 1e-2,
+        "sample_every": 0,
+    }
+
+    def kill(row: Any) -> None:
+        if row["step"] == 4:
+            raise KeyError
+
+    for name, on_update in (("whole", None), ("cut", kill)):
+        model = cr.load(make_pipeline(dtype=torch.float32)).solving("sde")
+        with nullcontext() if name == "whole" else pytest.raises(KeyError):
+            cr.finetune(model, DDPO(reuse=3), gray, PROMPTS, out=tmp_path / name, on_update=on_update, save_every=2, **options)
+    model = cr.load(make_pipeline(dtype=torch.float32)).solving("sde")
+    cr.finetune(model, DDPO(reuse=3), gray, PROMPTS, out=tmp_path / "cut", resume=True, save_every=2, **options)
+    assert not differences(*(outcome(tmp_path / name) for name in ("whole", "cut")))
+    rewards = [row["reward"] for row in cr.Run(tmp_path / "cut").metrics()]
+    assert rewards[0] == rewards[1] == rewards[2] != rewards[3] == rewards[4]
 
 
 def test_the_last_step_is_never_an_action() -> None:

@@ -19,11 +19,12 @@ from faults.trial import together
 from PIL import Image
 from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
+from tuned import Judge
 
 import chainrule as cr
 from chainrule.cli import app
 from chainrule.loop import Row
-from chainrule.methods import SDO
+from chainrule.methods import DDPO, DPG, GRPO, SDO
 from chainrule.processes import ALONE, Processes
 
 PROMPTS = ["a fox", "two bees", "a cat"]
@@ -68,12 +69,17 @@ def work(folder: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("method", ["sdo", "draft-lv", "draft-1"])
+@pytest.mark.parametrize(
+    "method", ["sdo", "draft-lv", "draft-1", GRPO(group=2), DDPO(reuse=2, clip=1.0), DPG(rank=2), "sdo and the sampler"], ids=str
+)
 def test_an_adapter_is_the_same_to_1e6_by_any_number_of_processes(method, count, tmp_path):
     def tune(place: Path) -> None:
-        net = cr.load(make_pipeline("v_prediction", torch.float32))
+        net = cr.load(make_pipeline("v_prediction", torch.float32)).solving("sde" if isinstance(method, GRPO | DDPO) else None)
         small = {"updates": 5, "batch": 4, "sample_steps": 4, "guidance": 2.0, "rank": 2, "sample_every": 0}
-        cr.finetune(net, method, gray, PROMPTS, out=place, **small)
+        reward = Judge() if isinstance(method, DPG) else gray
+        if method == "sdo and the sampler":
+            small["learn"] = "adapter,guidance,negative"
+        cr.finetune(net, str(method).split()[0] if isinstance(method, str) else method, reward, PROMPTS, out=place, **small)
 
     launched = together(lambda rank: partial(tune, tmp_path / "several"), tmp_path / "said", count)
     tune(tmp_path / "one")

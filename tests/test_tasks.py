@@ -17,13 +17,14 @@ from pipelines import make_pipeline
 from safetensors.torch import load_file
 from students import student_file
 from torch import Tensor
+from tuned import Judge
 
 import chainrule as cr
 from chainrule import loop
 from chainrule.config import FinetuneConfig
 from chainrule.distill import DistillTask
 from chainrule.loop import STOPS, Listener, Row, Task, complete, load_checkpoint
-from chainrule.methods import SDO, Method, ShortFT
+from chainrule.methods import DPG, GRPO, SDO, Method, ShortFT
 from chainrule.objective import Objective
 from chainrule.rewards import reward_of
 from chainrule.settings import Distillation, Finetuning, Steering
@@ -53,11 +54,11 @@ def model() -> cr.Model:
     return cr.load(make_pipeline(dtype=torch.float32))
 
 
-def tuning(method: Method, net: cr.Model) -> FinetuneTask:
+def tuning(method: Method, net: cr.Model, reward: Any = gray, learn: str = "adapter") -> FinetuneTask:
     settings = Finetuning(
-        updates=UPDATES, batch=2, accumulate=2, sample_steps=3, guidance=2.0, rank=2, lr=1e-2, ema=0.9, schedule="sqrt"
+        updates=UPDATES, batch=2, accumulate=2, sample_steps=3, guidance=2.0, rank=2, lr=1e-2, ema=0.9, schedule="sqrt", learn=learn
     )
-    return FinetuneTask.start(net, method, reward_of(gray), PROMPTS, settings)
+    return FinetuneTask.start(net, method, reward_of(reward), PROMPTS, settings)
 
 
 def distilling() -> DistillTask:
@@ -124,6 +125,9 @@ CURVE = (0, 1, 2, 3, 4, 5)
 CASES = {
     "fine-tuning": Case(lambda folder: tuning(SDO(), model()), rewarded(endless)),
     "fine-tuning in stages": Case(staged, rewarded(steep)),
+    "learning the sampler": Case(lambda folder: tuning(SDO(), model(), learn="guidance,negative"), rewarded(endless)),
+    "fine-tuning by likelihoods": Case(lambda folder: tuning(GRPO(group=2), model().solving("sde")), rewarded(endless)),
+    "fine-tuning by a critic": Case(lambda folder: tuning(DPG(rank=2), model(), Judge()), rewarded(endless)),
     "distilling": Case(lambda folder: distilling(), nothing),
     "steering latents": Case(lambda folder: steering("latent"), steered(endless), CURVE),
     "steering prompts": Case(lambda folder: steering("prompt", "full"), steered(steep), CURVE),

@@ -6,6 +6,7 @@ its gradient at the answer m is b / d times the noise. The walker pulls that bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,7 +98,8 @@ class Rollouts:
         images = torch.empty(0)
         if self.last is None or self.last.used == self.kind.reuse:
             self.last, images = self._roll(model, plan.branches[0], objective, batch)
-        self.last.used += 1
+        # One with a reward that is not finite serves for nothing, and no update follows from it.
+        self.last.used = self.last.used + 1 if bool(self.last.rewards.isfinite().all()) else self.kind.reuse
         mine = batch.processes.share(range(len(self.last.prompts)))
         return [
             self._part(model, plan, objective, batch, mine[part :: batch.parts], images[part :: batch.parts])
@@ -146,8 +148,10 @@ class Rollouts:
             groups = [rewards[i - i % size :][:size] for i in range(len(rewards))]
         else:
             for prompt, reward in zip(prompts, rewards, strict=True):
-                self.history[prompt] = [*self.history.get(prompt, []), reward][-LAST:]
-            groups = [self.history[prompt] if len(self.history[prompt]) >= ENOUGH else rewards for prompt in prompts]
+                if math.isfinite(reward):
+                    self.history[prompt] = [*self.history.get(prompt, []), reward][-LAST:]
+            known = [self.history.get(prompt, []) for prompt in prompts]
+            groups = [last if len(last) >= ENOUGH else rewards for last in known]
         return torch.stack([_standard(reward, group) for reward, group in zip(rewards, groups, strict=True)])
 
     def settle(self, mean: Callable[[Tensor], Tensor]) -> None:
