@@ -117,7 +117,7 @@ def test_a_folder_of_another_model_is_not_filled_with_random_numbers(models: Pat
 
 def test_offline_every_published_model_is_missed_in_one_line() -> None:
     needs = {"directional": ":a face to a sad face", "classifier": ":dog", "detect": ":a cat", "area": ":a cat"}
-    free = {"symmetry", "rotation", "compressible", "incompressible", "diversity", "style", "lpips"}
+    free = {"filesize", "process", "symmetry", "rotation", "compressible", "incompressible", "diversity", "style", "lpips"}
     for name in {*rewards.REGISTRY} - free:
         assert re.search("cannot load|the hub does not give", _refused(partial(parse(name + needs.get(name, "")).to, "cpu")))
 

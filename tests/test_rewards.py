@@ -206,13 +206,15 @@ def test_parse_reads_weighted_sums(models: Path) -> None:
     assert parse("symmetry") == rewards.Symmetry()
     name = "-clip:some-lab/a-clip + incompressible:30 - symmetry"
     assert parse(name.replace(":30 - s", ":30-s")).name == name
-    assert {*rewards.REGISTRY} - {"lpips"} == {*ALL, *OF_A_BATCH} - {"function", "sum", "target", "on", "diversity of features"}
+    tested = {*ALL, *OF_A_BATCH} - {"function", "sum", "target", "on", "diversity of features"}
+    assert {*rewards.REGISTRY} - {"lpips", "filesize", "process"} == tested
     needs = {
         "detect": ":a person, people",
         "area": ":strawberries",
         "directional": ":a face to a sad face",
         "classifier": ":dog",
         "style": f":{models}/style.png",
+        "process": ":python scorer.py",
     }
     for name, entry in rewards.REGISTRY.items():
         if name == "lpips":  # its package is not installed here

@@ -170,7 +170,7 @@ class NegativeEmbedding:
         try:
             network = NegativeNetwork(tensors["empty"], told["heads"])
             network.load_state_dict(tensors)
-        except (KeyError, RuntimeError, AssertionError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, RuntimeError, AssertionError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{place} is damaged, or of another network ({reason})") from error
         return cls(network.requires_grad_(False))

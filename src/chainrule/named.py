@@ -25,6 +25,7 @@ from chainrule.errors import UserError, unknown
 
 T = TypeVar("T")
 WITHOUT_POINT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # 1e-3, which YAML 1.1 reads as text
+PROGRAM = re.compile(r"(?:^|[-+*])\s*process:")  # a reward that starts another program
 WORDS = {
     int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("text", "texts"),
     bool: ("true or false", "values true or false"), type(None): ("null", "nulls"),
@@ -40,10 +41,10 @@ def is_place(text: str) -> bool:
 
 
 def refuse_code(values: Mapping[str, Any], where: str | Path, allowed: bool) -> None:
-    """Raises UserError if a file's values name code, `path/to/file.py:name`, and it is not `allowed` to be run."""
+    """Raises UserError if a file's values name code, `path/to/file.py:name` or a program, and it is not `allowed` to be run."""
     for key, value in values.items():
         for text in _texts(value):
-            if is_place(text) and not allowed:
+            if (is_place(text) or PROGRAM.search(text)) and not allowed:
                 raise UserError(f"{where} names code to run, {key}: {text}; read it, then pass --allow-code")
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from chainrule.rewards.clip import load_clip
     from chainrule.rewards.detect import DetectedArea, Detection
     from chainrule.rewards.diversity import Diversity, Dropout
+    from chainrule.rewards.external import FileSize, Program
     from chainrule.rewards.given import AnyReward, as_reward, as_rewards
     from chainrule.rewards.imagereward import ImageReward
     from chainrule.rewards.likeness import LPIPS, Identity
@@ -48,6 +49,7 @@ __all__ = [
     "Diversity",
     "Dropout",
     "Entry",
+    "FileSize",
     "FunctionReward",
     "HPSv2",
     "HPSv21",
@@ -58,6 +60,7 @@ __all__ = [
     "On",
     "Perceptual",
     "PickScore",
+    "Program",
     "Reward",
     "RewardFunction",
     "RotationalAnticorrelation",
@@ -88,6 +91,7 @@ _ROOMS = {
     "given": ("AnyReward", "as_reward", "as_rewards"),
     "detect": ("DetectedArea", "Detection"),
     "diversity": ("Diversity", "Dropout"),
+    "external": ("FileSize", "Program"),
     "imagereward": ("ImageReward",),
     "likeness": ("LPIPS", "Identity"),
     "loaded": ("release",),

@@ -229,7 +229,7 @@ def _numbers(values: object, images: Tensor) -> object:
     except (TypeError, ValueError, RuntimeError):
         return values
     kind = torch.promote_types(images.dtype, torch.float32)
-    return given.to(images.device, kind) if given.dtype not in (torch.bool, *COMPLEX) else values
+    return given.to(images.device, kind) if given.ndim and given.dtype not in (torch.bool, *COMPLEX) else values
 
 
 def probe(

@@ -58,6 +58,8 @@ REGISTRY: Mapping[str, Entry] = {
     ),
     "incompressible": Entry("weightless.JPEGIncompressibility", "what JPEG loses; incompressible:30 sets the quality"),
     "diversity": Entry("diversity.Diversity", "unlikeness of the images of a batch, by pixels or by a CLIP: diversity:tiny"),
+    "filesize": Entry("external.FileSize", "kilobytes of the image's JPEG file; filesize:80 sets its quality; no gradient"),
+    "process": Entry("external.Program", "what another program says of each image: process:python scorer.py; no gradient"),
     "dropout": Entry("diversity.Dropout", "aesthetic with dropout in its head: dropout:0.95, or dropout:0.5:tiny"),
 }
 
@@ -69,7 +71,7 @@ _WORD = r"\w+(?=[+-])(?![^\s]*[:/])"
 # Rewards that take a text after the colon, which may have spaces, and the option it sets. Their source may stand before it.
 TEXT_OPTION = {
     "clip": "text", "siglip": "text", "directional": "text", "detect": "text", "area": "text", "classifier": "label",
-    "style": "picture",
+    "style": "picture", "process": "command",
 }  # fmt: skip
 # Rewards for which no small model comes with chainrule, so the source "tiny" is not for them.
 UNBUNDLED = ("imagereward", "siglip", "detect", "area", "safe", "concepts", "identity", "lpips")
@@ -114,7 +116,7 @@ def parse(text: str, source: str | None = None) -> Reward:
 
 def _named(body: str, otherwise: dict[str, str]) -> Reward:
     head, colon, tail = body.partition(":")
-    if is_place(body):
+    if is_place(body) and head != "process":
         return _from_file(body)
     if head not in REGISTRY:
         raise unknown("reward", head, REGISTRY)
@@ -123,7 +125,7 @@ def _named(body: str, otherwise: dict[str, str]) -> Reward:
     if "source" not in names or (head in UNBUNDLED and otherwise.get("source") == "tiny"):
         otherwise = {}
     if head in TEXT_OPTION and (colon or head not in _TEXT_IS_OPTIONAL):
-        return kind(**otherwise | _text_options(head, tail))
+        return kind(**otherwise | _text_options(head, tail, "source" in names))
     if not colon:
         return kind(**otherwise)
     option = next(iter(fields(kind)), None)  # type: ignore[arg-type]
@@ -148,10 +150,10 @@ def _number_options(head: str, tail: str, option: str, kind: type[int] | type[fl
     return {option: kind(value)} | ({"source": source} if colon else {})
 
 
-def _text_options(head: str, tail: str) -> dict[str, str]:
+def _text_options(head: str, tail: str, sourced: bool) -> dict[str, str]:
     """The options written in `style:tiny:picture.png`: the source, if there is one, and the text. `clip:SOURCE` has no text."""
     source, colon, rest = tail.partition(":")
-    if colon:
+    if colon and sourced:
         return {"source": source, TEXT_OPTION[head]: rest.strip()}
     if head in ("clip", "siglip") and (tail == "tiny" or Path(tail).exists() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", tail)):
         return {"source": tail}
