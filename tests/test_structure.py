@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report learnable "
     "training grids trackers",
     "evaluate": "errors asked files processes estimate rewards guidance models prompts",
+    "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked pictures files tensors size config plan runs processes loop settings noise half solve adapters rewards "
     "denoise guidance cast chain learned objective models report",
@@ -75,7 +76,7 @@ MAY_IMPORT = {
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate finetune steer",
     "cli": "errors asked yaml_text files processes named checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report finetune steer doctor distill evaluate analyze experiments",
+    "models prompts report finetune steer doctor distill evaluate baselines pictures analyze experiments",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (

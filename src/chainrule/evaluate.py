@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,32 +24,95 @@ from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import AnyReward, as_rewards, checked
 
 
+class Renderer(Protocol):
+    """What makes images of prompts: a model, or one that chooses among its images or changes its prompts (`baselines`)."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def render(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
+        on_call: Callable[[], None] = ..., processes: Processes = ALONE,
+    ) -> Tensor:  # fmt: skip
+        """Images of these pairs, (b, 3, h, w) in [0, 1] on the CPU, on every process."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A comparison: rows are models, columns are rewards and diversity. Gains are over the first row, paired by prompt."""
+    """A comparison: rows are models, columns are rewards and diversity. Gains are over the first row, paired by prompt.
+
+    `values` are the means over seeds, one for each prompt, of every row and column.
+    """
 
     prompts: list[str]
     rows: dict[str, dict[str, Estimate]]
     gains: dict[str, dict[str, Estimate]]
+    values: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], values: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
+        """From one number for each prompt, for every row and column."""
+        first = next(iter(values.values()))
+        rows = {name: {c: Estimate.of(v) for c, v in columns.items()} for name, columns in values.items()}
+        gains = {
+            name: {c: Estimate.of([b - a for a, b in zip(first[c], v, strict=True)]) for c, v in columns.items()}
+            for name, columns in list(values.items())[1:]
+        }
+        return cls(list(prompts), rows, gains, values)
+
+    def by_group(self, groups: Sequence[str]) -> dict[str, Table]:
+        """A table for each group of prompts, in the order in which they come first. `groups` has one for each prompt."""
+        found = {}
+        for group in dict.fromkeys(groups):
+            at = [i for i, other in enumerate(groups) if other == group]
+            values = {name: {c: [v[i] for i in at] for c, v in columns.items()} for name, columns in self.values.items()}
+            found[group] = Table.of([self.prompts[i] for i in at], values)
+        return found
+
+    def grouped(self, groups: Sequence[str]) -> str:
+        """For every reward the rows' means by group and over all prompts, as HPSv2's are printed (arXiv:2309.17400, Table 2)."""
+        by, texts = self.by_group(groups), []
+        for column in next(iter(self.rows.values())):
+            lines = [[column, *by, "all"]]
+            lines += [
+                [name, *(str(t.rows[name][column]) for t in by.values()), str(row[column])] for name, row in self.rows.items()
+            ]
+            texts.append(aligned(lines))
+        return "\n\n".join(texts)
 
     def __str__(self) -> str:
         columns = list(next(iter(self.rows.values())))
         lines = [["model", *columns]]
         lines += [[name, *(str(row[c]) for c in columns)] for name, row in self.rows.items()]
         lines += [[f"  gain of {name}", *(str(gain[c]) for c in columns)] for name, gain in self.gains.items()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return aligned(lines)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the table as JSON, which the report reads. An infinite interval becomes null, as JSON has no infinity."""
+    def save(self, path: str | Path, groups: Sequence[str] = ()) -> Path:
+        """Write the table as JSON, which the report reads. An infinite interval becomes null, as JSON has no infinity.
+
+        With `groups`, one for each prompt, it also has the rows of every group.
+        """
 
         def finite(row: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
             return {n: {k: v if math.isfinite(v) else None for k, v in asdict(e).items()} for n, e in row.items()}
 
         rows = [{"name": name, "metrics": finite(row)} for name, row in self.rows.items()]
         last = finite(list(self.gains.values())[-1]) if self.gains else {}
-        write_text(path, json.dumps({"prompts": self.prompts, "rows": rows, "gains": last}, indent=2) + "\n")
+        told: dict[str, object] = {"prompts": self.prompts, "rows": rows, "gains": last}
+        if groups:
+            told["groups"] = {
+                group: [{"name": name, "metrics": finite(row)} for name, row in table.rows.items()]
+                for group, table in self.by_group(groups).items()
+            }
+        write_text(path, json.dumps(told, indent=2) + "\n")
         return Path(path)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def diversity(images: Tensor) -> float:
@@ -65,7 +129,7 @@ def diversity(images: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    models: Model | Mapping[str, Model],
+    models: Model | Mapping[str, Renderer],
     prompts: str | Sequence[str],
     rewards: AnyReward | Sequence[AnyReward],
     *,
@@ -106,10 +170,4 @@ def evaluate(
         if len(seeds) > 1:
             columns["diversity"] = [diversity(same) for same in images.split(len(seeds))]
         per_prompt[name] = columns
-    first = next(iter(per_prompt.values()))
-    rows = {name: {c: Estimate.of(v) for c, v in columns.items()} for name, columns in per_prompt.items()}
-    gains = {
-        name: {c: Estimate.of([b - a for a, b in zip(first[c], v, strict=True)]) for c, v in columns.items()}
-        for name, columns in list(per_prompt.items())[1:]
-    }
-    return Table(list(prompts), rows, gains)
+    return Table.of(prompts, per_prompt)

@@ -14,6 +14,13 @@ from chainrule.errors import UserError, unknown
 from chainrule.prompts import files, hub
 from chainrule.prompts.sets import SETS, subjects
 
+# What DRaFT's authors found (arXiv:2309.17400, A.3).
+PAPERS_TEMPLATE = "A stunning beautiful oil painting of a {}, cinematic lighting, golden hour light."
+TEMPLATES = (
+    "{}", PAPERS_TEMPLATE, "a photo of {}", "a painting of {}", "a drawing of {}", "a close-up of {}", "a large {}",
+    "{} in the center", "{} on a plain background",
+)  # fmt: skip
+
 _HALF = re.compile(r"(.+):(train|test)(?:@([^:/]*))?", re.DOTALL)
 _SLOT = re.compile(r"(?:\b(a|an|a\(n\)) )?\{\}", re.IGNORECASE)
 
@@ -64,6 +71,31 @@ def prompts(source: str | Path | Sequence[str]) -> list[str]:
     if not found:
         raise UserError(f"{source} holds no prompts")
     return [fill(parsed.template, subject) for subject in found] if parsed.template else found
+
+
+def groups(source: str | Path, column: str) -> list[str]:
+    """The group of each prompt of a source, in the same order: what its file has in another `column`, the category say.
+
+    HPDv2's benchmark folder has the column "style". Raises UserError for a source without columns, and where a prompt has no group.
+    """
+    parsed = Source.parse(str(source))
+    place, _ = _place(parsed.name)
+    if os.path.isdir(place) and files.is_benchmark(Path(place)):
+        if column != "style":
+            raise UserError(f"the prompt folder {place} has no column {column!r}; its prompts are grouped by style")
+        found = [style for style in files.STYLES for _ in files.read(Path(place) / f"{style}.json")]
+    elif place.lower().endswith(files.WITH_COLUMNS) or _holds_prompts(place):
+        found = _named(f"{place}:{column}")
+    elif place.startswith(hub.PREFIX) and place.count(":") >= 2:
+        found = _named(f"{':'.join(place.split(':')[:3])}:{column}")
+    else:
+        raise UserError(f"{source} has no columns, so its prompts have no {column}; leave the group out")
+    if parsed.half:
+        train, test = split(found, seed=_seed(parsed, str(source)))
+        found = train if parsed.half == "train" else test
+    if len(found) != len(prompts(source)):
+        raise UserError(f"{source} has {len(prompts(source))} prompts, but {len(found)} values in its column {column!r}")
+    return found
 
 
 def is_source(text: str) -> bool:
