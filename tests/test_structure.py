@@ -65,6 +65,7 @@ MAY_IMPORT = {
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report learnable "
     "training grids trackers",
     "evaluate": "errors asked files processes estimate rewards guidance models prompts",
+    "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked pictures files tensors size config plan runs processes loop settings noise half solve adapters rewards "
@@ -74,14 +75,14 @@ MAY_IMPORT = {
     "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
     "learner analyze",
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
-    "prompts report evaluate finetune steer",
+    "prompts report evaluate baselines finetune steer",
     "cli": "errors asked yaml_text files processes named checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report finetune steer doctor distill evaluate baselines pictures analyze experiments",
+    "models prompts report finetune steer doctor distill evaluate vote baselines pictures analyze experiments",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
     "errors", "asked", "environment", "files", "yaml_text", "named", "size", "checked", "settings", "config", "runs", "estimate",
-    "plan", "methods", "prompts", "report", "cli",
+    "plan", "methods", "prompts", "report", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")

@@ -30,3 +30,10 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} ± {self.interval:.2g}"
+
+
+def wilson(wins: int, count: int) -> tuple[float, float]:
+    """The 95% interval of a share, `wins` of `count` independent trials (Wilson 1927, Eq. 5)."""
+    share, z = wins / count, 1.959964
+    center, half = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max((center - half) / (1 + z**2 / count), 0.0), min((center + half) / (1 + z**2 / count), 1.0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from chainrule.cli import experimenting, looking, searching, steering, training, using
+from chainrule.cli import experimenting, looking, searching, steering, training, using, voting
 from chainrule.cli.app import app
 from chainrule.errors import Note, UserError
 
@@ -22,7 +22,8 @@ for name, command in {
     "train": training.train, "steer": steering.steer, "sample": using.sample, "eval": using.evaluate,
     "distill": training.distill, "mix": using.mix,
     "report": using.report, "plan": looking.plan, "methods": looking.methods, "rewards": looking.rewards,
-    "models": looking.models, "search": searching.search, "doctor": looking.doctor, "experiment": experimenting.experiment,
+    "models": looking.models, "search": searching.search,
+    "vote": voting.vote, "votes": voting.votes, "doctor": looking.doctor, "experiment": experimenting.experiment,
 }.items():  # fmt: skip
     app.command(name)(command)  # type: ignore[type-var]
 app.add_typer(looking.analyses, name="analyze")

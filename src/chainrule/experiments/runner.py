@@ -48,12 +48,14 @@ def run(tables: Sequence[Table], root: Path, jobs: int = 1) -> Outcome:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to the root {root}: {error.strerror or error}; choose another root") from error
-    waiting, outcome = list(missing.values()), Outcome()
-    with _bar(len(waiting)) as bar:
-        if jobs == 1:
-            _one_by_one(waiting, root, outcome, bar)
-        else:
-            _side_by_side(waiting, root, jobs, outcome, bar)
+    outcome = Outcome()
+    turns = [[unit for unit in missing.values() if bool(unit.of) is measuring] for measuring in (False, True)]
+    with _bar(len(missing)) as bar:
+        for waiting in filter(None, turns):  # what measures a run comes after it
+            if jobs == 1:
+                _one_by_one(waiting, root, outcome, bar)
+            elif not outcome.interrupted:
+                _side_by_side(waiting, root, jobs, outcome, bar)
     return outcome
 
 

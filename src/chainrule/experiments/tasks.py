@@ -14,12 +14,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import cast
 
 import torch
 import yaml
 
+from chainrule.baselines import BestOf, Templated
+from chainrule.errors import UserError
 from chainrule.estimate import Estimate
-from chainrule.evaluate import Table, evaluate
+from chainrule.evaluate import Renderer, Table, evaluate
 from chainrule.experiments import measures
 from chainrule.experiments.table import Values
 from chainrule.experiments.unit import RESULT, Unit, versions
@@ -92,7 +95,8 @@ def _train(unit: Unit, folder: Path) -> Table | None:
         shutil.rmtree(folder)  # cut before it began
     watch = read_prompts(unit.measure["prompts"])[:1]
     reward = parse(own["reward"], source)
-    run = finetune(model, method, reward, own["prompts"], settings, out=folder, resume=resume, watch=watch)
+    trained = model.solving(own["solver"]) if own["solver"] else model
+    run = finetune(trained, method, reward, own["prompts"], settings, out=folder, resume=resume, watch=watch)
     return None if _interrupted(folder) else _evaluated(unit, model.using(run.folder), source)
 
 
@@ -102,13 +106,26 @@ def _interrupted(folder: Path) -> bool:
 
 
 def _evaluate(unit: Unit, folder: Path) -> Table:
-    return _evaluated(unit, *_model(unit.settings))
+    model, source = _model(unit.settings)
+    if unit.of:
+        run, how = unit.of.folder(folder.parent), unit.measure
+        if not unit.of.done(folder.parent):
+            raise UserError(f"its run, {unit.of.title!r}, has no result yet")
+        steps = tuple(how["adapter_steps"]) if how["adapter_steps"] else None
+        scale = 1.0 if how["scale"] is None else how["scale"]
+        model = model.using(run, scale=scale, adapter_steps=steps, steps=how["sample_steps"])
+    return _evaluated(unit, model, source)
 
 
 def _evaluated(unit: Unit, model: Model, source: str | None) -> Table:
     how = unit.measure
+    rewards, made = [parse(name, source) for name in how["rewards"]], cast(Renderer, model)
+    if how["template"]:
+        made = Templated(model, how["template"])
+    if how["best_of"]:
+        made = BestOf(model, rewards[0], how["best_of"])
     return evaluate(
-        {unit.label: model}, how["prompts"], [parse(name, source) for name in how["rewards"]], seeds=how["seeds"],
+        {unit.label: made}, how["prompts"], rewards, seeds=how["seeds"],
         steps=how["sample_steps"], guidance=how["guidance"],
     )  # fmt: skip
 

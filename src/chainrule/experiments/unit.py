@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,15 +25,16 @@ from chainrule.settings import Finetuning, Steering
 
 VERSIONS = ("chainrule", "torch", "diffusers", "transformers", "peft")
 RESULT = "evaluation.json"
-OPENING = {"model": "tiny-emoji", "tunes": "model"}
+OPENING = {"model": "tiny-emoji", "tunes": "model", "solver": None}  # the solver is that of training
 OWN: dict[str, Values] = {  # what a task takes besides the library's settings, and what stands for what is not given
     "finetune": {**OPENING, "student": None, "method": "draft-lv", "reward": None, "prompts": "animals:train"},
     "steer": {**OPENING, "reward": None, "prompts": [""], "seeds": None, "images": None, "unit": "one", "counts": None,
               "parts": None},
     "cost": {"model": "tiny-emoji", "gradient": "sdo", "prompts": [""], "sample_steps": 50, "rounds": 3},
 }  # fmt: skip
-OWN["evaluate"] = OWN["finetune"]
-MEASURED: Values = {"prompts": "animals:test", "rewards": None, "seeds": [0, 1, 2, 3], "sample_steps": None, "guidance": None}
+OWN["evaluate"] = {**OWN["finetune"], "trained": None}  # the label of the row whose run is measured
+MEASURED: Values = {"prompts": "animals:test", "rewards": None, "seeds": [0, 1, 2, 3], "sample_steps": None, "guidance": None,
+                    "best_of": None, "template": None, "scale": None, "adapter_steps": None}  # fmt: skip
 # Settings that change no number, so that they are no part of a key.
 SILENT = ("memory", "micro_batch", "sample_every", "save_every", "tracker", "rounds")
 # Settings whose values are always in a key. A later one is in it where it is not its default, so that older results stay valid.
@@ -56,6 +57,7 @@ class Unit:
     settings: Values
     measure: Values
     recorded: dict[str, float]
+    of: Unit | None = None  # the run whose adapter is measured, where this one trains none of its own
 
     @property
     def key(self) -> str:
@@ -86,16 +88,27 @@ def versions() -> dict[str, str]:
 
 def units(table: Table) -> list[Unit]:
     """Every run of the table, a row after the other. Raises UserError for a setting no task knows, and for a wrong value."""
-    found = []
+    found: list[Unit] = []
     for label, row in table.rows.items():
         task = row.task or table.task
-        seeds: Sequence[int | None] = [None] if task in ("evaluate", "cost") else row.seeds or table.seeds
+        alone = task == "cost" or (task == "evaluate" and not row.settings.get("trained"))
+        seeds: Sequence[int | None] = [None] if alone else row.seeds or table.seeds
         for seed in seeds:
             try:
                 found.append(_unit(table, label, row, task, seed))
             except UserError as error:
                 raise UserError(f"{label!r} of the table {table.name}: {error}") from error
-    return found
+    return [_measuring(unit, found) if unit.settings.get("trained") else unit for unit in found]
+
+
+def _measuring(unit: Unit, every: Sequence[Unit]) -> Unit:
+    """A unit that measures another row's run of the same seed, whose key is part of its own."""
+    label = unit.settings["trained"]
+    run = next((other for other in every if other.label == label and other.seed == unit.seed), None)
+    if run is None or run.task != "finetune":
+        trained = [other.label for other in every if other.task == "finetune" and other.seed == unit.seed]
+        raise unknown(f"trained row of {unit.label!r} in the table {unit.table}", str(label), trained)
+    return replace(unit, config=unit.config | {"trained": run.key}, of=run)
 
 
 def _unit(table: Table, label: str, row: Row, task: str, seed: int | None) -> Unit:
@@ -149,7 +162,7 @@ def _trained(task: str, given: Values, measure: Values, seed: int | None) -> tup
         measured[key] = measured[key] if measured[key] is not None else decides.get(key)
     config: Values = {"task": task, **_opened(own), "measure": _given(measured | {"prompts": read_prompts(measured["prompts"])})}
     if task == "evaluate":
-        return config, {key: own[key] for key in OPENING}, measured
+        return config, {key: own[key] for key in (*OPENING, "trained")}, measured
     if not own["reward"]:
         raise UserError("no reward given; add reward to the settings")
     method = read_method(own["method"])
