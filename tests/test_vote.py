@@ -19,7 +19,7 @@ from chainrule.estimate import wilson
 from chainrule.vote import Outcome, count, study
 
 PROMPTS = ["a fox", "two </script> bees", "a cat"]
-COLORS = {"base_model": 40, "tuned_model": 120, "other_model": 200}
+COLORS = {"base_m": 40, "tuned_m": 120, "other_m": 200}
 
 
 def pictures() -> dict[str, list[Image.Image]]:
@@ -69,17 +69,14 @@ def side(name: str) -> Any:
 def test_votes_of_several_people_are_joined(tmp_path: Path) -> None:
     study(pictures(), PROMPTS, tmp_path)
     one, two = (
-        votes(tmp_path, "one", side("tuned_model")),
-        votes(tmp_path, "two", lambda pair: side("base_model")(pair) if pair["prompt"] == "a fox" else None),
+        votes(tmp_path, "one", side("tuned_m")),
+        votes(tmp_path, "two", lambda pair: side("base_m")(pair) if pair["prompt"] == "a fox" else None),
     )
     by = {(o.first, o.second): o for o in count(tmp_path, [one, two])}
-    assert by["base_model", "tuned_model"] == Outcome("base_model", "tuned_model", wins=1, losses=3, neither=0, people=2)
-    assert by["other_model", "tuned_model"] == Outcome("other_model", "tuned_model", wins=0, losses=3, neither=1, people=2)
-    assert by["base_model", "other_model"] == Outcome("base_model", "other_model", wins=1, losses=0, neither=3, people=2)
-    assert (
-        str(by["base_model", "tuned_model"])
-        == "base_model over tuned_model: 25.0% (4.6 to 69.9) of 4 votes, 0 for neither, 2 people"
-    )
+    assert by["base_m", "tuned_m"] == Outcome("base_m", "tuned_m", wins=1, losses=3, neither=0, people=2)
+    assert by["other_m", "tuned_m"] == Outcome("other_m", "tuned_m", wins=0, losses=3, neither=1, people=2)
+    assert by["base_m", "other_m"] == Outcome("base_m", "other_m", wins=1, losses=0, neither=3, people=2)
+    assert str(by["base_m", "tuned_m"]) == "base_m over tuned_m: 25.0% (4.6 to 69.9) of 4 votes, 0 for neither, 2 people"
     assert str(Outcome("a", "b", 0, 0, 2, 1)) == "a or b: no vote decided"
 
 
@@ -92,7 +89,7 @@ def test_wilsons_interval_solves_its_equation() -> None:
 def test_files_that_do_not_count_are_one_line(tmp_path: Path) -> None:
     study(pictures(), PROMPTS, tmp_path / "a")
     study(pictures(), PROMPTS, tmp_path / "b", seed=1)
-    one, other = votes(tmp_path / "a", "one", side("tuned_model")), votes(tmp_path / "b", "one", side("tuned_model"))
+    one, other = votes(tmp_path / "a", "one", side("tuned_m")), votes(tmp_path / "b", "one", side("tuned_m"))
     wrong = tmp_path / "wrong.json"
     key = json.loads((tmp_path / "a/key.json").read_text())
     for files, said in (

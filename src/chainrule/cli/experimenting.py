@@ -10,10 +10,12 @@ import typer
 
 from chainrule.cli.arguments import AllowCode, check_counts, counted
 from chainrule.errors import UserError
-from chainrule.files import make_folder, write_text
+from chainrule.files import make_folder, write_picture, write_text
 from chainrule.named import refuse_code
 
 if TYPE_CHECKING:
+    from chainrule.experiments.page import Results
+    from chainrule.experiments.runner import Outcome
     from chainrule.experiments.table import Table
 
 
@@ -31,6 +33,9 @@ def experiment(
         Path | None, typer.Option(help="Folder of the results. [default: ~/.local/share/chainrule/experiments]", show_default=False)
     ] = None,
     write: Annotated[Path | None, typer.Option(help="Write a markdown page of the results to this file; run nothing.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a table that has a plot into this PNG file; run nothing.", show_default=False)
+    ] = None,
     list_runs: Annotated[
         bool, typer.Option("--list", help="List the tables' runs and where their results are; run nothing.")
     ] = False,
@@ -56,12 +61,18 @@ def experiment(
         for unit in (unit for results in shown for row in results.runs.values() for unit in row):
             typer.echo(f"{'done   ' if unit.done(place) else 'not run'}  {unit.table}: {unit.title}  {unit.folder(place)}")
         return
-    if write:
-        _write(write, page.page(chosen, place, write))
+    if write or plot:
+        _write(write, page.page(chosen, place, write or "PAGE"), plot, shown)
         return
     from chainrule.experiments.runner import run
 
     outcome = run(chosen, place, jobs)
+    _tell(outcome, chosen, place)
+
+
+def _tell(outcome: Outcome, chosen: list[Table], place: Path) -> None:
+    from chainrule.experiments import page
+
     for each in chosen:
         typer.echo(page.section(page.Results(each, place)))
     if outcome.interrupted:
@@ -82,7 +93,24 @@ def _read(name: str, allow_code: bool) -> Table:
     return found
 
 
-def _write(place: Path, text: str) -> None:
+def _draw(place: Path, shown: list[Results]) -> None:
+    from chainrule.experiments import page
+    from chainrule.report.plots import scatter
+
+    if len(shown) != 1 or not (axes := shown[0].table.plot):
+        raise UserError("plot draws one table, which must say what it plots: plot: {x: TITLE, y: TITLE}")
+    points = page.points(shown[0])
+    if not points:
+        raise UserError(f"nothing of the table {shown[0].table.name} was run yet")
     make_folder(place.parent)
-    write_text(place, text)
-    typer.echo(f"page: {place}")
+    write_picture(place, scatter(points, shown[0].table.title, axes.x, axes.y))
+    typer.echo(f"picture: {place}")
+
+
+def _write(page: Path | None, text: str, plot: Path | None, shown: list[Results]) -> None:
+    if page:
+        make_folder(page.parent)
+        write_text(page, text)
+        typer.echo(f"page: {page}")
+    if plot:
+        _draw(plot, shown)

@@ -133,19 +133,38 @@ def _cell(results: Results, label: str, column: Column) -> str:
         return ""
     if column.over is None:
         return _shown(here.values(), column.digits)
-    if label == column.over:  # a baseline's own value; another row is not compared with itself
+    over = results.table.rows[label].baseline or column.over
+    if label == over:  # a baseline's own value; another row is not compared with itself
         alone = results.runs[label][0].task == "evaluate" and column.show == "mean"
         return _shown(here.values(), column.digits) if alone else ""
-    there = _values(results, column.over, column.of)
+    there = _values(results, over, column.of)
     pairs = [(value, there.get(seed, there.get(None))) for seed, value in here.items()]
     both = [(a, b) for a, b in pairs if b is not None]
     if not both:  # either the other row is missing, or the two share no seed
-        return "" if there else f"{column.over} not run"
+        return "" if there else f"{over} not run"
     if column.show == "share":
         return f"{statistics.fmean(b for _, b in both) / statistics.fmean(a for a, _ in both):.{column.digits}%}"
     if column.show == "wins":
         return f"{sum(a > b for a, b in both)} of {len(both)}"
     return _shown([a - b for a, b in both], column.digits, sign="+")
+
+
+def points(results: Results) -> dict[str, tuple[float, float]]:
+    """Where each row that was run stands by the two columns of the table's plot; the row it is compared with at zero."""
+    plot = results.table.plot
+    assert plot
+    both = [next(column for column in results.table.columns if column.title == title) for title in (plot.x, plot.y)]
+    found = {label: [_mean(results, label, column) for column in both] for label, row in results.numbers.items() if row}
+    return {label: (x, y) for label, (x, y) in found.items() if x is not None and y is not None}
+
+
+def _mean(results: Results, label: str, column: Column) -> float | None:
+    """The mean of a column, as a difference where the column shows one."""
+    over = results.table.rows[label].baseline or column.over
+    here = _values(results, label, column.of)
+    there = _values(results, over, column.of) if over else {}
+    each = [value - there.get(seed, there.get(None, 0.0)) for seed, value in here.items()]
+    return statistics.fmean(each) if each else None
 
 
 def _values(results: Results, label: str, name: str) -> dict[int | None, float]:

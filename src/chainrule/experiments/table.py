@@ -40,11 +40,21 @@ class Row(BaseModel):
 
     task: Literal["finetune", "evaluate", "steer", "cost"] | None = None
     seeds: list[int] | None = None
+    baseline: str | None = None  # the row it is compared with in the place of the columns'; itself for a baseline
     settings: Values = {}
     measure: Values = {}
     by_seed: dict[int, Values] = {}
     published: dict[str, str | float] = {}
     recorded: dict[str, float] = {}
+
+
+class Plot(BaseModel):
+    """The table as a picture: a point for each row, by the titles of two columns."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    x: str
+    y: str
 
 
 class Table(BaseModel):
@@ -65,6 +75,7 @@ class Table(BaseModel):
     rows: dict[str, Row]
     columns: list[Column] = Field(min_length=1)
     sort: str | None = None  # the title of a column: best first
+    plot: Plot | None = None
 
 
 def names() -> list[str]:
@@ -113,7 +124,12 @@ def _checked(place: Path, values: Values) -> Table:
             raise UserError(f"the column {column.title!r} of {place} shows {column.show}, but says not over which row; add over")
     if table.sort is not None and table.sort not in titles:
         raise unknown(f"column to sort {place} by", table.sort, titles)
+    for title in (table.plot.x, table.plot.y) if table.plot else ():
+        if title not in titles:
+            raise unknown(f"column to plot {place} by", title, titles)
     for label, row in table.rows.items():
+        if row.baseline is not None and row.baseline not in table.rows:
+            raise unknown(f"row that {label!r} of {place} is compared with", row.baseline, table.rows)
         for title in row.published:
             if title not in titles:
                 raise unknown(f"column of {place} that {label!r} has a published value for", title, titles)

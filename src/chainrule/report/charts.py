@@ -61,16 +61,18 @@ def line(
     height: int = 260,
     reference: float | None = None,
     reference_label: str = "",
+    smoothed: bool = True,
 ) -> str:
     """Draw a curve over steps: the raw line is light, its running mean is on top, and the mean's last value is at the end.
 
+    Without `smoothed` there is the line alone.
     Values that are missing or not finite are skipped; "" if none is left. `reference` is the height of a dashed horizontal line.
     """
     kept = [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
     if not kept:
         return ""
     xs, ys = [x for x, _ in kept], [y for _, y in kept]
-    mean = smooth(ys) if len(ys) >= 12 else ys
+    mean = smooth(ys) if smoothed and len(ys) >= 12 else ys
     low, high = _range([*ys, *([reference] if reference is not None else [])])
     heights = ticks(low, high, 4 if height > 200 else 3)
     left = 14 + CHARACTER * max(len(label) for label in _labels(heights))

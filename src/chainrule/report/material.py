@@ -33,6 +33,8 @@ class Material:
     measures: Sequence[tuple[str, Mapping[str, Bar]]]
     gains: Mapping[str, Bar]
     prompts: Sequence[str]
+    schedule: Sequence[float] = ()  # the learned guidance scale of each sampling step
+    guidance: float | None = None  # what it was before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ def gather(run: Run) -> Material:
         raise UserError(f"{run.folder} holds nothing of a run: none of {', '.join(known)}")
     evaluation = _evaluation(run.folder / "evaluation.json")
     plan = run.folder / "plan.txt"
+    schedule, before = _schedule(run.folder / "adapter" / "learned" / "guidance" / "guidance.json")
     return Material(
         folder=run.folder,
         config=run.config if (run.folder / "config.yaml").is_file() else None,
@@ -63,7 +66,20 @@ def gather(run: Run) -> Material:
         measures=[(str(row.get("name", "")), _bars(row.get("metrics"))) for row in evaluation.get("rows", [])],
         gains=_bars(evaluation.get("gains")),
         prompts=[str(prompt) for prompt in evaluation.get("prompts", [])],
+        schedule=schedule,
+        guidance=before,
     )
+
+
+def _schedule(path: Path) -> tuple[list[float], float | None]:
+    """The learned guidance scales and what they started from; nothing for a file that is missing or holds something else."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        guidance = told["guidance"]
+        before = guidance if isinstance(guidance, int | float) else guidance.get("scale")
+        return [float(scale) for _, scale in told["schedule"]], None if before is None else float(before)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [], None
 
 
 def tiles(material: Material) -> list[Tile]:

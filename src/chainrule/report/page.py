@@ -31,6 +31,7 @@ def render(material: Material) -> str:
         _section("Evaluation", _evaluation(material)),
         _section("Reward", _reward(material)),
         _section("Training", _training(material)),
+        _section("Guidance", _guidance(material)),
         _section("Plan", f"<pre>{escape(material.plan)}</pre>" if material.plan else ""),
         _section("Use it", _use(material)),
         _section("Config", _table(flat(material.config.values()) if material.config else {})),
@@ -164,6 +165,15 @@ def _training(material: Material) -> str:
     return f'<div class="small">{"".join(small)}</div>' if any(small) else ""
 
 
+def _guidance(material: Material) -> str:
+    """The learned guidance scale of each sampling step (as arXiv:2309.17400, Fig. 33)."""
+    points: list[tuple[float, float | None]] = [(i, scale) for i, scale in enumerate(material.schedule, 1)]
+    chart = charts.line(
+        points, title="Guidance scale", reference=material.guidance, reference_label="before", smoothed=False, height=220
+    )
+    return f"<h3>The learned scale of each sampling step, from the noisiest to the last</h3>{chart}" if chart else ""
+
+
 def _small(name: str, points: Sequence[tuple[float, float | None]]) -> str:
     chart = charts.line(points, title=name, width=360, height=170)
     return f"<div><h3>{escape(name)}</h3>{chart}</div>" if chart else ""
@@ -187,7 +197,8 @@ def _use(material: Material) -> str:
         else f"import chainrule\n\npipe = chainrule.load({model!r}).pipe"
     )
     prompt = material.prompts[0] if material.prompts else "a painting of a fox"
-    if (material.folder / "adapter" / "bands.json").is_file():  # adapters by level, which diffusers cannot load
+    own = [material.folder / "adapter" / name for name in ("bands.json", "learned")]
+    if any(path.exists() for path in own):  # adapters by level and a learned sampler, which diffusers cannot load
         on = f"{load}\nattached = chainrule.attach(pipe, {where!r})".replace("from diffusers", "import chainrule\nfrom diffusers")
     else:
         on = f"{load}\npipe.load_lora_weights({f'{where}/adapter'!r})"

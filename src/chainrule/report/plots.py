@@ -12,7 +12,45 @@ from chainrule.report.pictures import FAINT, INK, PAPER, font_of
 from chainrule.report.words import number
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 560, 110, 40, 70, 80
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 COLORS = ((27, 94, 160), (200, 80, 40), (60, 140, 70), (130, 70, 150), (110, 110, 110))
+
+
+def scatter(points: Mapping[str, tuple[float, float]], title: str, across: str, up: str) -> Image.Image:
+    """Draw named points (x, y). A name stands to the right of its point, or to the left where there is no room."""
+    sheet = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
+    draw, font = ImageDraw.Draw(sheet), font_of(17)
+    sides = []
+    for axis, (start, end) in enumerate(((LEFT, WIDTH - RIGHT - 120), (HEIGHT - BOTTOM, TOP))):
+        values = [point[axis] for point in points.values() if math.isfinite(point[axis])] or [0.0]
+        room = (max(values) - min(values)) * 0.08 or 1.0
+        sides.append(Scale(low=min(values) - room, high=max(values) + room, start=start, end=end))
+    right, high = sides
+    draw.text((LEFT, 22), f"{title}: {up} against {across}", INK, font_of(22))
+    for y in ticks(high.low, high.high):
+        draw.line([(LEFT, high(y)), (WIDTH - RIGHT, high(y))], (228, 228, 228))
+        draw.text((LEFT - 12, high(y)), number(y), FAINT, font, anchor="rm")
+    for x in ticks(right.low, right.high, 6):
+        draw.text((right(x), HEIGHT - BOTTOM + 10), number(x), FAINT, font, anchor="ma")
+    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 32), across, INK, font, anchor="mm")
+    taken: list[Box] = []
+    for i, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+        at, color = (right(x), high(y)), COLORS[i % len(COLORS)]
+        draw.ellipse([at[0] - 5, at[1] - 5, at[0] + 5, at[1] + 5], color)
+        box = _free(draw.textbbox((at[0] + 10, at[1]), name, font, anchor="lm"), taken)
+        taken.append(box)
+        draw.text((box[0], (box[1] + box[3]) / 2), name, color, font, anchor="lm")
+    return sheet
+
+
+def _free(box: Box, taken: Sequence[Box]) -> Box:
+    """The nearest place below or above for a label that lies on no other."""
+    left, top, right, bottom = box
+    for offset in sorted(range(-HEIGHT, HEIGHT, 4), key=abs):
+        moved = (left, top + offset, right, bottom + offset)
+        if not any(moved[0] < o[2] and o[0] < moved[2] and moved[1] < o[3] and o[1] < moved[3] for o in taken):
+            return moved
+    return box
 
 
 def plot(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, across: str, *, log: bool = False) -> Image.Image:
