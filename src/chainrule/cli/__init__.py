@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from chainrule.cli import experimenting, looking, searching, steering, training, using, voting
+from chainrule.cli import experimenting, looking, mixing, searching, steering, training, using, voting
 from chainrule.cli.app import app
 from chainrule.errors import Note, UserError
 
@@ -20,7 +20,7 @@ __all__ = ["app", "main"]
 
 for name, command in {
     "train": training.train, "steer": steering.steer, "sample": using.sample, "eval": using.evaluate,
-    "distill": training.distill, "mix": using.mix,
+    "distill": training.distill, "mix": mixing.mix,
     "report": using.report, "plan": looking.plan, "methods": looking.methods, "rewards": looking.rewards,
     "models": looking.models, "search": searching.search,
     "vote": voting.vote, "votes": voting.votes, "doctor": looking.doctor, "experiment": experimenting.experiment,

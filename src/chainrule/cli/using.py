@@ -10,7 +10,7 @@ import typer
 
 from chainrule.asked import numbers
 from chainrule.cli.app import Prompts, progress
-from chainrule.cli.arguments import AllowCode, check_counts, check_free, counted, finite, prompts_of, weights
+from chainrule.cli.arguments import AllowCode, check_counts, check_free, counted, finite, prompts_of
 from chainrule.cli.opened import Source, check_adapter, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
@@ -236,35 +236,6 @@ def _labels(runs: list[Path]) -> list[str]:
         raise UserError(f"a run is given twice: {', '.join(map(str, runs))}")
     names = [folder.resolve().name for folder in runs]
     return names if len({"before", *names}) > len(names) else list(map(str, runs))
-
-
-def mix(
-    parts: Annotated[list[str], typer.Argument(help="Adapters and weights, as runs/pick=0.6 runs/hps=0.5.")],
-    out: Annotated[Path, typer.Option(help="Folder of the mixed adapter.")],
-    kohya: Annotated[
-        Path | None, typer.Option(help="Also write a UNet's adapter to this file, as ComfyUI and kohya's scripts read it.")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Add scaled adapters into one, without approximation."""
-    given = weights(parts)
-    if kohya and kohya.suffix != ".safetensors":
-        raise UserError(f"kohya is {str(kohya)!r}, but must end in .safetensors")
-    from chainrule.adapters.files import FILE
-    from chainrule.runs import check_folder
-
-    check_folder(out)
-    if (out / "config.yaml").exists():
-        raise UserError(f"{out} is a run with an adapter of its own; choose another out")
-    check_free([out / FILE, *([kohya] if kohya else [])], overwrite)
-    from chainrule.adapters import mix as mixed
-
-    made = mixed(given)
-    if kohya:
-        from chainrule.models.loras import save_kohya
-
-        save_kohya(made, kohya)
-    typer.echo(f"adapter: {made.save(out)}" + (f", {kohya}" if kohya else ""))
 
 
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
