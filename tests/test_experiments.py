@@ -8,10 +8,13 @@ import os
 import pytest
 import yaml
 
+import chainrule as cr
+from chainrule.config import read_config
 from chainrule.errors import UserError
 from chainrule.experiments import page, runner, tasks
 from chainrule.experiments.table import names, read
 from chainrule.experiments.unit import units, versions
+from chainrule.rewards import parse
 
 TRAINED = """
 title: Mine
@@ -236,3 +239,68 @@ def test_the_command_lists_runs_and_writes(chainrule, done, tmp_path):
 def test_an_unknown_table_is_one_line(chainrule, tmp_path):
     found = chainrule("experiment", "method", "--root", tmp_path)
     assert found.code == 2 and found.err.splitlines()[0].startswith("error: unknown table 'method'; did you mean 'methods'?")
+
+
+MEASURED = """
+title: Measured
+seeds: [0, 1]
+settings:
+  {model: tiny-emoji, prompts: [a fox], reward: symmetry, method: draft-1, updates: 1, batch: 1, sample_steps: 2, rank: 1, lr: 0.1}
+measure: {prompts: [a fox], rewards: [symmetry], seeds: [5, 6], sample_steps: 2}
+columns: [{title: symmetry, of: symmetry, over: base, digits: 6}, {title: diversity, of: diversity, over: base}]
+plot: {x: symmetry, y: diversity}
+rows:
+  "half of it": {task: evaluate, trained: DRaFT-1, measure: {scale: 0.5}}
+  base: {task: evaluate}
+  DRaFT-1: {solver: ddpm}
+  best of 3: {task: evaluate, measure: {best_of: 3}}
+  in a template: {task: evaluate, measure: {template: "a photo of {}"}}
+  "base, a cat": {task: evaluate, baseline: "base, a cat", measure: {prompts: [a cat]}}
+  "DRaFT-1, a cat": {task: evaluate, trained: DRaFT-1, baseline: "base, a cat", measure: {prompts: [a cat]}}
+"""
+
+
+def test_rows_measure_other_rows_runs_the_best_of_several_and_templates(tmp_path, chainrule):
+    (tmp_path / "mine.yaml").write_text(MEASURED)
+    mine = read(tmp_path / "mine.yaml")
+    outcome = runner.run([mine], tmp_path)
+    assert not outcome.failed and len(outcome.made) == 2 + 2 + 2 + 4
+    every, model = units(mine), cr.load("tiny-emoji")
+
+    def measured(label, seed=None):
+        (unit,) = [unit for unit in every if unit.label == label and unit.seed == seed]
+        return json.loads((unit.folder(tmp_path) / "evaluation.json").read_text())["rows"][-1]["metrics"]["symmetry"]["mean"]
+
+    def by_hand(model, prompt, seeds=(5, 6)):
+        return float(parse("symmetry")(model.render([prompt] * len(seeds), list(seeds), 2), [prompt] * len(seeds)).mean())
+
+    (run,) = [unit.folder(tmp_path) for unit in every if unit.label == "DRaFT-1" and unit.seed == 1]
+    assert read_config(run / "config.yaml").opening.solver == "ddpm"
+    assert measured("DRaFT-1", 1) == pytest.approx(by_hand(model.using(run), "a fox"), abs=1e-6)
+    assert measured("half of it", 1) == pytest.approx(by_hand(model.using(run, scale=0.5), "a fox"), abs=1e-6)
+    assert measured("DRaFT-1, a cat", 1) == pytest.approx(by_hand(model.using(run), "a cat"), abs=1e-6)
+    assert measured("in a template") == pytest.approx(by_hand(model, "a photo of a fox"), abs=1e-6)
+    best = [max(by_hand(model, "a fox", [3 * seed + k]) for k in range(3)) for seed in (5, 6)]
+    assert measured("best of 3") == pytest.approx(sum(best) / 2, abs=1e-6)
+    points = page.points(page.Results(mine, tmp_path))
+    assert points["base"] == (0, 0) and set(points) == set(mine.rows)
+    cat = sum(measured("DRaFT-1, a cat", seed) for seed in (0, 1)) / 2 - measured("base, a cat")
+    assert points["DRaFT-1, a cat"][0] == pytest.approx(cat, abs=1e-9)
+    drawn = chainrule("experiment", tmp_path / "mine.yaml", "--root", tmp_path, "--plot", tmp_path / "p.png")
+    assert drawn.code == 0 and (tmp_path / "p.png").is_file()
+    refused = chainrule("experiment", "methods", "--root", tmp_path, "--plot", tmp_path / "q.png")
+    assert refused.code == 2 and "must say what it plots" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("trained: DRaFT-1", "trained: draft-1", "unknown trained row"), ("plot: {x: symmetry", "plot: {x: symetry", "to plot"),
+        ('baseline: "base, a cat"', "baseline: nothing", "is compared with"),
+        ("trained: DRaFT-1", "trained: base", "unknown trained row"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_not_there_is_one_line(table, old, new, said):
+    with pytest.raises(UserError) as caught:
+        units(table(MEASURED, **{old: new}))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
