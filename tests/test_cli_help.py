@@ -83,7 +83,7 @@ def test_plan_draws_the_method_and_counts_its_cost(chainrule):
         "---------[#|^#|^#]",
         "recompute  12 network calls, 3 backward calls, about 1.80x the time of sampling, memory of 1 call graph",
         "keep       12 network calls, 3 backward calls, about 1.50x the time of sampling, memory of 1 call graph",
-        "- constant call   = its weights   # weights and input   > another member's call   ^ noised again   [ branches | ]",
+        "- constant call   = its weights   ~ its input   # both   > another member's call   ^ noised again   [ branches | ]",
     ]
     drawings = {chainrule("plan", "sdo", "--steps", 4, "--seed", seed).out.splitlines()[1] for seed in range(30)}
     assert drawings == {"[#---]", "[-#--]", "[--#-]", "[---#]"}

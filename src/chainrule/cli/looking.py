@@ -27,7 +27,7 @@ def plan(
     seed: Annotated[int, typer.Option(help="Seed of the method's random choices.")] = 0,
 ) -> None:
     """Draw what a method backpropagates through, and forecast its cost."""
-    from chainrule.methods import needs, stages
+    from chainrule.methods import LikelihoodRatio, needs, stages
     from chainrule.plan import Forecast, leading
 
     check_counts(sample_steps=sample_steps)
@@ -43,14 +43,15 @@ def plan(
             if spans is not None or len(own.adapters) > 1:
                 role, where = "trained" if name in own.trained else "frozen ", ", ".join(_calls(levels, spans or ((0, None),)))
                 typer.echo(f"  {role}  {name} on at {where}")
-        for policy in ("recompute", "keep"):
+        # Likelihoods are pulled along states that were kept, one call at a time whatever the policy.
+        for policy in ("recompute",) if isinstance(own.estimator, LikelihoodRatio) else ("recompute", "keep"):
             cost = Forecast.of(drawn, recompute=policy == "recompute")
             times = cost.calls * cost.relative_time / sample_steps
             typer.echo(
                 f"{policy:9}  {counted(cost.calls, 'network call')}, {counted(cost.backward, 'backward call')}, about "
                 f"{times:.2f}x the time of sampling, memory of {counted(cost.graphs, 'call graph')}"
             )
-    typer.echo("- constant call   = its weights   # weights and input   > another member's call   ^ noised again   [ branches | ]")
+    typer.echo("- constant call   = its weights   ~ its input   # both   > another member's call   ^ noised again   [ branches | ]")
 
 
 def _calls(levels: Grid, spans: Levels) -> list[str]:
