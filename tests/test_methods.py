@@ -156,7 +156,7 @@ def test_a_method_by_name(made, value):
 @pytest.mark.parametrize("name", methods.REGISTRY)
 def test_every_named_method_can_be_made_and_described_with_its_drawing(name):
     assert str(methods.make(name).plan(tuple(range(50, -1, -1)), Random(0))).endswith("]")
-    assert re.fullmatch(r"[A-Z].*[.] `-*\[[-=~#>^|]+\]`", methods.describe(name))
+    assert re.fullmatch(r"[A-Z].*[.] `-*\[[-=~#+.>^|]+\]`", methods.describe(name))
 
 
 @pytest.mark.parametrize(

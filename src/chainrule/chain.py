@@ -24,7 +24,7 @@ from chainrule.cast import Cast, in_float16
 from chainrule.denoise import Condition
 from chainrule.errors import UserError
 from chainrule.noise import Noise
-from chainrule.plan import Grad, Jump, Path, Plan
+from chainrule.plan import Grad, Jump, Path, Plan, passed_over
 from chainrule.solve import Solver, Step, moves
 
 
@@ -43,11 +43,13 @@ FRESH = 1000  # the largest number of branches whose noise differs; `Noise.fresh
 class Taken:
     """One jump that was made, by its `move`. Of a live call also the state it read, and under KEEP its answer with its graph.
 
-    `after` is where it led to, where that is kept (`Chain.along`).
+    `back` is the move that the backward pass goes back by, None where it is passed over. `after` is where it led to, where that is
+    kept (`Chain.along`).
     """
 
     jump: Jump
     move: Step
+    back: Step | None
     x: Tensor | None = None
     answer: Tensor | None = None
     after: Tensor | None = None
@@ -71,6 +73,7 @@ class Walk:
     """A finished branch: its image latent, and the way back."""
 
     image: Tensor
+    deviations: list[Tensor]  # of each leap, the mean distance between where it lands and where the chain was, (b,)
     _steps: list[Taken]
     _call: Callable[[Tensor, Jump], Tensor]
     _clean: Callable[[Jump], tuple[float, float]]
@@ -86,11 +89,13 @@ class Walk:
         v, ws = gradient.detach(), list[Tensor]()  # at the state, and at the last clean predictions that later steps read
         while self._steps:
             step = self._steps.pop()
+            if step.back is None:
+                continue
             w = ws.pop(0) if ws else None  # at this call's clean prediction
             p, q = self._clean(step.jump) if w is not None else (0.0, 0.0)
             if step.x is not None:
                 answer = step.answer if step.answer is not None else _live(self._call, step.x, step.jump)
-                upstream = step.move.b * v if w is None else step.move.b * v + q * w
+                upstream = step.jump.gain * (step.back.b * v if w is None else step.back.b * v + q * w)
                 added = at_call(answer.detach(), step) if at_call and step.jump.grad.weights else None
                 if added is not None and step.x.requires_grad:  # what it says of the answer does not reach the state
                     self._back(answer, added, step, again=True)
@@ -98,11 +103,11 @@ class Walk:
                     upstream = upstream + added
                 step.x.grad = None
                 self._back(answer, upstream, step)
-            read = [c * v for c in step.move.history]
+            read = [c * v for c in step.back.history]
             ws = [*map(torch.add, ws, read), *ws[len(read) :], *read[len(ws) :]]
-            v = step.move.a * v if w is None else step.move.a * v + p * w
+            v = step.back.a * v if w is None else step.back.a * v + p * w
             if step.x is not None and step.x.grad is not None:
-                v = v + step.x.grad
+                v = v + step.jump.share * step.x.grad
         return v
 
     def _back(self, answer: Tensor, upstream: Tensor, step: Taken, again: bool = False) -> None:
@@ -169,11 +174,14 @@ class Chain:
     def _call(self, x: Tensor, jump: Jump) -> Tensor:
         return self.cast[jump.via](x, jump.start, self.condition)
 
-    def _take(self, place: _Place, jump: Jump, move: Step, branch: int) -> tuple[_Place, Taken]:
-        step, cleans = Taken(jump, move), tuple[Tensor, ...]()
+    def _take(self, place: _Place, step: Taken, branch: int) -> tuple[_Place, Tensor | None]:
+        """The next place, and where a leap would have landed."""
+        jump, move, cleans, landing = step.jump, step.move, tuple[Tensor, ...](), None
         after = move.a * place.x
         if not jump.up:
             answer = self._answer(place.x, jump, step)
+            if jump.lands is not None and step.back is not None:
+                landing = step.back.a * place.x + step.back.b * answer
             after = after + move.b * answer
             p, q = self._clean(jump)
             cleans = (p * place.x + q * answer, *place.cleans)[: self.solver.reads] if self.solver.reads else ()
@@ -181,7 +189,7 @@ class Chain:
             after = after + c * clean
         if move.d:
             after = after + move.d * self._fresh(branch, place.ups).to(after)
-        return _Place(after, cleans, place.ups + bool(move.d)), step
+        return _Place(after, cleans, place.ups + bool(move.d)), landing
 
     def _answer(self, x: Tensor, jump: Jump, step: Taken) -> Tensor:
         """The call's answer as a constant; a live call's state, and under KEEP its graph, stay in `step`."""
@@ -203,20 +211,46 @@ class Chain:
         """(p, q): the clean prediction of this jump's call is p * x + q * m."""
         return self.solver.process.coefficients(jump.start, 0)
 
-    def _path(self, place: _Place, path: Path, branch: int, before: Path = (), after: Path = ()) -> tuple[_Place, list[Taken]]:
-        """Walk a path; a solver also looks at the jumps `before` it, which led to `place`, and at those `after` it."""
-        steps, found = [], list(moves(self.solver, before + path + after))[len(before) :]
-        for jump, move in zip(path, found, strict=False):
-            place, step = self._take(place, jump, move, branch)
-            steps.append(step)
-        return place, steps
+    def _path(
+        self, place: _Place, path: Path, branch: int, before: Path = (), after: Path = ()
+    ) -> tuple[_Place, list[Taken], list[Tensor]]:
+        """Walk a path; a solver also looks at the jumps `before` it, which led to `place`, and at those `after` it.
+
+        Also how far each leap lands from where the chain was, (b,).
+        """
+        found = list(moves(self.solver, before + path + after))[len(before) :][: len(path)]
+        steps, landings, deviations = self._taken(path, found), dict[float, Tensor](), []
+        for step in steps:
+            place, landing = self._take(place, step, branch)
+            if landing is not None and step.jump.lands is not None:
+                landings[step.jump.lands] = landing
+            if step.jump.stop in landings:
+                deviations.append((landings.pop(step.jump.stop) - place.x).flatten(1).abs().mean(1))
+        return place, steps, deviations
+
+    def _taken(self, path: Path, found: Sequence[Step]) -> list[Taken]:
+        """The jumps of a path with the moves they make, and those the backward pass goes back by."""
+        over, steps = passed_over(path), []
+        for i, (jump, move) in enumerate(zip(path, found, strict=True)):
+            back = None if i in over else move if jump.lands is None else self._leap(jump, path)
+            steps.append(Taken(jump, move, back))
+        return steps
+
+    def _leap(self, jump: Jump, path: Path) -> Step:
+        leap: Callable[[float, float, bool], Step] | None = getattr(self.solver, "leap", None)
+        if leap is None:
+            raise UserError(
+                f"the solver {type(self.solver).__name__} has no closed form for a leap over several steps; take ddim or euler"
+            )
+        assert jump.lands is not None
+        return leap(jump.start, jump.lands, any(other.finish and other.stop == jump.lands for other in path))
 
     @torch.no_grad()
     def states(self, x: Tensor, path: Path) -> Iterator[Tensor]:
         """The states after each jump of a path, without gradient: sampling."""
         place = _Place(x)
         for jump, move in zip(path, moves(self.solver, path), strict=True):
-            place, _ = self._take(place, jump, move, 0)
+            place, _ = self._take(place, Taken(jump, move, move), 0)
             yield place.x
 
     def end(self, x: Tensor, path: Path) -> Tensor:
@@ -228,16 +262,16 @@ class Chain:
 
         What was kept of the walk decides, and not what the network answers now. `pull` asks its terms at every live call.
         """
-        steps = [
-            Taken(jump, move, after=after) for jump, move, after in zip(path, moves(self.solver, path), states[1:], strict=True)
-        ]
+        steps = self._taken(path, list(moves(self.solver, path)))
+        for step, after in zip(steps, states[1:], strict=True):
+            step.after = after
         for step, state in zip(steps, states, strict=False):
             if step.jump.grad is not Grad.NONE:
                 step.x = state.detach().requires_grad_(step.jump.grad.input)
-        return self._walked(states[-1], steps)
+        return self._walked(states[-1], steps, [])
 
-    def _walked(self, image: Tensor, steps: list[Taken]) -> Walk:
-        return Walk(image, steps, self._call, self._clean, lambda jump: in_float16(self.cast[jump.via]))
+    def _walked(self, image: Tensor, steps: list[Taken], deviations: list[Tensor]) -> Walk:
+        return Walk(image, deviations, steps, self._call, self._clean, lambda jump: in_float16(self.cast[jump.via]))
 
     def walk(self, plan: Plan, x: Tensor) -> Iterator[Walk]:
         """Yield each branch finished; pull it before asking for the next and only one is held.
@@ -246,15 +280,15 @@ class Chain:
         """
         check_members((jump.via for jump in plan.jumps if not jump.up), self.cast)
         with torch.no_grad():
-            trunk, _ = self._path(_Place(x.detach()), plan.trunk, 0, after=plan.branches[0])
+            trunk, _, _ = self._path(_Place(x.detach()), plan.trunk, 0, after=plan.branches[0])
             first: _Place | None = None
             for number, branch in enumerate(plan.branches):
                 if first is not None and branch[0].start == 0:
-                    end, steps = self._path(_Place(first.x), branch, number)
+                    end, steps, deviations = self._path(_Place(first.x), branch, number)
                 else:
-                    end, steps = self._path(trunk, branch, number, before=plan.trunk)
+                    end, steps, deviations = self._path(trunk, branch, number, before=plan.trunk)
                 first = end if first is None else first
-                yield self._walked(end.x, steps)
+                yield self._walked(end.x, steps, deviations)
 
 
 def check_members(members: Iterable[str], cast: Cast) -> None:

@@ -71,6 +71,9 @@ def backpropagate(
             reading, upstream = read(decode, objective, walk.image, prompts, micro_batch)
             means.append(float(reading.rewards.mean()))
             first = first or reading
+        if plan.deviation is not None:
+            apart = torch.stack(walk.deviations).clamp(min=plan.deviation).sum(0)
+            upstream = upstream / apart.view(-1, *[1] * (upstream.dim() - 1))
         start = walk.pull(share * upstream, at_call)
         if x.requires_grad and x.is_leaf:
             x.grad = start if x.grad is None else x.grad + start

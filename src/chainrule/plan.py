@@ -44,6 +44,10 @@ class Jump:
     `via` names who answers: "base", "unguided" (the base model without guidance), or another member of the cast.
     A jump to 0 is the one-step clean prediction, unless it is the sampler's own last step (`finish`): that one lands
     where the pipeline's sampler lands, which for Stable Diffusion is `alphas_cumprod[0]` and not quite 1.
+
+    The other fields change the backward pass alone. `share` of the input's gradient is let through, `gain` multiplies the weight of
+    the answer, and where `lands` is given, the call is taken to have leapt to that level: its answer and its state have the
+    weights of that one long step, and the calls on the way are passed over (arXiv:2604.15311, arXiv:2606.11075).
     """
 
     start: float
@@ -51,6 +55,9 @@ class Jump:
     via: str = "base"
     grad: Grad = Grad.NONE
     finish: bool = False
+    share: float = 1.0
+    gain: float = 1.0
+    lands: float | None = None
 
     @property
     def up(self) -> bool:
@@ -59,6 +66,15 @@ class Jump:
 
 
 Path = tuple[Jump, ...]
+
+
+def passed_over(path: Path) -> frozenset[int]:
+    """The places in a path of the jumps that an earlier one leaps over in the backward pass."""
+    found: set[int] = set()
+    for i, jump in enumerate(path):
+        if jump.lands is not None:
+            found |= {j for j in range(i + 1, len(path)) if path[j].stop >= jump.lands and path[j].start < jump.start}
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +86,16 @@ class Plan:
     others' images are pulled back with that same gradient of the pixels, through their own decoding.
 
     `print(plan)` draws it: `-`, `=`, `~` and `#` are the model's own calls by what the reward may reach through them, `>` is a call
-    of another member of the cast, `^` is noised again, and `|` stands between branches. Raises ValueError for a plan that
-    cannot be walked.
+    of another member of the cast, `^` is noised again, and `|` stands between branches. `+` is a call that lets through a share
+    of its input's gradient only, and `.` one that is passed over in the backward pass. With `deviation`, an image's gradient is
+    divided by the sum over leaps of the mean distance between where the leap lands and where the chain was, each at least that.
+    Raises ValueError for a plan that cannot be walked.
     """
 
     trunk: Path
     branches: tuple[Path, ...]
     reuse_reward_gradient: bool = False
+    deviation: float | None = None
 
     def __post_init__(self) -> None:
         if not self.branches:
@@ -93,6 +112,15 @@ class Plan:
                     raise ValueError(f"gap between {a} and {b}")
         if any(jump.start == jump.stop for jump in self.jumps):
             raise ValueError("a jump must change the level")
+        if any(not 0 <= jump.share <= 1 for jump in self.jumps):
+            raise ValueError("the share of an input's gradient is between 0 and 1")
+        for branch in self.branches:
+            over = [branch[i] for i in passed_over(branch)]
+            if any(jump.grad is not Grad.NONE or jump.up for jump in over):
+                raise ValueError("a call that is leapt over must be a constant")
+            stops = {jump.stop for jump in branch}
+            if any(jump.lands is not None and (jump.lands not in stops or jump.lands >= jump.start) for jump in branch):
+                raise ValueError("a leap must land on a later level of its branch")
 
     @property
     def jumps(self) -> Path:
@@ -105,9 +133,18 @@ class Plan:
 
     def __str__(self) -> str:
         def draw(path: Path) -> str:
-            return "".join("^" if jump.up else jump.grad.value if jump.via in OWN else ">" for jump in path)
+            over = passed_over(path)
+            return "".join("." if i in over else _sign(jump) for i, jump in enumerate(path))
 
         return f"{draw(self.trunk)}[{'|'.join(map(draw, self.branches))}]"
+
+
+def _sign(jump: Jump) -> str:
+    if jump.up:
+        return "^"
+    if jump.via not in OWN:
+        return ">"
+    return "+" if jump.grad is Grad.FULL and jump.share < 1 else jump.grad.value
 
 
 def walk(levels: Grid, grad: Grad = Grad.NONE, via: str = "base") -> Path:

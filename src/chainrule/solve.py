@@ -118,6 +118,10 @@ class DDIM:
         jump = run[at]
         return Step(*self.process.coefficients(jump.start, jump.stop, jump.finish))
 
+    def leap(self, start: float, stop: float, finish: bool) -> Step:
+        """The one long step between any two levels."""
+        return Step(*self.process.coefficients(start, stop, finish))
+
 
 @dataclass(frozen=True, slots=True)
 class Ancestral:

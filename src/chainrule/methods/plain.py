@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from chainrule.methods.method import Needs, within
+from chainrule.methods.surrogates import drawn_late, live
 from chainrule.plan import Grad, Grid, Jump, Plan, walk
 
 
@@ -143,13 +144,16 @@ class SDO:
     Shortcut diffusion optimization on weights, arXiv:2505.07477 section 4.2.3, Eq. 17-20: the gradient reaches the
     call through the solver's linear path only. `samples` > 1 keeps that many calls of the same rollout, an M-sample
     estimate of Eq. 17's expectation; all but the first of them see a constant input, so that no call's Jacobian is in
-    another's path. Differs from the paper: the gradients of the M calls are summed, not averaged.
+    another's path. `late` above 0 draws call i with a probability as (i + 1)^late, towards the image (arXiv:2606.11075 has 2).
+    Differs from the paper: the gradients of the M calls are summed, not averaged.
     """
 
     samples: int = 1
+    late: float = 0.0
 
     def __post_init__(self) -> None:
         within("samples", self.samples, 1)
+        within("late", self.late, 0)
 
     def needs(self, grid: Grid) -> Needs:
         """Say which members, adapters and estimator it needs on this grid."""
@@ -159,7 +163,5 @@ class SDO:
     def plan(self, grid: Grid, rng: Random) -> Plan:
         """Draw the plan of one update on a grid of falling levels."""
         self.needs(grid)
-        first, *rest = sorted(rng.sample(range(len(grid) - 1), self.samples))
-        grads = {first: Grad.FULL} | dict.fromkeys(rest, Grad.WEIGHTS)
-        path = [Jump(j.start, j.stop, j.via, grads.get(i, Grad.NONE), j.finish) for i, j in enumerate(walk(grid))]
-        return Plan((), (tuple(path),))
+        first, *rest = drawn_late(len(grid) - 1, self.samples, self.late, rng)
+        return Plan((), (live(walk(grid), {first: Grad.FULL} | dict.fromkeys(rest, Grad.WEIGHTS)),))

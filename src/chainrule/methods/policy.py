@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from random import Random
 
 from chainrule.methods.method import Critic, LikelihoodRatio, Needs, within
+from chainrule.methods.surrogates import live
 from chainrule.plan import Grad, Grid, Jump, Plan, walk
 
 
 def _live_steps(grid: Grid, calls: int | None, rng: Random) -> Plan:
     """A whole chain with live weights at `calls` steps drawn anew, at all when None; never at the last, which adds no noise."""
     steps = len(grid) - 2
-    live = set(range(steps) if calls is None else rng.sample(range(steps), calls))
-    path = [Jump(j.start, j.stop, j.via, Grad.WEIGHTS if i in live else Grad.NONE, j.finish) for i, j in enumerate(walk(grid))]
-    return Plan((), (tuple(path),))
+    chosen = range(steps) if calls is None else rng.sample(range(steps), calls)
+    return Plan((), (live(walk(grid), dict.fromkeys(chosen, Grad.WEIGHTS)),))
 
 
 @dataclass(frozen=True, slots=True)

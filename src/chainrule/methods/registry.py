@@ -11,6 +11,7 @@ from chainrule.methods.method import Method
 from chainrule.methods.plain import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.methods.policy import DDPO, DPG, GRPO
 from chainrule.methods.shortft import ShortFT
+from chainrule.methods.surrogates import FlowBPBridge, FlowBPSparse, LeapAlign
 from chainrule.named import Catalog, is_place, name_and_options
 
 REGISTRY: dict[str, type[Any]] = {
@@ -24,6 +25,9 @@ REGISTRY: dict[str, type[Any]] = {
     "dpg": DPG,
     "ddpo": DDPO,
     "grpo": GRPO,
+    "flowbp-sparse": FlowBPSparse,
+    "flowbp-bridge": FlowBPBridge,
+    "leapalign": LeapAlign,
 }
 METHODS: Catalog[Method] = Catalog("method", REGISTRY)
 

@@ -1,0 +1,134 @@
+"""Methods that sample plainly and change the backward pass: which calls are live, with which weight, and what of inputs passes.
+
+LeapAlign (arXiv:2604.15311) and FlowBP's (arXiv:2606.11075), on every solver with a closed form for long steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from random import Random
+
+from chainrule.errors import UserError
+from chainrule.methods.method import Needs, within
+from chainrule.plan import Grad, Grid, Path, Plan, walk
+
+
+def drawn_late(count: int, samples: int, late: float, rng: Random) -> list[int]:
+    """So many calls of `count` without replacement, call i with a probability as (i + 1)^late, in order; 0 is the noisiest."""
+    if not late:
+        return sorted(rng.sample(range(count), samples))
+    left, found = list(range(count)), []
+    for _ in range(samples):
+        found.append(rng.choices(left, [(i + 1) ** late for i in left])[0])
+        left.remove(found[-1])
+    return sorted(found)
+
+
+def live(path: Path, grads: dict[int, Grad]) -> Path:
+    """A path with these of its calls live."""
+    return tuple(replace(jump, grad=grads[i]) if i in grads else jump for i, jump in enumerate(path))
+
+
+def gained(path: Path, strength: float) -> Path:
+    """The live calls' weights times 1 + strength (length of the chain / length of the live steps - 1), lengths in levels."""
+    calls = [jump for jump in path if jump.grad is not Grad.NONE]
+    reach = sum(jump.start - jump.stop for jump in calls)
+    gain = 1 + strength * ((path[0].start - path[-1].stop) / reach - 1)
+    return tuple(replace(jump, gain=gain) if jump.grad is not Grad.NONE else jump for jump in path)
+
+
+@dataclass(frozen=True, slots=True)
+class FlowBPSparse:
+    """Keep `samples` calls, drawn towards the image, and carry the rest linearly. `[------=-=--=]`
+
+    arXiv:2606.11075: no input's gradient passes; call i is drawn with a probability as (i + 1)^`late`. With `late` 0 its gradient
+    is SDO's. `rescale` between 0 and 1 makes up for the steps that are not live; lengths are in levels, which for flows are sigmas.
+    """
+
+    samples: int = 3
+    late: float = 2.0
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        within("samples", self.samples, 1)
+        within("late", self.late, 0)
+        within("rescale", self.rescale, 0, 1)
+
+    def needs(self, grid: Grid) -> Needs:
+        """Say which members, adapters and estimator it needs on this grid."""
+        within("samples", self.samples, 1, len(grid) - 1)
+        return Needs()
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
+        self.needs(grid)
+        chosen = drawn_late(len(grid) - 1, self.samples, self.late, rng)
+        return Plan((), (gained(live(walk(grid), dict.fromkeys(chosen, Grad.WEIGHTS)), self.rescale),))
+
+
+@dataclass(frozen=True, slots=True)
+class FlowBPBridge:
+    """Keep `samples` calls around a drawn one, which lets a share of its input's gradient through. `[--=--+--=-=-]`
+
+    arXiv:2606.11075, with 5 calls and a share of 0.1. The other calls are drawn uniformly, on both sides of it. `elsewhere` is the
+    share at the other live calls, 0 in the paper: with `share` and `elsewhere` 1 and every call live it is DRaFT.
+    """
+
+    samples: int = 5
+    share: float = 0.1
+    elsewhere: float = 0.0
+
+    def __post_init__(self) -> None:
+        within("samples", self.samples, 1)
+        within("share", self.share, 0, 1)
+        within("elsewhere", self.elsewhere, 0, 1)
+
+    def needs(self, grid: Grid) -> Needs:
+        """Say which members, adapters and estimator it needs on this grid."""
+        within("samples", self.samples, 1, len(grid) - 1)
+        return Needs()
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
+        self.needs(grid)
+        path = walk(grid)
+        bridge = rng.randrange(len(path))
+        others = rng.sample([i for i in range(len(path)) if i != bridge], self.samples - 1)
+        shares = {bridge: self.share, **dict.fromkeys(others, self.elsewhere)}
+        path = live(path, {i: Grad.FULL if share else Grad.WEIGHTS for i, share in shares.items()})
+        return Plan((), (tuple(replace(jump, share=shares.get(i, 1.0)) for i, jump in enumerate(path)),))
+
+
+@dataclass(frozen=True, slots=True)
+class LeapAlign:
+    """Two calls, each taken to have leapt over the steps behind it. `---[=....+....]`
+
+    arXiv:2604.15311: of two drawn calls k before j, k's answer has the weight of one step to j, j's that of one step to the image,
+    and j lets `share` of its input's gradient through (0.3 for HPS, 0.1 for PickScore in the paper). An image's gradient is divided
+    by the sum over both leaps of the mean distance to where the chain was, each at least `deviation`; None leaves it as it is.
+    Differs from the paper where it is silent: the pair is drawn uniformly.
+    """
+
+    share: float = 0.1
+    deviation: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        within("share", self.share, 0, 1)
+        if self.deviation is not None and not self.deviation > 0:
+            raise UserError(f"deviation is {self.deviation}, but must be above 0, or null")
+
+    def needs(self, grid: Grid) -> Needs:
+        """Say which members, adapters and estimator it needs on this grid."""
+        within("the number of sampling steps", len(grid) - 1, 2)
+        return Needs()
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
+        self.needs(grid)
+        path = walk(grid)
+        first, second = sorted(rng.sample(range(len(path)), 2))
+        branch = list(path[first:])
+        branch[0] = replace(path[first], grad=Grad.WEIGHTS, lands=path[second].start)
+        at = second - first
+        branch[at] = replace(path[second], grad=Grad.FULL if self.share else Grad.WEIGHTS, share=self.share, lands=0)
+        return Plan(path[:first], (tuple(branch),), deviation=self.deviation)

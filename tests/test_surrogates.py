@@ -1,0 +1,159 @@
+"""Backward passes of another chain than the sampled one: LeapAlign, FlowBP's, SDO drawn late; against plain loops in float64."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from random import Random
+
+import pytest
+import torch
+from pipelines import make_pipeline, score
+from test_policy import sd3_in_float64
+from torch import Tensor
+
+import chainrule as cr
+from chainrule.learner import gradients
+from chainrule.methods import SDO, DRaFT, FlowBPBridge, FlowBPSparse, LeapAlign, Method
+from chainrule.methods.surrogates import drawn_late
+from chainrule.plan import Grad, Jump, Plan
+
+STEPS, PROMPTS, SEEDS = 6, ["a fox", "two bees"], [4, 9]
+MODELS = {
+    "epsilon": lambda: cr.load(make_pipeline()),
+    "velocity": lambda: cr.load(make_pipeline("v_prediction")),
+    "flow": lambda: cr.load(sd3_in_float64()),
+}
+METHODS: list[Method] = [
+    FlowBPSparse(), FlowBPSparse(rescale=0.5), FlowBPBridge(samples=4), FlowBPBridge(samples=3, share=0.7, elsewhere=0.4),
+    LeapAlign(), LeapAlign(share=0.3, deviation=None), LeapAlign(share=0.0, deviation=5.0), SDO(3, late=2),
+]  # fmt: skip
+
+
+def prepared(name: str) -> tuple[cr.Model, cr.Adapter]:
+    model = MODELS[name]().guided(3.0)
+    adapter = model.adapt("mine", rank=2)
+    torch.manual_seed(1)
+    for weight in adapter.parameters():
+        weight.data.normal_(0, 0.1)
+    return model, adapter
+
+
+def surrogate(model: cr.Model, plan: Plan) -> Tensor:
+    """The loss whose plain autograd gradient is the method's: the sampled values, with the graph of the other chain.
+
+    A state is its sampled value plus what is differentiated less its own value. An input of which a share passes is
+    share x + (1 - share) sg(x). A leap goes from its start to where it lands in one step.
+    """
+    member, condition = model.cast()["base"], model.embed(PROMPTS)
+    x = model.noise(SEEDS)
+    values, path = [x], plan.trunk + plan.branches[0]
+    with torch.no_grad():
+        for jump in path:
+            a, b = model.solver.process.coefficients(jump.start, jump.stop, jump.finish)
+            values.append(a * values[-1] + b * member(values[-1], jump.start, condition))
+    by_level = dict(zip((jump.start for jump in path), values, strict=False)) | {0: values[-1]}
+    at, state, apart = len(plan.trunk), values[len(plan.trunk)], torch.zeros(len(SEEDS), dtype=torch.float64)
+    while at < len(path):
+        jump: Jump = path[at]
+        stop = jump.stop if jump.lands is None else jump.lands
+        seen = state if jump.grad is Grad.FULL else state.detach()
+        seen = jump.share * seen + (1 - jump.share) * seen.detach()
+        m = member(seen, jump.start, condition)
+        m = m.detach() if jump.grad is Grad.NONE else m
+        a, b = model.solver.process.coefficients(jump.start, stop, stop == 0)
+        moved = a * state + b * (m.detach() + jump.gain * (m - m.detach()))
+        state = by_level[stop] + moved - moved.detach()
+        if jump.lands is not None and plan.deviation is not None:
+            landed = a * by_level[jump.start] + b * m.detach()
+            apart = apart + (landed - by_level[stop]).flatten(1).abs().mean(1).clamp(min=plan.deviation)
+        at = next(i for i in range(at + 1, len(path) + 1) if i == len(path) or path[i].start == stop)
+    rewards = score(model.codec.decode(state), PROMPTS)
+    return -(rewards / (apart if plan.deviation is not None else 1.0)).mean()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_gradient_is_plain_autograds_of_the_surrogate_chain(name: str, method: Method) -> None:
+    model, adapter = prepared(name)
+    for seed in range(2):
+        plan = method.plan(model.grid(STEPS), Random(seed))
+        expected = torch.autograd.grad(surrogate(model, plan), adapter.parameters(), allow_unused=True)
+        parts = [torch.zeros_like(w) if g is None else g for w, g in zip(adapter.parameters(), expected, strict=True)]
+        flat = torch.cat([part.flatten() for part in parts])
+        assert float(flat.abs().max()) > 0
+        for memory in ("recompute", "keep", "blocks"):
+            cr.gradient(model, plan, score, PROMPTS, SEEDS, memory=memory)
+            torch.testing.assert_close(gradients(adapter.parameters()), flat, rtol=1e-8, atol=1e-8 * float(flat.abs().max()))
+            for weight in adapter.parameters():
+                weight.grad = None
+
+
+def gradient(method: Method, model: cr.Model, adapter: cr.Adapter, seed: int = 0) -> Tensor:
+    for weight in adapter.parameters():
+        weight.grad = None
+    cr.gradient(model, method.plan(model.grid(STEPS), Random(seed)), score, PROMPTS, SEEDS)
+    return gradients(adapter.parameters()).clone()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_identities_between_methods(name: str) -> None:
+    model, adapter = prepared(name)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * float(b.abs().max()))
+    for seed in range(3):
+        close(gradient(FlowBPSparse(3, late=0), model, adapter, seed), gradient(SDO(3), model, adapter, seed))
+    every = FlowBPBridge(samples=STEPS, share=1.0, elsewhere=1.0)
+    close(gradient(every, model, adapter), gradient(DRaFT(), model, adapter))
+    # A chain of two calls that both leap to where they go anyway is the chain.
+    grid = model.grid(2)
+    leaps = LeapAlign(share=1.0, deviation=None).plan(grid, Random(0))
+    for plan in (leaps, DRaFT().plan(grid, Random(0))):
+        for weight in adapter.parameters():
+            weight.grad = None
+        cr.gradient(model, plan, score, PROMPTS, SEEDS)
+        found = gradients(adapter.parameters()).clone()
+        expected = found if plan is leaps else expected  # noqa: F821
+    close(expected, found)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "flow"])
+def test_the_weights_of_the_steps_sum_to_that_of_the_whole_leap(name: str) -> None:
+    """With constant answers a long step lands where the short ones do, for noise and flow predictions."""
+    model = MODELS[name]()
+    grid = model.grid(STEPS)
+    a, b = 1.0, 0.0
+    for start, stop in pairwise(grid):
+        a2, b2 = model.solver.process.coefficients(start, stop, stop == 0)
+        a, b = a2 * a, a2 * b + b2
+    assert (a, b) == pytest.approx(model.solver.process.coefficients(grid[0], 0, True), rel=1e-9)
+
+
+def test_calls_are_drawn_towards_the_image_without_replacement() -> None:
+    rng, count, draws = Random(0), 5, 20_000
+    one = Counter(drawn_late(count, 1, 2.0, rng)[0] for _ in range(draws))
+    total = sum((i + 1) ** 2 for i in range(count))
+    for i in range(count):
+        share = (i + 1) ** 2 / total
+        assert abs(one[i] / draws - share) < 5 * (share * (1 - share) / draws) ** 0.5
+    assert all(len(set(drawn_late(count, 4, 2.0, rng))) == 4 for _ in range(100))
+    assert sorted(drawn_late(count, 5, 9.0, rng)) == [0, 1, 2, 3, 4]
+
+
+def test_drawings_and_refusals() -> None:
+    grid = (5, 4, 3, 2, 1, 0)
+    drawn = {str(LeapAlign().plan(grid, Random(seed))) for seed in range(50)}
+    assert "-[=.+.]" in drawn and "[=+...]" in drawn and all(set(text) <= set("-=+.[]") for text in drawn)
+    assert "+" in str(FlowBPBridge().plan(grid, Random(0)))
+    leap, middle, last = Jump(3, 2, grad=Grad.WEIGHTS, lands=1), Jump(2, 1), Jump(1, 0)
+    assert str(Plan((), ((leap, middle, last),))) == "[=.-]"
+    for path, said in (
+        ((leap, Jump(2, 1, grad=Grad.WEIGHTS), last), "leapt over must be a constant"),
+        ((Jump(3, 2, lands=1.5), middle, last), "must land on a later level"),
+        ((Jump(3, 2, share=2.0), middle, last), "between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Plan((), (path,))
+    model = cr.load(make_pipeline()).solving("dpm++")
+    model.adapt("mine", rank=2)
+    with pytest.raises(cr.UserError, match="no closed form for a leap"):
+        cr.gradient(model, LeapAlign().plan(model.grid(4), Random(0)), score, PROMPTS, SEEDS)
