@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-heavy faults check format bench experiments papers sizes weights clean
+.PHONY: demo test test-heavy faults check format bench experiments papers studies sizes weights clean
 
 # The stamp says: this environment has what pyproject.toml and constraints.txt say, and the development tools.
 $(VENV)/stamp: pyproject.toml constraints.txt
@@ -47,6 +47,13 @@ sizes: $(VENV)/stamp ## memory at the published sizes, counted where there is no
 experiments: $(VENV)/stamp ## the methods compared; resumable, about an hour on two cores; writes docs/experiments.md
 	$(BIN)/chainrule experiment methods --jobs 2
 	$(BIN)/chainrule experiment methods --write docs/experiments.md
+
+STUDIES := sampler policy generalization tradeoff clipping rewards
+
+studies: $(VENV)/stamp ## the papers' further studies in miniature; resumable, about two hours on two cores; writes docs/further.md
+	$(BIN)/chainrule experiment $(STUDIES) --jobs 2
+	$(BIN)/chainrule experiment $(STUDIES) --write docs/further.md
+	$(BIN)/chainrule experiment tradeoff --plot docs/tradeoff.png
 
 weights: $(VENV)/stamp ## train the bundled models again
 	$(BIN)/python -m chainrule.tiny all --out build

@@ -113,6 +113,19 @@ def test_a_full_page_is_self_contained(full: Run) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
+def test_a_learned_guidance_is_drawn_and_the_snippet_attaches_it(full: Run) -> None:
+    place = full.adapter / "learned" / "guidance"
+    place.mkdir(parents=True)
+    told = {"guidance": 7.5, "schedule": [[900.0, 7.0], [500.0, 8.25], [100.0, 6.5]]}
+    (place / "guidance.json").write_text(json.dumps(told))
+    page = report(full.folder).read_text(encoding="utf-8")
+    assert "Guidance scale: 7" in page and "to 6.5" in page.partition("Guidance scale: ")[2][:40] and "over steps 1 to 3" in page
+    assert "chainrule.attach(pipe, &#x27;pick&#x27;)" in page and "load_lora_weights" not in page
+    for damaged in ("[[1", "[]", '{"guidance": null, "schedule": [[1]]}', '{"guidance": {"scale": "x"}, "schedule": 3}'):
+        (place / "guidance.json").write_text(damaged)
+        assert "Guidance scale" not in report(full.folder).read_text(encoding="utf-8")
+
+
 def test_a_full_page_shows_what_the_run_holds(full: Run) -> None:
     page = report(full.folder).read_text(encoding="utf-8")
     for words in (
