@@ -58,7 +58,7 @@ BAD = {
     "plan dratf": "unknown method 'dratf'; did you mean 'draft'?",
     "sample tiny-emojy --prompts fox": "unknown model 'tiny-emojy'; did you mean 'tiny-emoji'?",
     # options of a method
-    TRAIN + "--method sdo --method-option q=3": "unknown option of sdo 'q' (known: samples)",
+    TRAIN + "--method sdo --method-option q=3": "unknown option of sdo 'q' (known: late, samples)",
     TRAIN + "--method sdo --method-option sampels=3": "did you mean 'samples'?",
     TRAIN + "--method draft --method-option k": "'k' must look like k=5",
     TRAIN + "--method draft --method-option =3": "'=3' must look like k=5",

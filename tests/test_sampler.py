@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from families import CASES, PROMPTS, SEEDS, Case, images_of, loaded
+from PIL import Image
 from pipelines import make_pipeline, pixel_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tuned import gray
 
 import chainrule as cr
+from chainrule.adapters import mix
+from chainrule.errors import Note
 from chainrule.guidance import CFG, Interval
 from chainrule.learnable import sampler_parts
 from chainrule.learned import GuidanceWeights, NegativeEmbedding, NegativeNetwork, load
+from chainrule.rewards import parse
 from chainrule.settings import Finetuning
 
 GUIDED = [name for name, case in CASES.items() if case.texts and len(case.guidances) == 2]
@@ -102,6 +106,30 @@ def test_a_run_that_learned_the_sampler_alone_is_used_like_any_other(tmp_path: P
     top = cr.finetune(model().using(run.folder), "sdo", gray, PROMPTS, out=tmp_path / "top", **{**LEARN, "learn": "adapter"})
     assert not (top.adapter / "learned").exists() and (top.adapter / "pytorch_lora_weights.safetensors").is_file()
     assert all(torch.equal(load_file(run.adapter / "learned/guidance/guidance.safetensors")[k], v) for k, v in before.items())
+
+
+def test_the_command_line_samples_and_compares_with_what_was_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chainrule: Any
+) -> None:
+    """Trained from a guidance of 4: `before` has that, `after` the learned scales, and one that is asked for goes before both."""
+    monkeypatch.chdir(tmp_path)
+    make_pipeline(dtype=torch.float32).save_pretrained("sd")
+    line = ["--model", "sd", "--method", "sdo", "--reward", "symmetry", "--prompts", "animals", "--updates", "2", "--batch", "1"]
+    found = chainrule("train", *line, "--learn", "guidance, adapter", "--guidance", "4", "--sample-steps", "3", "--out", "r")
+    assert found.code == 0, found.err
+    for asked, guided in (([], {}), (["--guidance", "2"], {"guidance": 2.0})):
+        found = chainrule("sample", "r", "--prompts", "a fox", "--out", "s", "--overwrite", *asked)
+        assert found.code == 0, found.err
+        image = cr.load("sd").guided(4.0).using("r").sample(["a fox"], [0], 3, **guided)[0]
+        assert np.array_equal(np.asarray(Image.open("s/0000.png")), np.asarray(image))
+    assert chainrule("eval", "r", "--prompts", "animals:test", "--seeds", "1", "--reward", "symmetry").code == 0
+    means = {row["name"]: row["metrics"]["symmetry"]["mean"] for row in json.loads(Path("r/evaluation.json").read_text())["rows"]}
+    base, prompts = cr.load("sd").guided(4.0), cr.prompts("animals:test")
+    for name, net in (("before", base), ("after", base.using("r"))):
+        expected = float(parse("symmetry")(net.render(prompts, [0] * len(prompts), 3), prompts).mean())
+        assert means[name] == pytest.approx(expected, abs=1e-5)
+    with pytest.warns(Note, match="learned a sampler too"):
+        mix({Path("r"): 0.5})
 
 
 def test_a_part_has_its_own_rate_and_the_guidance_moves_fifty_times_as_far(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from chainrule.errors import UserError
+from chainrule.errors import Note, UserError
 from chainrule.files import make_folder, write_text
 from chainrule.tensors import write_tensors
 
@@ -209,6 +210,9 @@ def mix(weights: Mapping[str, float] | Mapping[Path, float]) -> Weights:
     if not weights:
         raise UserError("nothing to mix: give at least one adapter and its weight")
     loaded = [(read(source), weight, str(source)) for source, weight in weights.items()]
+    for source in weights:
+        if learned_folders(source):
+            warnings.warn(Note(f"{source} learned a sampler too, which is no part of a mix"), stacklevel=2)
     first = loaded[0][0]
     for other, _, source in loaded[1:]:
         if other.targets != first.targets:

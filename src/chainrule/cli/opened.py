@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
 from chainrule.named import refuse_code
-from chainrule.settings import Finetuning, Opening, Sampling, merged
+from chainrule.settings import Opening, Sampling, merged
 
 if TYPE_CHECKING:
     from chainrule.models import Model
@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model by name, how it is opened, which adapters are on it, and how its images are sampled."""
+    """A model by name, how it is opened, which adapters are on it, and how its images are sampled.
+
+    `guidance` is that of the run that was named: what the model has under what the run learned. `sampling` has what was asked
+    for on the command line, which goes before both.
+    """
 
     model: str
     opening: Opening = Opening()
     adapters: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
+    guidance: float | Mapping[str, Any] | None = None
     run: str | None = None  # the run that was named instead of the model; its own adapter is not among `adapters`
 
     @property
@@ -34,10 +39,10 @@ class Source:
         return "tiny" if self.model in BUNDLED else None
 
     def load(self) -> Model:
-        """The model, with its adapters on."""
+        """The model, with its guidance and with its adapters on."""
         from chainrule.models.loading import load
 
-        model = load(self.model, **dict(self.opening))
+        model = load(self.model, **dict(self.opening)).guided(self.guidance)
         for place in self.adapters:
             model = model.using(place)
         return model
@@ -57,9 +62,12 @@ def source_of(
 
     source = replace(source_of_run(Run(Path(named)).config), run=str(named)) if is_run(named) else Source(str(named))
     if sampling.guidance is None:
-        refuse_code({"guidance": source.sampling.guidance}, named, allow_code)
+        refuse_code({"guidance": source.guidance}, named, allow_code)
+    else:
+        source = replace(source, guidance=None)
     source = replace(source, opening=merged(source.opening, opening), sampling=merged(source.sampling, sampling))
-    check_guidance(source.sampling.guidance)
+    for guidance in (source.sampling.guidance, source.guidance):
+        check_guidance(guidance)
     check_solver(source.opening.solver)
     check(source.model, source.opening.solver)
     for place in source.adapters:
@@ -71,11 +79,10 @@ def source_of_run(config: AnyConfig) -> Source:
     """The model of a run, as it was opened and sampled there, with the adapters that the run's own was put on top of."""
     match config:
         case FinetuneConfig(settings=settings) | SteerConfig(settings=settings):
-            learned = isinstance(settings, Finetuning) and "guidance" in settings.learned  # then the run itself has it
-            sampling = Sampling(sample_steps=settings.sample_steps, guidance=None if learned else settings.guidance)
-            return Source(config.model, config.opening, config.adapter, sampling)
+            sampling = Sampling(sample_steps=settings.sample_steps)
+            return Source(config.model, config.opening, config.adapter, sampling, settings.guidance)
         case DistillConfig(settings=distilled):
-            return Source(config.model, config.opening, sampling=Sampling(guidance=distilled.guidance))
+            return Source(config.model, config.opening, guidance=distilled.guidance)
 
 
 def is_run(named: str | Path) -> bool:
