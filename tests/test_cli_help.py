@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,3 +103,7 @@ def test_the_lists_name_everything_once(chainrule):
 def test_without_a_command_the_help_is_shown(chainrule):
     found = chainrule()
     assert "Commands:\n  train " in found.out + found.err
+
+
+def test_the_version_is_the_package_s(chainrule):
+    assert chainrule("--version").out == f"chainrule {version('chainrule')}\n"

@@ -12,10 +12,27 @@ from chainrule.cli.options import as_in_a_file
 from chainrule.settings import GUIDANCE
 
 app = typer.Typer(
-    name="chainrule", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help="Align and steer diffusion models by backpropagating rewards through the sampling chain.",
+    name="chainrule", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )  # fmt: skip
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"chainrule {version('chainrule')}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Align and steer diffusion models by backpropagating rewards through the sampling chain."""
+
 
 ChainSteps = Annotated[int, typer.Option("--sample-steps", "--steps", help="Network calls of the sampling chain.")]
 Guidance = Annotated[
