@@ -53,7 +53,7 @@ STUDIES := sampler policy generalization tradeoff clipping rewards
 studies: $(VENV)/stamp ## the papers' further studies in miniature; resumable, about two hours on two cores; writes docs/further.md
 	$(BIN)/chainrule experiment $(STUDIES) --jobs 2
 	$(BIN)/chainrule experiment $(STUDIES) --write docs/further.md
-	$(BIN)/chainrule experiment tradeoff --plot docs/tradeoff.png
+	$(BIN)/python docs/make_studies.py
 
 weights: $(VENV)/stamp ## train the bundled models again
 	$(BIN)/python -m chainrule.tiny all --out build

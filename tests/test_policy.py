@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import sd3
+from exact import prepared
 from pipelines import make_pipeline
 from torch import Tensor, nn
 from tuned import Judge, differences, gray, outcome
@@ -39,30 +39,7 @@ def whole_numbers(images: Tensor, prompts: object) -> list[int]:
     return [int(n) for n in (images > 0.5).flatten(1).sum(1)]
 
 
-MODELS = {
-    "epsilon": lambda: cr.load(make_pipeline()).solving("sde"),
-    "velocity": lambda: cr.load(make_pipeline("v_prediction")).solving("ddpm"),
-    "flow": lambda: cr.load(sd3_in_float64()).solving("sde"),
-}
-
-
-def sd3_in_float64() -> Any:
-    torch.manual_seed(0)
-    pipe = sd3()
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.double().eval()
-    return pipe
-
-
-def prepared(name: str) -> tuple[cr.Model, cr.Adapter]:
-    """A model with an adapter away from the identity."""
-    model = MODELS[name]().guided(3.0)
-    adapter = model.adapt("mine", rank=2)
-    torch.manual_seed(1)
-    for weight in adapter.parameters():
-        weight.data.normal_(0, 0.1)
-    return model, adapter
+SOLVERS = {"epsilon": "sde", "velocity": "ddpm", "flow": "sde"}
 
 
 def batch(memory: str = "recompute", parts: int = 1) -> Batch:
@@ -95,10 +72,10 @@ def written_out(model: cr.Model, plan: Plan, rollout: Rollout, clip: float) -> T
     return total.mean()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("method", [DDPO(reuse=3, clip=0.02), GRPO(group=2, reuse=2, clip=0.02, calls=2)], ids=str)
 def test_the_gradient_is_that_of_the_written_out_likelihood_on_and_off_policy(name: str, method: Method) -> None:
-    model, adapter = prepared(name)
+    model, adapter = prepared(name, SOLVERS[name])
     weights, grid = adapter.parameters(), model.grid(STEPS)
     by = {memory: estimator(method, model, whole_numbers) for memory in ("recompute", "keep", "blocks")}
     cut = []
@@ -121,7 +98,7 @@ def test_the_gradient_is_that_of_the_written_out_likelihood_on_and_off_policy(na
 
 
 def test_on_policy_it_is_the_advantage_times_the_gradient_of_the_log_likelihood() -> None:
-    model, adapter = prepared("epsilon")
+    model, adapter = prepared("epsilon", "sde")
     plan, one = DDPO().plan(model.grid(STEPS), Random(0)), estimator(DDPO(), model, whole_numbers)
     one.add(model, plan, Objective.of(whole_numbers), batch())
     found, rollout = gradients(adapter.parameters()), one.last
@@ -186,11 +163,10 @@ def test_advantages_are_in_standard_deviations_of_the_group_or_of_the_prompts_la
     assert last == pytest.approx(float((2 - own.mean()) / own.std(correction=0)), abs=1e-4)  # the bees' 100 is nothing to it
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("at", range(STEPS))
 def test_the_actor_and_the_critic_are_plain_loops(name: str, at: int) -> None:
-    model, adapter = prepared(name)
-    model = model.solving(None) if name == "epsilon" else model
+    model, adapter = prepared(name, None if name == "epsilon" else SOLVERS[name])
     judge = Judge().double()
     reward, grid = reward_of(judge), model.grid(STEPS)
     (action,) = walk(grid[at : at + 2], Grad.WEIGHTS)

@@ -8,8 +8,8 @@ from random import Random
 
 import pytest
 import torch
+from exact import MODELS, prepared
 from pipelines import make_pipeline, score
-from test_policy import sd3_in_float64
 from torch import Tensor
 
 import chainrule as cr
@@ -19,24 +19,10 @@ from chainrule.methods.surrogates import drawn_late
 from chainrule.plan import Grad, Jump, Plan
 
 STEPS, PROMPTS, SEEDS = 6, ["a fox", "two bees"], [4, 9]
-MODELS = {
-    "epsilon": lambda: cr.load(make_pipeline()),
-    "velocity": lambda: cr.load(make_pipeline("v_prediction")),
-    "flow": lambda: cr.load(sd3_in_float64()),
-}
 METHODS: list[Method] = [
     FlowBPSparse(), FlowBPSparse(rescale=0.5), FlowBPBridge(samples=4), FlowBPBridge(samples=3, share=0.7, elsewhere=0.4),
     LeapAlign(), LeapAlign(share=0.3, deviation=None), LeapAlign(share=0.0, deviation=5.0), SDO(3, late=2),
 ]  # fmt: skip
-
-
-def prepared(name: str) -> tuple[cr.Model, cr.Adapter]:
-    model = MODELS[name]().guided(3.0)
-    adapter = model.adapt("mine", rank=2)
-    torch.manual_seed(1)
-    for weight in adapter.parameters():
-        weight.data.normal_(0, 0.1)
-    return model, adapter
 
 
 def surrogate(model: cr.Model, plan: Plan) -> Tensor:

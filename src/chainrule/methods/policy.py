@@ -10,13 +10,6 @@ from chainrule.methods.surrogates import live
 from chainrule.plan import Grad, Grid, Jump, Plan, walk
 
 
-def _live_steps(grid: Grid, calls: int | None, rng: Random) -> Plan:
-    """A whole chain with live weights at `calls` steps drawn anew, at all when None; never at the last, which adds no noise."""
-    steps = len(grid) - 2
-    chosen = range(steps) if calls is None else rng.sample(range(steps), calls)
-    return Plan((), (live(walk(grid), dict.fromkeys(chosen, Grad.WEIGHTS)),))
-
-
 @dataclass(frozen=True, slots=True)
 class DDPO:
     """Make the steps that led to better images likelier; the reward needs no gradient. `[=======-]`
@@ -33,20 +26,15 @@ class DDPO:
     calls: int | None = None
 
     def __post_init__(self) -> None:
-        within("reuse", self.reuse, 1)
-        within("clip", self.clip, 0)
-        within("calls", self.calls, 1)
+        _check(self)
 
     def needs(self, grid: Grid) -> Needs:
         """Say which members, adapters and estimator it needs on this grid."""
-        within("the number of sampling steps", len(grid) - 1, 2)
-        within("calls", self.calls, 1, len(grid) - 2)
-        return Needs(estimator=LikelihoodRatio(1, self.reuse, self.clip))
+        return _needs(self, grid, group=1)
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
         """Draw the plan of one update on a grid of falling levels."""
-        self.needs(grid)
-        return _live_steps(grid, self.calls, rng)
+        return _plan(self, grid, rng)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +53,15 @@ class GRPO:
 
     def __post_init__(self) -> None:
         within("group", self.group, 2)
-        within("reuse", self.reuse, 1)
-        within("clip", self.clip, 0)
-        within("calls", self.calls, 1)
+        _check(self)
 
     def needs(self, grid: Grid) -> Needs:
         """Say which members, adapters and estimator it needs on this grid."""
-        within("the number of sampling steps", len(grid) - 1, 2)
-        within("calls", self.calls, 1, len(grid) - 2)
-        return Needs(estimator=LikelihoodRatio(self.group, self.reuse, self.clip))
+        return _needs(self, grid, group=self.group)
 
     def plan(self, grid: Grid, rng: Random) -> Plan:
         """Draw the plan of one update on a grid of falling levels."""
-        self.needs(grid)
-        return _live_steps(grid, self.calls, rng)
+        return _plan(self, grid, rng)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +92,23 @@ class DPG:
         (action,) = walk(grid[at : at + 2], Grad.WEIGHTS)
         foresee = (Jump(action.stop, 0, grad=Grad.INPUT),) if action.stop else ()
         return Plan(walk(grid[: at + 1]), (walk(grid[at:]), (action, *foresee)))
+
+
+def _check(method: DDPO | GRPO) -> None:
+    within("reuse", method.reuse, 1)
+    within("clip", method.clip, 0)
+    within("calls", method.calls, 1)
+
+
+def _needs(method: DDPO | GRPO, grid: Grid, group: int) -> Needs:
+    within("the number of sampling steps", len(grid) - 1, 2)
+    within("calls", method.calls, 1, len(grid) - 2)
+    return Needs(estimator=LikelihoodRatio(group, method.reuse, method.clip))
+
+
+def _plan(method: DDPO | GRPO, grid: Grid, rng: Random) -> Plan:
+    """A whole chain with live weights at `calls` steps drawn anew, at all when None; never at the last, which adds no noise."""
+    method.needs(grid)
+    steps = len(grid) - 2
+    chosen = range(steps) if method.calls is None else rng.sample(range(steps), method.calls)
+    return Plan((), (live(walk(grid), dict.fromkeys(chosen, Grad.WEIGHTS)),))

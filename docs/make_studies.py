@@ -1,0 +1,63 @@
+"""Draw the pictures of studies.md from the results of its tables: python docs/make_studies.py [--root EXPERIMENTS]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import chainrule as cr
+from chainrule.cli.experimenting import results_folder
+from chainrule.experiments import page
+from chainrule.experiments.table import read
+from chainrule.experiments.unit import units
+from chainrule.files import make_folder, write_picture
+from chainrule.report import grid
+from chainrule.report.plots import plot, scatter
+
+PLACE = Path(__file__).with_name("studies")
+SEED = 7
+
+
+def main() -> None:
+    """Draw what was run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=results_folder(), help="Folder of the results.")
+    root = parser.parse_args().root
+    make_folder(PLACE)
+    for name in ("sampler", "policy", "generalization", "tradeoff", "clipping"):  # as `chainrule experiment NAME --plot`
+        table = read(name)
+        points = page.points(page.Results(table, root))
+        if table.plot and points:
+            write_picture(PLACE / f"{name}.png", scatter(points, table.title, table.plot.x, table.plot.y))
+    guidance(root)
+    rewards(root)
+
+
+def guidance(root: Path) -> None:
+    """The guidance scales that `sampler` learned, a curve for each seed."""
+    curves = {}
+    for unit in units(read("sampler")):
+        if unit.label == "DRaFT, guidance weights" and unit.done(root):
+            told = json.loads((unit.folder(root) / "adapter/learned/guidance/guidance.json").read_text(encoding="utf-8"))
+            curves[f"seed {unit.seed}"] = [(i, scale) for i, (_, scale) in enumerate(told["schedule"], 1)]
+    if curves:
+        picture = plot(curves, "The learned guidance scale", "sampling step, from the noisiest to the last")
+        write_picture(PLACE / "guidance.png", picture)
+
+
+def rewards(root: Path) -> None:
+    """Images of every run of `rewards` with its first seed, a row each, under those of the base model."""
+    base, prompts = cr.load("tiny-emoji"), cr.prompts("animals:test")[:5]
+    models = {"base": base}
+    for unit in units(read("rewards")):
+        if unit.seed == 0 and unit.done(root):
+            models[unit.label] = base.using(unit.folder(root))
+    if len(models) > 1:
+        images = [image for model in models.values() for image in model.sample(prompts, [SEED] * len(prompts), 20)]
+        captions = [f"{name}: {prompt.removeprefix('a painting of ')}" for name in models for prompt in prompts]
+        write_picture(PLACE / "rewards.png", grid(images, len(prompts), captions))
+
+
+if __name__ == "__main__":
+    main()
