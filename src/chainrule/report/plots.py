@@ -17,7 +17,7 @@ COLORS = ((27, 94, 160), (200, 80, 40), (60, 140, 70), (130, 70, 150), (110, 110
 
 
 def scatter(points: Mapping[str, tuple[float, float]], title: str, across: str, up: str) -> Image.Image:
-    """Draw named points (x, y). A name stands to the right of its point, or to the left where there is no room."""
+    """Draw named points (x, y). A name stands to the right of its point, a little lower or higher where others are."""
     sheet = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw, font = ImageDraw.Draw(sheet), font_of(17)
     sides = []
@@ -29,18 +29,24 @@ def scatter(points: Mapping[str, tuple[float, float]], title: str, across: str, 
     draw.text((LEFT, 22), f"{title}: {up} against {across}", INK, font_of(22))
     for y in ticks(high.low, high.high):
         draw.line([(LEFT, high(y)), (WIDTH - RIGHT, high(y))], (228, 228, 228))
-        draw.text((LEFT - 12, high(y)), number(y), FAINT, font, anchor="rm")
+        draw.text((LEFT - 12, high(y)), _plain(y), FAINT, font, anchor="rm")
     for x in ticks(right.low, right.high, 6):
-        draw.text((right(x), HEIGHT - BOTTOM + 10), number(x), FAINT, font, anchor="ma")
+        draw.text((right(x), HEIGHT - BOTTOM + 10), _plain(x), FAINT, font, anchor="ma")
     draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 32), across, INK, font, anchor="mm")
-    taken: list[Box] = []
+    places = [(right(x), high(y)) for x, y in points.values()]
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     for i, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
         at, color = (right(x), high(y)), COLORS[i % len(COLORS)]
         draw.ellipse([at[0] - 5, at[1] - 5, at[0] + 5, at[1] + 5], color)
-        box = _free(draw.textbbox((at[0] + 10, at[1]), name, font, anchor="lm"), taken)
+        box = _free(draw.textbbox((at[0] + 12, at[1]), name, font, anchor="lm"), taken)
         taken.append(box)
         draw.text((box[0], (box[1] + box[3]) / 2), name, color, font, anchor="lm")
     return sheet
+
+
+def _plain(value: float) -> str:
+    """A number with a hyphen for its sign: Pillow's font has no minus."""
+    return number(value).replace("\N{MINUS SIGN}", "-")
 
 
 def _free(box: Box, taken: Sequence[Box]) -> Box:
@@ -66,7 +72,7 @@ def plot(curves: Mapping[str, Sequence[tuple[float, float]]], title: str, across
     draw.text((LEFT, 22), title, INK, font_of(22))
     for y in ticks(up.low, up.high, whole=log and up.high - up.low > 2):
         draw.line([(LEFT, up(y)), (WIDTH - RIGHT, up(y))], (228, 228, 228))
-        draw.text((LEFT - 12, up(y)), number(10**y if log else y), FAINT, font, anchor="rm")
+        draw.text((LEFT - 12, up(y)), _plain(10**y if log else y), FAINT, font, anchor="rm")
     for x in ticks(right.low, right.high, 6, whole=True):
         draw.text((right(x), HEIGHT - BOTTOM + 10), f"{x:g}", FAINT, font, anchor="ma")
     draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 32), across, INK, font, anchor="mm")
