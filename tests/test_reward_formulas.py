@@ -19,6 +19,12 @@ from chainrule.rewards.jpeg import jpeg, quality_of
 
 def test_a_target_is_the_distance_to_a_value(models: Path) -> None:
     images = random_images(SIZE, SIZE, 3)
+    enough = rewards.Hinge(reward_of(brightness), 0.5)
+    images = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1, 1).expand(3, 3, 4, 4).clone().requires_grad_()
+    values = enough(images, [""] * 3)
+    assert values.tolist() == pytest.approx([-0.3, 0, 0], abs=1e-6)
+    (gradient,) = torch.autograd.grad(values.sum(), images)
+    assert gradient[0].abs().min() > 0 and not gradient[2].any()
     aim = rewards.Target(reward_of(brightness), 0.5)
     torch.testing.assert_close(aim(images, PROMPTS), -(images.mean((1, 2, 3)) - 0.5).abs())
 

@@ -233,6 +233,8 @@ def test_parse_reads_what_a_reward_says() -> None:
     assert parse("clip:sad") == rewards.CLIPScore(text="sad")
     assert parse("clip:tiny") == rewards.CLIPScore("tiny")
     assert parse("clip:some-lab/a-clip:two cats - symmetry").weighted()[0][1] == rewards.CLIPScore("some-lab/a-clip", "two cats")
+    assert parse("pickscore<=25") == rewards.Hinge(rewards.PickScore(), 25.0)
+    assert parse("2*clip:tiny:an angry face<=0.3 - symmetry<=-0.5").name == "2*clip:tiny:an angry face<=0.3 - symmetry<=-0.5"
     assert parse("aesthetic->10") == rewards.Target(rewards.Aesthetic(), 10.0)
     assert parse("directional:a face to a sad face") == rewards.Directional(text="a face to a sad face")
     assert parse("siglip:an angry face") == rewards.SigLIP(text="an angry face")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from chainrule.rewards.registry import REGISTRY, Entry, parse
 
 if TYPE_CHECKING:
-    from chainrule.rewards.base import FunctionReward, Reward, RewardFunction, Sum, Target, checked, probe, reward_of
+    from chainrule.rewards.base import FunctionReward, Reward, RewardFunction, Sum, checked, probe, reward_of
     from chainrule.rewards.classifier import Classifier
     from chainrule.rewards.clip import load_clip
     from chainrule.rewards.detect import DetectedArea, Detection
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from chainrule.rewards.reference import Directional, Perceptual, Style, perceptual
     from chainrule.rewards.safety import Concepts, Safe
     from chainrule.rewards.scorers import Aesthetic, CLIPScore, HPSv2, HPSv21, PickScore, aesthetic_head
+    from chainrule.rewards.shaped import Hinge, Target
     from chainrule.rewards.siglip import SigLIP
     from chainrule.rewards.weightless import (
         JPEGCompressibility,
@@ -53,6 +54,7 @@ __all__ = [
     "FunctionReward",
     "HPSv2",
     "HPSv21",
+    "Hinge",
     "Identity",
     "ImageReward",
     "JPEGCompressibility",
@@ -83,7 +85,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "base": ("FunctionReward", "Reward", "RewardFunction", "Sum", "Target", "checked", "probe", "reward_of"),
+    "base": ("FunctionReward", "Reward", "RewardFunction", "Sum", "checked", "probe", "reward_of"),
     "classifier": ("Classifier",),
     "reference": ("Directional", "Perceptual", "Style", "perceptual"),
     "clip": ("load_clip",),
@@ -97,6 +99,7 @@ _ROOMS = {
     "loaded": ("release",),
     "place": ("On",),
     "safety": ("Concepts", "Safe"),
+    "shaped": ("Hinge", "Target"),
     "siglip": ("SigLIP",),
     "weightless": ("JPEGCompressibility", "JPEGIncompressibility", "RotationalAnticorrelation", "Symmetry"),
 }

@@ -79,7 +79,7 @@ class Reward(ABC):
         return self * -1
 
 
-def _written(value: float) -> str:
+def written(value: float) -> str:
     """The shortest text that is read as exactly this number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(float(value))
@@ -94,7 +94,7 @@ class Sum(Reward):
     @property
     def name(self) -> str:
         """The name that `rewards.parse` reads back."""
-        signed = [("-" if w < 0 else "+", "" if abs(w) == 1 else f"{_written(abs(w))}*", r.name) for w, r in self.terms]
+        signed = [("-" if w < 0 else "+", "" if abs(w) == 1 else f"{written(abs(w))}*", r.name) for w, r in self.terms]
         text = " ".join(f"{sign} {weight}{name}" for sign, weight, name in signed)
         return text.removeprefix("+ ") if text.startswith("+") else text.replace("- ", "-", 1)
 
@@ -112,30 +112,6 @@ class Sum(Reward):
     def with_reference(self, reference: Tensor) -> Reward:
         """The reward that is given `reference` (b, 3, h, w) too."""
         return Sum(tuple((weight, reward.with_reference(reference)) for weight, reward in self.terms))
-
-
-@dataclass(frozen=True)
-class Target(Reward):
-    """A reward that is to reach a value, -|reward - value| (SDO, arXiv:2505.07477, Eq. 25). Range up to 0."""
-
-    reward: Reward
-    value: float
-
-    @property
-    def name(self) -> str:
-        """The name that `rewards.parse` reads back."""
-        return f"{self.reward.name}->{_written(self.value)}"
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return -(checked(self.reward, images, prompts) - self.value).abs()
-
-    def to(self, device: torch.device | str) -> Reward:
-        """Load the networks onto `device` now. Returns the reward."""
-        return Target(self.reward.to(device), self.value)
-
-    def with_reference(self, reference: Tensor) -> Reward:
-        """The reward that is given `reference` (b, 3, h, w) too."""
-        return Target(self.reward.with_reference(reference), self.value)
 
 
 def _sum(terms: tuple[tuple[float, Reward], ...]) -> Reward:

@@ -65,7 +65,7 @@ REGISTRY: Mapping[str, Entry] = {
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _DEVICE = r"(?:cpu|mps|(?:cuda|xpu)(?::\d+)?)"
-_ENDS = rf"(?=\s*(?:[+-]|@{_DEVICE}|$))(?!-[\w.-]*/)"  # perhaps a sign without a space, but not tiny-lab/model
+_ENDS = rf"(?=\s*(?:[+-]|<=|@{_DEVICE}|$))(?!-[\w.-]*/)"  # perhaps a sign without a space, but not tiny-lab/model
 _KNOWN = rf"(?:{'|'.join(map(re.escape, REGISTRY))})(?::tiny|:\d+)?{_ENDS}"
 _WORD = r"\w+(?=[+-])(?![^\s]*[:/])"
 # Rewards that take a text after the colon, which may have spaces, and the option it sets. Their source may stand before it.
@@ -76,10 +76,10 @@ TEXT_OPTION = {
 # Rewards for which no small model comes with chainrule, so the source "tiny" is not for them.
 UNBUNDLED = ("imagereward", "siglip", "detect", "area", "safe", "concepts", "identity", "lpips")
 _TEXT_IS_OPTIONAL = ("clip", "siglip", "directional")  # they have a default
-_WITH_TEXT = rf"(?:{'|'.join(TEXT_OPTION)}):[^*]+?(?=->|@{_DEVICE}|\s+[+-]\s|\s*$)"
+_WITH_TEXT = rf"(?:{'|'.join(TEXT_OPTION)}):[^*]+?(?=->|<=|@{_DEVICE}|\s+[+-]\s|\s*$)"
 _TERM = re.compile(
-    rf"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<body>{_KNOWN}|{_WITH_TEXT}|{_WORD}|(?:(?!->|@{_DEVICE})[^\s*])++)"
-    rf"(?:@(?P<device>{_DEVICE})(?:/(?P<dtype>\w+))?)?(?:->(?P<goal>-?{_NUMBER}))?\s*(?=[+-]|$)"
+    rf"\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<body>{_KNOWN}|{_WITH_TEXT}|{_WORD}|(?:(?!->|<=|@{_DEVICE})[^\s*])++)"
+    rf"(?:@(?P<device>{_DEVICE})(?:/(?P<dtype>\w+))?)?(?:(?P<aim>->|<=)(?P<goal>-?{_NUMBER}))?\s*(?=[+-]|$)"
 )
 
 
@@ -107,7 +107,7 @@ def parse(text: str, source: str | None = None) -> Reward:
         if term["goal"]:
             if not math.isfinite(float(term["goal"])):
                 raise UserError(f"the reward {text!r} is to reach {term['goal']}, which is no finite number")
-            one = _target(one, float(term["goal"]))
+            one = _shaped(one, term["aim"], float(term["goal"]))
         scaled = one if weight == 1 else weight * one
         total = scaled if total is None else total + scaled
         at = term.end()
@@ -168,10 +168,10 @@ def _on(reward: Reward, device: str, dtype: str) -> Reward:
     return On(reward, device, dtype)
 
 
-def _target(reward: Reward, value: float) -> Reward:
-    from chainrule.rewards.base import Target
+def _shaped(reward: Reward, aim: str, value: float) -> Reward:
+    from chainrule.rewards.shaped import Hinge, Target
 
-    return Target(reward, value)
+    return Target(reward, value) if aim == "->" else Hinge(reward, value)
 
 
 def _from_file(body: str) -> Reward:
