@@ -58,8 +58,12 @@ def surrogate(model: cr.Model, plan: Plan) -> Tensor:
     return -(rewards / (apart if plan.deviation is not None else 1.0)).mean()
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [pytest.param(name, method, marks=[] if i % len(MODELS) == j else pytest.mark.heavy)
+     for i, method in enumerate(METHODS) for j, name in enumerate(MODELS)],
+    ids=str,
+)  # fmt: skip
 def test_the_gradient_is_plain_autograds_of_the_surrogate_chain(name: str, method: Method) -> None:
     model, adapter = prepared(name)
     for seed in range(2):
@@ -82,7 +86,7 @@ def gradient(method: Method, model: cr.Model, adapter: cr.Adapter, seed: int = 0
     return gradients(adapter.parameters()).clone()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["epsilon", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("velocity", "flow"))])
 def test_the_identities_between_methods(name: str) -> None:
     model, adapter = prepared(name)
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * float(b.abs().max()))
