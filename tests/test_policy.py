@@ -258,7 +258,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_written(
     model = cr.load(make_pipeline(dtype=torch.float32)).solving(options.pop("solver", None))
     with pytest.raises(cr.UserError, match=said):
         cr.finetune(model, method, "symmetry", PROMPTS, out=tmp_path / "run", **options)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reward_without_a_gradient_trains_by_likelihoods_alone(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "grids": "errors pictures files runs loop rewards models report training",
     "trackers": "errors loop",
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report learnable "
-    "training grids trackers",
+    "estimators training grids trackers",
     "evaluate": "errors asked files processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",

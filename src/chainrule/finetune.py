@@ -10,6 +10,7 @@ from typing import Any
 from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
+from chainrule.estimators import estimator_of
 from chainrule.grids import SampleGrids
 from chainrule.guidance import value_among
 from chainrule.learnable import sampler_parts
@@ -55,8 +56,9 @@ def finetune(
     processes = Processes.here(model.device, settings.timeout)
     processes.check_batch(settings.batch, settings.accumulate)
     together = min(settings.batch // (processes.count * settings.accumulate), settings.micro_batch or model.micro_batch)
-    differentiated = isinstance(needs(method, model.grid(settings.sample_steps)).estimator, Pathwise)
-    probe(scorer.to(model.device), model.size, count=together, gradient=differentiated)
+    estimator = needs(method, model.grid(settings.sample_steps)).estimator
+    probe(scorer.to(model.device), model.size, count=together, gradient=isinstance(estimator, Pathwise))
+    estimator_of(estimator, model, scorer, lr=settings.lr, clip=settings.clip, seed=settings.seed).remove()  # whether it can be
     if watched:
         probe(watched.to(model.device), model.size, gradient=False)
     config = FinetuneConfig(
