@@ -84,6 +84,8 @@ def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
     for stage in order.methods:
         check_members(needs(stage, grid).members, model.cast())
         stage.plan(grid, Random(0))
+        if settings.flat and not isinstance(needs(stage, grid).estimator, Pathwise):
+            raise UserError(f"flat goes with the reward's gradient along the chain, which {stage} does not take; leave flat out")
         if settings.batch % (group := group_of(stage, grid)):
             raise UserError(f"batch is {settings.batch}, but must be divisible by the method's groups of {group} images")
     return order

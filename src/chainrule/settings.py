@@ -166,6 +166,9 @@ class Finetuning(Together):
     )
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
     kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last trained call")
+    flat: float = Field(
+        default=0.0, ge=0, le=1, description="RSA-FT's radius: gradients of nearby worse weights and images, twice the time; 0: off"
+    )
     sample_steps: Steps | None = Field(default=None, description="network calls of a sampling chain; default: the model's own")
     guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the model's own")
     memory: Memory = Field(default="recompute", description=MEMORY)

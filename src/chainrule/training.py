@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chainrule.adapters import LEARNED, Adapter, save_bands
 from chainrule.errors import UserError
-from chainrule.estimators import Batch, Estimator, Paths, estimator_of
+from chainrule.estimators import Batch, Estimator, Flat, Paths, estimator_of
 from chainrule.gradient import Result
 from chainrule.learnable import sampler_parts, trainable
 from chainrule.learned import Learned
@@ -128,6 +128,8 @@ class FinetuneTask:
         for name, part in sampler_parts(model, settings).items():
             model = model.learning(name, part)
         learner = Learner.of({**adapters, **trainable(model.learned)}, settings.weight_decay)
+        if settings.flat:
+            estimator = Flat(estimator, settings.flat, lambda: [*learner.named_parameters().values()])
         return cls(model, learner, adapters, order, reward, prompts, settings, processes, estimator)
 
     @property

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from chainrule.estimators.batch import Batch, Estimator, Paths
 from chainrule.estimators.critic import ActorCritic
+from chainrule.estimators.flat import Flat
 from chainrule.estimators.rollouts import Rollouts
 from chainrule.methods import Critic, LikelihoodRatio, Pathwise
 from chainrule.methods import Estimator as Kind
 from chainrule.models import Model
 from chainrule.rewards import Reward
 
-__all__ = ["ActorCritic", "Batch", "Estimator", "Paths", "Rollouts", "estimator_of"]
+__all__ = ["ActorCritic", "Batch", "Estimator", "Flat", "Paths", "Rollouts", "estimator_of"]
 
 
 def estimator_of(kind: Kind, model: Model, reward: Reward, *, lr: float, clip: float, seed: int) -> Estimator:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from chainrule.rewards.reference import Directional, Perceptual, Style, perceptual
     from chainrule.rewards.safety import Concepts, Safe
     from chainrule.rewards.scorers import Aesthetic, CLIPScore, HPSv2, HPSv21, PickScore, aesthetic_head
-    from chainrule.rewards.shaped import Hinge, Target
+    from chainrule.rewards.shaped import Hinge, Nearby, Steepness, Target
     from chainrule.rewards.siglip import SigLIP
     from chainrule.rewards.weightless import (
         JPEGCompressibility,
@@ -59,6 +59,7 @@ __all__ = [
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "Nearby",
     "On",
     "Perceptual",
     "PickScore",
@@ -68,6 +69,7 @@ __all__ = [
     "RotationalAnticorrelation",
     "Safe",
     "SigLIP",
+    "Steepness",
     "Style",
     "Sum",
     "Symmetry",
@@ -99,7 +101,7 @@ _ROOMS = {
     "loaded": ("release",),
     "place": ("On",),
     "safety": ("Concepts", "Safe"),
-    "shaped": ("Hinge", "Target"),
+    "shaped": ("Hinge", "Nearby", "Steepness", "Target"),
     "siglip": ("SigLIP",),
     "weightless": ("JPEGCompressibility", "JPEGIncompressibility", "RotationalAnticorrelation", "Symmetry"),
 }

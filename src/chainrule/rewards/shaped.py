@@ -1,4 +1,4 @@
-"""Rewards of a reward's value: one that is to reach a value, and one that is enough from there on."""
+"""Rewards made of a reward: one that is to reach a value, one that is enough from there on, one read where it is worse nearby."""
 
 from __future__ import annotations
 
@@ -60,3 +60,60 @@ class Hinge(Reward):
     def with_reference(self, reference: Tensor) -> Reward:
         """The reward that is given `reference` (b, 3, h, w) too."""
         return Hinge(self.reward.with_reference(reference), self.value)
+
+
+@dataclass(frozen=True)
+class Nearby(Reward):
+    """A reward read at the nearby image that it likes less: r(x + d), d = -radius grad r / |grad r|, a constant per image.
+
+    The image half of RSA-FT (arXiv:2603.21175), against rewards that rise steeply where images only look good to them. Its name
+    is the reward's own.
+    """
+
+    reward: Reward
+    radius: float = 1e-2
+
+    @property
+    def name(self) -> str:
+        """The reward's."""
+        return self.reward.name
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return checked(self.reward, images + worse(self.reward, images, prompts, self.radius), prompts)
+
+    def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
+        return Nearby(self.reward.to(device), self.radius)
+
+    def with_reference(self, reference: Tensor) -> Reward:
+        """The reward that is given `reference` (b, 3, h, w) too."""
+        return Nearby(self.reward.with_reference(reference), self.radius)
+
+
+@dataclass(frozen=True)
+class Steepness(Reward):
+    """How much a reward loses nearby, r(x) - r(x + d) with `Nearby`'s d: RSA-FT's sign of hacking (arXiv:2603.21175). Above 0."""
+
+    reward: Reward
+    radius: float = 1e-2
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return f"steepness of {self.reward.name}"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return checked(self.reward, images, prompts) - Nearby(self.reward, self.radius)(images, prompts)
+
+    def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
+        return Steepness(self.reward.to(device), self.radius)
+
+
+def worse(reward: Reward, images: Tensor, prompts: Sequence[str], radius: float) -> Tensor:
+    """The change of each image (b, 3, h, w), of this norm, along which the reward falls fastest; zero where it is flat."""
+    with torch.enable_grad():
+        leaf = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(checked(reward, leaf, prompts).sum(), leaf)
+    norms = gradient.flatten(1).norm(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
+    return -radius * gradient / norms
