@@ -182,6 +182,13 @@ def test_damaged_parts_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(cr.UserError, match="damaged") as caught:
             model().using(run.folder)
         assert "\n" not in str(caught.value)
+    code = tmp_path / "code.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for inner in ({"name": f"{code}:Mine"}, {"name": "interval"}, {"name": "nothing"}, "cfg", None, [1]):
+        (place / "guidance/guidance.json").write_text(json.dumps({"guidance": inner, "schedule": []}))
+        with pytest.raises(cr.UserError, match="damaged, or of a guidance of its own"):
+            load([place / "guidance"])
+    assert not (tmp_path / "ran").exists()
     save_file(tensors(levels=two, weights=torch.ones(3)), kept / "guidance/guidance.safetensors")
     with pytest.raises(cr.UserError, match="no scale for each level"):
         load([kept / "guidance"])

@@ -114,10 +114,7 @@ class GuidanceWeights:
         levels, weights = (tensors.get(name, torch.empty(0)).double() for name in ("levels", "weights"))
         if levels.ndim != 1 or levels.shape != weights.shape or not len(levels):
             raise UserError(f"{folder / GUIDANCE}.safetensors is damaged: it has no scale for each level")
-        inner = told.get("guidance")
-        if not isinstance(inner, float | int):
-            inner = GUIDANCES.read(inner)
-        guidance = cast(Scaled, CFG(inner) if isinstance(inner, float | int) else inner)
+        guidance = _inner(told.get("guidance"), folder / f"{GUIDANCE}.json")
         return cls(tuple(levels.tolist()), nn.Parameter(weights, requires_grad=False), guidance)
 
 
@@ -223,6 +220,16 @@ def load(folders: Iterable[Path]) -> dict[str, Learned]:
         else:
             warnings.warn(Note(f"{folder} is a learned part of its own kind; put it back by model.learning(...)"), stacklevel=2)
     return found
+
+
+def _inner(given: object, place: Path) -> Scaled:
+    """The guidance whose scale was learned. Raises UserError for anything but ours: a file from a stranger names no code."""
+    if isinstance(given, float | int):
+        return CFG(given)
+    name = given.get("name") if isinstance(given, Mapping) else None
+    if not isinstance(name, str) or not hasattr(GUIDANCES.classes.get(name), "scale"):
+        raise UserError(f"{place} is damaged, or of a guidance of its own: {name!r}; put that back by model.learning(...)")
+    return cast(Scaled, GUIDANCES.read(given))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
