@@ -17,7 +17,7 @@ from chainrule.estimators import Batch, Flat, Paths
 from chainrule.learner import gradients
 from chainrule.methods import SDO, DRaFTLV, Method
 from chainrule.objective import Objective
-from chainrule.rewards import Nearby, Steepness, reward_of
+from chainrule.rewards import Hinge, Nearby, Perceptual, Steepness, Target, reward_of
 
 PROMPTS, SEEDS, RADIUS = ["a fox", "two bees"], [4, 9], 0.05
 
@@ -74,3 +74,11 @@ def test_a_run_with_it_trains_and_another_radius_is_another_run(tmp_path: Path) 
     for method, radius, said in (("sdo", -1.0, "flat is -1"), ("grpo", 0.1, "which GRPO.* does not take; leave flat out")):
         with pytest.raises(cr.UserError, match=said):
             cr.finetune(model.solving("sde"), method, gray, PROMPTS, out=tmp_path / "bad", flat=radius, **small)
+
+
+@pytest.mark.parametrize("kind", [Nearby, Steepness, Target, Hinge])
+def test_a_reward_of_a_reward_passes_on_what_images_were(kind: type[Any]) -> None:
+    reference = torch.rand(1, 3, 8, 8)
+    inner = Perceptual("tiny")
+    assert kind(inner, 0.5).with_reference(reference).reward == inner.with_reference(reference)
+    assert kind(inner, 0.5).to("cpu") == kind(inner, 0.5)

@@ -62,8 +62,8 @@ MAY_IMPORT = {
     "estimators learnable",
     "grids": "errors pictures files runs loop rewards models report training",
     "trackers": "errors loop",
-    "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report learnable "
-    "estimators training grids trackers",
+    "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
+    "grids trackers",
     "evaluate": "errors asked files processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",

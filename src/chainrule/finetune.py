@@ -10,10 +10,8 @@ from typing import Any
 from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
-from chainrule.estimators import estimator_of
 from chainrule.grids import SampleGrids
 from chainrule.guidance import value_among
-from chainrule.learnable import sampler_parts
 from chainrule.loop import Listener, Row, complete, open_run, told
 from chainrule.methods import Method, Pathwise, as_method, needs, spelled
 from chainrule.models import Model
@@ -52,13 +50,11 @@ def finetune(
     if settings.patience and not watched:
         raise UserError("patience needs a held-out reward to watch; pass held_out")
     order = _order(model, method, settings)
-    sampler_parts(model, settings)
     processes = Processes.here(model.device, settings.timeout)
     processes.check_batch(settings.batch, settings.accumulate)
     together = min(settings.batch // (processes.count * settings.accumulate), settings.micro_batch or model.micro_batch)
     estimator = needs(method, model.grid(settings.sample_steps)).estimator
     probe(scorer.to(model.device), model.size, count=together, gradient=isinstance(estimator, Pathwise))
-    estimator_of(estimator, model, scorer, lr=settings.lr, clip=settings.clip, seed=settings.seed).remove()  # whether it can be
     if watched:
         probe(watched.to(model.device), model.size, gradient=False)
     config = FinetuneConfig(
@@ -68,13 +64,13 @@ def finetune(
         settings=settings.model_copy(update={"stage_steps": order.recorded, "guidance": model.guidance_spec}),
     )  # fmt: skip
     sent = [tracker(settings.tracker, config.values(), out, model.device)] if settings.tracker != "none" else []
-    with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
-        task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
-        try:
+    task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
+    try:
+        with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
             listeners = [*_shown(run, task, watched, watch), *sent, *told(on_update)]
             complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
-        finally:
-            task.remove()
+    finally:
+        task.remove()
     return run
 
 

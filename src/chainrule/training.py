@@ -120,12 +120,13 @@ class FinetuneTask:
         """Put the method's fresh adapters into the model; `remove` takes them out again."""
         order, model = Stages.of(method, settings), model.guided(settings.guidance)
         own, learn = needs(method, model.grid(settings.sample_steps)), settings.learned
+        parts = sampler_parts(model, settings)
         estimator = estimator_of(own.estimator, model, reward, lr=settings.lr, clip=settings.clip, seed=settings.seed)
         adapters = {
             name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels)
             for i, (name, levels) in enumerate(own.adapters.items() if "adapter" in learn else ())
         }
-        for name, part in sampler_parts(model, settings).items():
+        for name, part in parts.items():
             model = model.learning(name, part)
         learner = Learner.of({**adapters, **trainable(model.learned)}, settings.weight_decay)
         if settings.flat:

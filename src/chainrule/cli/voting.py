@@ -14,11 +14,10 @@ from chainrule.cli.opened import Source, check_adapter, source_of
 from chainrule.cli.options import with_options
 from chainrule.errors import UserError
 from chainrule.settings import Opening, Sampling
+from chainrule.vote import KEY, PAGE, QUESTION, count, study
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-QUESTION = "Which picture do you prefer?"
 
 
 @with_options
@@ -36,7 +35,6 @@ def vote(
 ) -> None:
     """Make one page on which people choose between pictures of the same prompt and seed, without knowing whose they are."""
     from chainrule.runs import check_folder
-    from chainrule.vote import KEY, PAGE, study
 
     check_counts(seeds=seeds)
     numbers([first_seed, first_seed + seeds - 1])
@@ -80,7 +78,5 @@ def votes(
     files: Annotated[list[Path], typer.Argument(help="The files that people saved.")],
 ) -> None:
     """Count the votes of a study: how often each contestant was preferred, with 95% intervals."""
-    from chainrule.vote import count
-
     for outcome in count(folder, files):
         typer.echo(str(outcome))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,24 @@ from chainrule.rewards.base import Reward, checked, written
 
 
 @dataclass(frozen=True)
-class Target(Reward):
-    """A reward that is to reach a value, -|reward - value| (SDO, arXiv:2505.07477, Eq. 25). Range up to 0."""
+class OfReward(Reward):
+    """What all of them share: the reward they are made of is loaded, and told what images were, for them."""
 
     reward: Reward
+
+    def to(self, device: torch.device | str) -> Reward:
+        """Load the networks onto `device` now. Returns the reward."""
+        return replace(self, reward=self.reward.to(device))
+
+    def with_reference(self, reference: Tensor) -> Reward:
+        """The reward that is given `reference` (b, 3, h, w) too."""
+        return replace(self, reward=self.reward.with_reference(reference))
+
+
+@dataclass(frozen=True)
+class Target(OfReward):
+    """A reward that is to reach a value, -|reward - value| (SDO, arXiv:2505.07477, Eq. 25). Range up to 0."""
+
     value: float
 
     @property
@@ -26,23 +40,14 @@ class Target(Reward):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -(checked(self.reward, images, prompts) - self.value).abs()
 
-    def to(self, device: torch.device | str) -> Reward:
-        """Load the networks onto `device` now. Returns the reward."""
-        return Target(self.reward.to(device), self.value)
-
-    def with_reference(self, reference: Tensor) -> Reward:
-        """The reward that is given `reference` (b, 3, h, w) too."""
-        return Target(self.reward.with_reference(reference), self.value)
-
 
 @dataclass(frozen=True)
-class Hinge(Reward):
+class Hinge(OfReward):
     """A reward that is enough at a value, min(reward - value, 0), written `pickscore<=25`: LeapAlign's loss max(0, c - r).
 
     arXiv:2604.15311; an image at the value or above has no gradient. Range up to 0.
     """
 
-    reward: Reward
     value: float
 
     @property
@@ -53,24 +58,15 @@ class Hinge(Reward):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return (checked(self.reward, images, prompts) - self.value).clamp(max=0)
 
-    def to(self, device: torch.device | str) -> Reward:
-        """Load the networks onto `device` now. Returns the reward."""
-        return Hinge(self.reward.to(device), self.value)
-
-    def with_reference(self, reference: Tensor) -> Reward:
-        """The reward that is given `reference` (b, 3, h, w) too."""
-        return Hinge(self.reward.with_reference(reference), self.value)
-
 
 @dataclass(frozen=True)
-class Nearby(Reward):
+class Nearby(OfReward):
     """A reward read at the nearby image that it likes less: r(x + d), d = -radius grad r / |grad r|, a constant per image.
 
     The image half of RSA-FT (arXiv:2603.21175), against rewards that rise steeply where images only look good to them. Its name
     is the reward's own.
     """
 
-    reward: Reward
     radius: float = 1e-2
 
     @property
@@ -81,20 +77,11 @@ class Nearby(Reward):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return checked(self.reward, images + worse(self.reward, images, prompts, self.radius), prompts)
 
-    def to(self, device: torch.device | str) -> Reward:
-        """Load the networks onto `device` now. Returns the reward."""
-        return Nearby(self.reward.to(device), self.radius)
-
-    def with_reference(self, reference: Tensor) -> Reward:
-        """The reward that is given `reference` (b, 3, h, w) too."""
-        return Nearby(self.reward.with_reference(reference), self.radius)
-
 
 @dataclass(frozen=True)
-class Steepness(Reward):
+class Steepness(OfReward):
     """How much a reward loses nearby, r(x) - r(x + d) with `Nearby`'s d: RSA-FT's sign of hacking (arXiv:2603.21175). Above 0."""
 
-    reward: Reward
     radius: float = 1e-2
 
     @property
@@ -104,10 +91,6 @@ class Steepness(Reward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return checked(self.reward, images, prompts) - Nearby(self.reward, self.radius)(images, prompts)
-
-    def to(self, device: torch.device | str) -> Reward:
-        """Load the networks onto `device` now. Returns the reward."""
-        return Steepness(self.reward.to(device), self.radius)
 
 
 def worse(reward: Reward, images: Tensor, prompts: Sequence[str], radius: float) -> Tensor:

@@ -12,14 +12,15 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from chainrule.errors import UserError
 from chainrule.estimate import wilson
 from chainrule.files import make_folder, write_text
 from chainrule.vote.page import Pair, render
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PAGE, KEY = "vote.html", "key.json"
 QUESTION = "Which picture do you prefer?"
