@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tuned import Judge, differences, gray, outcome
 
 import chainrule as cr
+from chainrule import half
 from chainrule.adapters import selected
 from chainrule.chain import Chain
 from chainrule.denoise import Condition, PromptEmbedding
@@ -314,3 +315,11 @@ def test_the_last_step_is_never_an_action() -> None:
         plan = method.plan((4, 3, 2, 1, 0), Random(0))
         assert str(plan) == "[===-]"
     assert str(replace(DDPO(), calls=1).plan((4, 3, 2, 1, 0), Random(0))).count("=") == 1
+
+
+def test_a_call_that_passes_its_input_alone_loses_no_small_gradient_in_float16() -> None:
+    """Rounded to float16 before it is scaled, an upstream gradient of 1e-9 would be zero."""
+    x = torch.full((2, 3), 2.0, requires_grad=True)
+    answer = (3 * x).half()
+    found = half.gradient(answer, x, torch.full((2, 3), 1e-9))
+    torch.testing.assert_close(found, torch.full((2, 3), 3e-9), rtol=2e-3, atol=0)

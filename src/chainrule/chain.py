@@ -116,7 +116,7 @@ class Walk:
         if not answer.requires_grad:
             return
         if step.jump.grad is Grad.INPUT:
-            step.x.grad = half.gradient(answer, step.x, upstream.to(answer.dtype))
+            step.x.grad = half.gradient(answer, step.x, upstream)
         elif self._half(step.jump):
             half.backward(answer, upstream, again)
         else:

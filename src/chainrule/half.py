@@ -30,7 +30,7 @@ def backward(answer: Tensor, upstream: Tensor, retain_graph: bool = False) -> No
 def gradient(answer: Tensor, at: Tensor, upstream: Tensor) -> Tensor:
     """`torch.autograd.grad(answer, at, upstream)[0]` with the upstream gradient scaled: the gradient at `at`."""
     scale = power_of_two(upstream)
-    return torch.autograd.grad(answer, at, upstream * scale)[0] / scale
+    return torch.autograd.grad(answer, at, (upstream * scale).to(answer.dtype))[0] / scale
 
 
 def power_of_two(gradient: Tensor) -> float:
