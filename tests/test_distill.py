@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import chainrule as cr
+from chainrule.adapters.select import layers_of
 from chainrule.analyze import save, shortcut
 from chainrule.distill import DistillTask
 from chainrule.learner import Learner
@@ -222,11 +223,10 @@ def test_attached_adapters_are_the_same_in_a_plain_pipeline_and_leave_no_trace(t
 def test_attached_adapters_work_no_more_than_one_lora_would(tuned):
     """Counted in LoRA layers that ran, over a whole chain, against one adapter on in every call."""
     pipe = make_pipeline("v_prediction", torch.float32)
-    ran = []
+    ran: list[str] = []
     with cr.attach(pipe, tuned.folder):
-        for name, module in pipe.unet.named_modules():
-            if ".lora_A." in name:
-                module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for layer in layers_of(pipe.unet):
+            layer.register_forward_hook(lambda layer, *_: ran.extend(layer.active_adapters))
         pipe(PROMPTS, num_inference_steps=10, guidance_scale=2.0, output_type="latent")
     bands = json.loads((tuned.adapter / "bands.json").read_text())
     per_adapter = len([k for k in load_file(tuned.adapter / "lora1/pytorch_lora_weights.safetensors") if ".lora_A." in k])

@@ -17,6 +17,7 @@ from torch import Tensor
 import chainrule as cr
 from chainrule import methods
 from chainrule.adapters import save_bands, selected
+from chainrule.adapters.select import layers_of
 from chainrule.learner import gradients
 from chainrule.meters import peak_bytes
 from chainrule.models import attach
@@ -142,11 +143,13 @@ def test_half_precision_weights_train_an_adapter_in_float32(case: Case, dtype: t
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_an_adapter_trains_on_weights_in_eight_bits(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
+    from torchao.quantization import Int8Tensor
+
     case = CASES[name]
     case.pipe().save_pretrained(tmp_path)
     model = cr.load(tmp_path, dtype="bfloat16", size=case.size, quantize="int8")
     adapter = shaken(model)
-    assert {type(m).__name__ for m in model.network.modules() if "Lora" in type(m).__name__} == {"TorchaoLoraLinear"}
+    assert {type(layer.get_base_layer().weight.data) for layer in layers_of(model.network)} == {Int8Tensor}
     bright = lambda images, _: images.mean((1, 2, 3))
     plan = methods.SDO().plan(model.grid(3), Random(0))
     cr.gradient(model, plan, bright, PROMPTS, SEEDS, guidance=case.guidances[-1])
@@ -224,9 +227,8 @@ def test_levels_are_the_networks_own_in_pipelines_for_other_things_too(name: str
     ran: list[set[str]] = []
     with attach(pipe, tmp_path) as attached:
         network = attached.network
-        for layer_name, layer in network.named_modules():
-            if ".lora_A." in layer_name:
-                layer.register_forward_hook(lambda *_, on=layer_name: ran[-1].add(on.rsplit(".", 1)[1]))
+        for layer in layers_of(network):
+            layer.register_forward_hook(lambda layer, *_: ran[-1].update(layer.active_adapters))
         answer = network.forward
 
         def call(*arguments: Any, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from chainrule.adapters.files import Weights, read
+from chainrule.adapters.layers import LAYERS
 from chainrule.adapters.select import forget, layers_of, named_layers, remember, unchanged, when_unused
 from chainrule.errors import UserError
 
@@ -114,6 +115,7 @@ def _inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, t
     kept = {id(weight): weight.requires_grad for weight in network.parameters()}
     on = {id(layer): layer._active_adapter for layer in layers_of(network)}
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    config._register_custom_module(LAYERS)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are wanted
         torch.manual_seed(seed)
