@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from chainrule import rewards
 from chainrule.errors import UserError
+from chainrule.offload import streamed
 from chainrule.rewards import checked, parse, probe, reward_of
 from chainrule.rewards.classifier import load_classifier
 from chainrule.rewards.clip import MEAN, STD, load_clip
 from chainrule.rewards.detect import load_owl
 from chainrule.rewards.imagereward import load_imagereward
 from chainrule.rewards.likeness import load_encoder
+from chainrule.rewards.loaded import release
 from chainrule.rewards.safety import load_checker
 from chainrule.rewards.siglip import load_siglip
 
@@ -339,3 +341,55 @@ assert "transformers" not in sys.modules
 def test_constants_are_those_of_the_processor() -> None:
     official = pil("CLIPImageProcessor")()
     assert tuple(official.image_mean) == MEAN and tuple(official.image_std) == STD
+
+
+# ------------------------------------------------------------------------------------------------------------- CLIP's towers
+TEXTS = ["a fox", "two bees", "an owl", "a cat", "a red dog"]
+
+
+def test_a_text_is_read_once_and_the_same_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    release()
+    clip, read = load_clip("tiny", "pick"), []
+    hook = clip.model.text_model.register_forward_hook(lambda _, given, answer: read.append(answer))
+    for prompts in (TEXTS[2:3], TEXTS, TEXTS[::-1], TEXTS[2:3] * 3):
+        clip.text(prompts)
+    hook.remove()
+    assert len(read) == 2  # the first alone, then the four others
+    together, alone = clip.text(TEXTS), []
+    for prompt in TEXTS:
+        release()
+        alone.append(load_clip("tiny", "pick").text([prompt])[0])
+    assert torch.equal(torch.stack(alone), together) and not together.requires_grad
+    monkeypatch.setattr("chainrule.rewards.clip.MOST_TEXTS", 3)
+    torch.testing.assert_close(clip.text(TEXTS), together, rtol=0, atol=0)
+    length = clip.model.config.text_config.max_position_embeddings
+    tokens = clip.tokenizer(TEXTS, padding="max_length", max_length=length, return_tensors="pt")
+    given = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+    official = clip.model(pixel_values=torch.zeros(1, 3, clip.size, clip.size), **given)
+    torch.testing.assert_close(together, official.text_embeds)
+
+
+def test_in_half_precision_the_image_tower_takes_half_the_memory() -> None:
+    release()
+    half = parse("pickscore:tiny@cpu/bfloat16").to("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        clip = load_clip("tiny", "pick")
+    towers = (clip.model.vision_model, clip.model.visual_projection)
+    assert {w.dtype for part in towers for w in part.parameters()} == {torch.bfloat16}
+    assert {w.dtype for w in clip.model.text_model.parameters()} == {torch.float32}
+    exact, images = parse("pickscore:tiny"), random_images(48, 48, 3)
+    assert {w.dtype for w in load_clip("tiny", "pick").model.parameters()} == {torch.float32}
+    values = exact(images, TEXTS[:3])
+    torch.testing.assert_close(half(images, TEXTS[:3]), values, rtol=0.03, atol=0.3)
+    assert torch.equal(exact(images, TEXTS[:3]), values)
+
+
+def test_a_text_tower_that_stays_on_the_cpu_reads_the_same() -> None:
+    release()
+    expected = load_clip("tiny", "pick").text(TEXTS)
+    release()
+    clip = load_clip("tiny", "pick")
+    streamed(clip.model.text_model, "cpu")
+    assert {w.device.type for w in clip.model.text_model.parameters()} == {"meta"}
+    assert torch.equal(clip.text(TEXTS), expected)
+    release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,11 @@ class PromptEmbedding:
         pooled, mask = (None if a is None or b is None else torch.cat([a, b]) for a, b in pairs)
         return PromptEmbedding(torch.cat([self.states, other.states]), pooled, mask)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> PromptEmbedding:
+        """The same change made to every tensor."""
+        pooled, mask = (None if part is None else change(part) for part in (self.pooled, self.mask))
+        return PromptEmbedding(change(self.states), pooled, mask)
+
 
 @dataclass(frozen=True, slots=True)
 class Condition:
@@ -34,6 +40,11 @@ class Condition:
 
     positive: PromptEmbedding
     negative: PromptEmbedding
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Condition:
+        """The same change made to every tensor; what is one embedding stays one."""
+        positive = self.positive.each(change)
+        return Condition(positive, positive if self.negative is self.positive else self.negative.each(change))
 
 
 class Denoiser(Protocol):

@@ -191,7 +191,8 @@ def distill(
     processes = Processes.here(model.device, settings.timeout)
     processes.check_batch(settings.batch)
     with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
-        task = DistillTask.start(model, said, settings, processes)
+        known = model.embedded(said) if len(said) <= settings.updates * settings.batch else model
+        task = DistillTask.start(known, said, settings, processes)
         try:
             reason = complete(
                 task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes

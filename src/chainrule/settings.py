@@ -60,6 +60,17 @@ class Opening(Checked):
         default=None, description="pixels of the images, 512 for a square or HEIGHTxWIDTH as 768x1024; default: the model's own"
     )
 
+    text_encoders: Literal["cpu", "device"] = Field(
+        default="cpu",
+        exclude=True,
+        description="where text encoders are; cpu: moved to the device layer by layer while they are asked",
+    )
+    prompt_cache: str | None = Field(
+        default=None,
+        exclude=True,
+        description="folder that keeps the embeddings of prompts, for this run and others; default: memory",
+    )
+
     @field_validator("size", mode="before")
     @classmethod
     def _size(cls, value: Any) -> int | str | None:

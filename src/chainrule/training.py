@@ -97,6 +97,20 @@ def group_of(method: Method, grid: Grid) -> int:
     return estimator.group if isinstance(estimator, LikelihoodRatio) else 1
 
 
+def draw(prompts: Sequence[str], settings: Finetuning, step: int, group: int) -> list[str]:
+    """The prompts of one update, each for a group of images."""
+    rng = Random(derive(settings.seed, "prompts", step))
+    return [rng.choice(prompts) for _ in range(settings.batch // group)]
+
+
+def drawn(prompts: Sequence[str], settings: Finetuning, groups: set[int]) -> list[str]:
+    """The prompts that a run comes to, in their order: of a long list only those that its updates draw."""
+    if settings.updates * settings.batch >= len(prompts):
+        return list(prompts)
+    used = {p for step in range(settings.updates) for group in groups for p in draw(prompts, settings, step, group)}
+    return [prompt for prompt in prompts if prompt in used]
+
+
 @dataclass(slots=True)
 class FinetuneTask:
     """Everything an update needs. Its whole state is the learner's and the stage."""
@@ -119,8 +133,10 @@ class FinetuneTask:
     ) -> FinetuneTask:  # fmt: skip
         """Put the method's fresh adapters into the model; `remove` takes them out again."""
         order, model = Stages.of(method, settings), model.guided(settings.guidance)
-        own, learn = needs(method, model.grid(settings.sample_steps)), settings.learned
+        grid, learn = model.grid(settings.sample_steps), settings.learned
+        own = needs(method, grid)
         parts = sampler_parts(model, settings)
+        model = model.embedded(drawn(prompts, settings, {group_of(stage, grid) for stage in order.methods}))
         estimator = estimator_of(own.estimator, model, reward, lr=settings.lr, clip=settings.clip, seed=settings.seed)
         adapters = {
             name: model.adapt(name, rank=settings.rank, seed=settings.seed + i, levels=levels)
@@ -178,8 +194,7 @@ class FinetuneTask:
         The images of a group, of a method that has such, are next to each other.
         """
         s, step, group = self.settings, self.step, group_of(self.stages.method, self.grid)
-        rng = Random(derive(s.seed, "prompts", step))
-        prompts = [prompt for _ in range(s.batch // group) for prompt in [rng.choice(self.prompts)] * group]
+        prompts = [prompt for prompt in draw(self.prompts, s, step, group) for _ in range(group)]
         seeds = [derive(s.seed, "image", step, k) for k in range(s.batch)]
         return self.processes.share(prompts), self.processes.share(seeds)
 

@@ -136,7 +136,7 @@ class Metrics:
         images = model.codec.decode(latent)
         found = {"latent": latent, "pixels": images}
         if self.clip:
-            found["perceptual"] = self.clip.embed(normalize(resize_and_crop(images, self.clip.size)), prompts)[0]
+            found["perceptual"] = self.clip.image(normalize(resize_and_crop(images, self.clip.size)))
         return found | {reward.name: checked(reward, images, prompts) for reward in self.rewards}
 
 

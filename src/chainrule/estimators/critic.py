@@ -130,16 +130,21 @@ class ActorCritic:
 
 
 def networks(reward: Reward, size: tuple[int, int], device: torch.device) -> dict[nn.Module, tuple[str, ...]]:
-    """The networks that a reward calls, and the linear layers of each that it calls, by name."""
+    """The networks through which a reward sees an image, and the linear layers of each that it calls, by name.
+
+    What reads the prompt alone is not among them: it is asked once for each prompt.
+    """
     called: dict[nn.Module, None] = {}
 
     def saw(module: nn.Module, given: object, answer: object) -> None:
-        called[module] = None
+        parts = answer.values() if isinstance(answer, Mapping) else answer if isinstance(answer, tuple) else (answer,)
+        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+            called[module] = None
 
-    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     hook = register_module_forward_hook(saw)
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             reward(image, ["a photo of a cat"])
     finally:
         hook.remove()

@@ -35,7 +35,7 @@ def tensors(images: Sequence[Image.Image]) -> Tensor:
 
 def _embeddings(images: Tensor, source: str) -> Tensor:
     clip = load_clip(source, "clip")
-    return clip.embed(normalize(resize_and_crop(images, clip.size)), [""])[0]
+    return clip.image(normalize(resize_and_crop(images, clip.size)))
 
 
 def moved(pair: Pair, source: str) -> Tensor:

@@ -16,6 +16,7 @@ from chainrule.errors import UserError, unknown
 from chainrule.models import bundled
 from chainrule.models.bundled import BUNDLED
 from chainrule.models.defaults import Defaults
+from chainrule.models.embeddings import check_cache, offloaded
 from chainrule.models.families import FAMILIES, class_of, index
 from chainrule.models.given import prepare
 from chainrule.models.model import Model
@@ -95,15 +96,18 @@ def _defaults(settings: Path) -> Defaults:
 
 def load(
     source: Any, *, dtype: str | torch.dtype = "float32", device: str | None = None, solver: str | None = None,
-    size: int | str | Sequence[int] | None = None, quantize: str | None = None,
+    size: int | str | Sequence[int] | None = None, quantize: str | None = None, text_encoders: str = "device",
+    prompt_cache: str | Path | None = None,
 ) -> Model:  # fmt: skip
     """A model from a name (`tiny-emoji`), a local diffusers folder, a hub id (`owner/name`) or a pipeline object.
 
     A pipeline object is used as it is; otherwise `dtype` is the weights' type (torch.bfloat16, "bfloat16", "bf16"), and
     `device` defaults to the GPU if there is one. `solver` samples by another solver than the pipeline's own scheduler. `size`
     is that of the images in pixels: 512, a square; (768, 1024) or "768x1024", height and width. `quantize` holds the
-    denoiser's weights in fewer bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32. Only
-    safetensors are read.
+    denoiser's weights in fewer bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32.
+    `text_encoders="cpu"` leaves those of a pipeline that is opened here on the CPU and moves their layers to the device one
+    after the other while they are asked; then `model.pipe` by itself cannot be called. `prompt_cache` is a folder where
+    `embedded` keeps the embeddings of prompts. Only safetensors are read.
     Raises UserError in one line before anything heavy is loaded.
     """
     dtype = str(dtype).removeprefix("torch.")
@@ -114,10 +118,14 @@ def load(
     check_quantization(quantize)
     pixels = None if size is None else size_of(size)
     device = _device(device)
+    if text_encoders not in ("device", "cpu"):
+        raise unknown("text_encoders", text_encoders, ("device", "cpu"))
+    cache = None if prompt_cache is None else check_cache(prompt_cache)
     if not isinstance(source, (str, Path)):
         family = _family(type(source).__name__)
         prepare(source, FAMILIES[type(source).__name__].network)
-        return family.build(type(source).__name__, source, replace(_defaults_of(source), size=pixels), solver)
+        built: Model = family.build(type(source).__name__, source, replace(_defaults_of(source), size=pixels), solver)
+        return replace(built, prompt_cache=cache)
     check(source, solver)
     name = str(source)
     if name in BUNDLED:
@@ -129,9 +137,13 @@ def load(
     pipe = _open(Path(source), name, dtype, quantize)
     family = _family(type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
+    if text_encoders == "cpu" and device != "cpu":
+        offloaded(pipe, FAMILIES[type(pipe).__name__].network, device)
+    else:
+        pipe.to(device)
     defaults = defaults or _defaults_of(pipe)
-    return replace(family.build(name, pipe, replace(defaults, size=pixels or defaults.size), solver), quantize=quantize)
+    built = family.build(name, pipe, replace(defaults, size=pixels or defaults.size), solver)
+    return replace(built, quantize=quantize, prompt_cache=cache)
 
 
 def _defaults_of(pipe: Any) -> Defaults:

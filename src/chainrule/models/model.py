@@ -27,6 +27,7 @@ from chainrule.models import loras, published, solvers, students
 from chainrule.models.blocks import recomputed
 from chainrule.models.codec import Codec
 from chainrule.models.defaults import Defaults
+from chainrule.models.embeddings import Folder, Known, ahead
 from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
 from chainrule.noise import Noise
@@ -61,6 +62,7 @@ class Model:
     student_name: str | None = None
     quantize: str | None = None  # how its base weights are held, if in fewer bits
     base_adapters: tuple[str, ...] = ()  # the adapters of `using`, as they were named
+    prompt_cache: Path | None = None  # the folder of `embedded`; None: in memory
 
     @property
     def network(self) -> nn.Module:
@@ -163,6 +165,14 @@ class Model:
         for part in self.learned.values():
             chain = part.into(chain)
         return chain
+
+    def embedded(self, prompts: Sequence[str]) -> Model:
+        """This model with the embeddings of these prompts made once, ahead, and kept on the CPU or in its `prompt_cache`.
+
+        Others are embedded when they come. Nothing but rounding depends on it: an embedding is the same in any company.
+        """
+        rows = ahead(self.embed, prompts, Folder.of(self.prompt_cache, self.pipe, self.component))
+        return replace(self, active=dict(self.active), embed=Known(self.embed, rows, self.network))
 
     def blockwise(self, memory: Memory) -> AbstractContextManager[None]:
         """Within the block, with `Memory.BLOCKS`, networks and VAE keep their blocks' inputs and make the rest again.

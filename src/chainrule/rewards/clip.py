@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chainrule.errors import UserError
+from chainrule.offload import streamed
 from chainrule.rewards import openclip
 from chainrule.rewards.loaded import load_once
 from chainrule.rewards.weights import HUB_FILE, PICKLED, fetch, first_line, pretrained, tokenizer_of
@@ -26,6 +27,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 BUNDLED = Path(__file__).parent.parent / "tiny" / "weights"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TOKENIZERS = {"yuvalkirstain/PickScore_v1": CLIP_H, "adams-story/HPSv2-hf": CLIP_H}  # models whose text side is their parent's
+TOGETHER = 4  # texts embedded at a time, always as many, so that none depends on its company
+MOST_TEXTS = 2**16  # that are remembered
 OFFICIAL = ("hps", "imagereward", "aesthetic")  # kinds whose weights are published as one file, which may be given as it is
 
 
@@ -83,6 +86,7 @@ class Clip:
 
     model: Any  # transformers.CLIPModel
     tokenizer: Any
+    known: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)  # of texts
 
     @property
     def size(self) -> int:
@@ -94,21 +98,45 @@ class Clip:
         """exp(logit_scale), the learned inverse temperature; 100 for most models."""
         return self.model.logit_scale.exp()
 
-    def embed(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Normalized pixels (b, 3, size, size) and n prompts -> unit image (b, d) and text (n, d) embeddings.
+    def image(self, pixels: Tensor) -> Tensor:
+        """Normalized pixels (b, 3, size, size) -> unit embeddings (b, d), in float32 or better."""
+        seen = self.model.vision_model(pixel_values=pixels.to(self.model.visual_projection.weight.dtype)).pooler_output
+        return _unit(self.model.visual_projection(seen))
+
+    @torch.no_grad()
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """n prompts -> unit embeddings (n, d), made once for each, to the bit the same in any company, and without a gradient.
 
         Prompts are cut at the model's length. They are padded to it, so that no prompt depends on its neighbours.
         """
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        tokens = {key: tokens[key].to(pixels.device) for key in ("input_ids", "attention_mask")}
-        out = self.model(pixel_values=pixels.to(self.model.dtype), **tokens)
-        return out.image_embeds, out.text_embeds
+        length, device = self.model.config.text_config.max_position_embeddings, self.model.visual_projection.weight.device
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        if len(self.known) + len(new) > MOST_TEXTS:
+            self.known.clear()
+            new = list(dict.fromkeys(prompts))
+        for i in range(0, len(new), TOGETHER):
+            some = new[i : i + TOGETHER]
+            some += some[-1:] * (TOGETHER - len(some))
+            tokens = self.tokenizer(some, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+            given = {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}
+            with torch.autocast(device.type, enabled=False):  # they cost nothing, so they are exact
+                said = _unit(self.model.text_projection(self.model.text_model(**given).pooler_output))
+            self.known.update(zip(some, said, strict=True))
+        return torch.stack([self.known[prompt] for prompt in prompts])
+
+    def embed(self, pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Normalized pixels (b, 3, size, size) and n prompts -> unit image (b, d) and text (n, d) embeddings."""
+        return self.image(pixels), self.text(prompts)
 
     def cosine(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """The cosine between each image and its prompt, (b,)."""
         image, text = self.embed(pixels, prompts)
         return (image * text).sum(-1)
+
+
+def _unit(features: Tensor) -> Tensor:
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return features / features.norm(dim=-1, keepdim=True)
 
 
 def check_source(source: str, kind: str, needs: Sequence[str] = ("config.json",)) -> str:
@@ -148,11 +176,15 @@ def check_source(source: str, kind: str, needs: Sequence[str] = ("config.json",)
 def load_clip(source: str, kind: str = "clip", device: torch.device | str = "cpu") -> Clip:
     """The frozen CLIP of a local folder, a hub id, or the bundled `kind` ("tiny"): float32, safetensors only.
 
-    The same source and device give the same object, so rewards share weights. `hps` may also be an open_clip checkpoint,
-    which is converted; its tokenizer is the one in its folder, or CLIP-H's. Raises UserError as `check_source` does, and
-    if the hub has no such model or no safetensors for it.
+    The same source and device give the same object, so rewards share weights. Within an autocast (`On`'s) the image tower has
+    that type. On a GPU the text tower stays on the CPU, and its layers are moved in while it reads. `hps` may also be an
+    open_clip checkpoint, which is converted; its tokenizer is the one in its folder, or CLIP-H's. Raises UserError as
+    `check_source` does, and if the hub has no such model or no safetensors for it.
     """
-    return _load(check_source(source, kind), full_name(device))
+    name = full_name(device)
+    kind_of = torch.device(name).type
+    low = torch.get_autocast_dtype(kind_of) if torch.is_autocast_enabled(kind_of) else torch.float32
+    return _load(check_source(source, kind), name, low)
 
 
 def full_name(device: torch.device | str) -> str:
@@ -161,15 +193,27 @@ def full_name(device: torch.device | str) -> str:
 
 
 @load_once
-def _load(source: str, device: str) -> Clip:
+def _load(source: str, device: str, image_type: torch.dtype) -> Clip:
     from transformers import AutoTokenizer, CLIPModel
 
     if Path(source).suffix in (".pt", ".safetensors"):
         file = fetch(source)
-        return Clip(openclip.load(file).to(device), tokenizer_of(file, CLIP_H))
+        return Clip(_placed(openclip.load(file), device, image_type), tokenizer_of(file, CLIP_H))
     model = pretrained(CLIPModel, source, "a CLIP model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(source, source))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer of {source!r}: {first_line(error)}") from error
-    return Clip(model.to(device), tokenizer)
+    return Clip(_placed(model, device, image_type), tokenizer)
+
+
+def _placed(model: Any, device: str, image_type: torch.dtype) -> Any:
+    """Image tower, projections and temperature on the device; the text tower too, if that is the CPU."""
+    for part in (model.vision_model, model.visual_projection):
+        part.to(image_type)
+    if device == "cpu":
+        return model
+    for name, part in model.named_children():
+        streamed(part, device) if name == "text_model" else part.to(device)
+    model.logit_scale.data = model.logit_scale.data.to(device)
+    return model

@@ -19,9 +19,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class On(Reward):
     """A reward computed on `device`, its networks in `dtype`; written `pickscore@cuda:1`, or `pickscore@cuda:1/bfloat16`.
 
-    The images go there, the values come back, and so does the gradient, in the images' precision. Its weights stay in float32;
-    a lower `dtype` is torch's autocast, which saves time and activations, not the memory of weights. Put the terms of a sum in
-    their places one by one.
+    The images go there, the values come back, and so does the gradient, in the images' precision. A lower `dtype` is torch's
+    autocast, which saves time and activations; CLIP's image towers are held in it too, other weights stay in float32. Put the
+    terms of a sum in their places one by one.
     """
 
     reward: Reward
@@ -43,7 +43,7 @@ class On(Reward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         there = images.to(self.device)
-        with torch.autocast(there.device.type, DTYPES[self.dtype], enabled=self.dtype != "float32"):
+        with self._precision():
             values = self.reward(there, prompts)
         return values.to(images.device, torch.promote_types(images.dtype, torch.float32))
 
@@ -53,7 +53,11 @@ class On(Reward):
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"there is no device {self.device!r} here for reward {self.reward.name!r}") from error
-        return On(self.reward.to(self.device), self.device, self.dtype)
+        with self._precision():
+            return On(self.reward.to(self.device), self.device, self.dtype)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, DTYPES[self.dtype], enabled=self.dtype != "float32")
 
     def with_reference(self, reference: Tensor) -> Reward:
         """The reward that is given `reference` (b, 3, h, w) too."""

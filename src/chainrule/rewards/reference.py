@@ -22,7 +22,7 @@ from chainrule.rewards.scorers import CLIP_L
 def layers(images: Tensor, source: str) -> tuple[Tensor, ...]:
     """The hidden states of CLIP's vision tower, each (b, tokens, width); the first is the patches' embedding."""
     clip = load_clip(source, "clip", images.device)
-    pixels = normalize(resize_and_crop(images, clip.size)).to(clip.model.dtype)
+    pixels = normalize(resize_and_crop(images, clip.size)).to(clip.model.visual_projection.weight.dtype)
     return tuple(clip.model.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states)
 
 
@@ -108,7 +108,7 @@ class Directional(Referenced):
         clip = load_clip(self.source, "clip", images.device)
         now, texts = clip.embed(normalize(resize_and_crop(images, clip.size)), self.text.split(" to "))
         with torch.no_grad():
-            before, _ = clip.embed(normalize(resize_and_crop(self.before(images), clip.size)), [""])
+            before = clip.image(normalize(resize_and_crop(self.before(images), clip.size)))
         return torch.cosine_similarity(now - before, texts[1:] - texts[:1], dim=-1, eps=1e-6)
 
 

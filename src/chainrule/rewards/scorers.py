@@ -188,7 +188,7 @@ def features_and_head(reward: Aesthetic, images: Tensor) -> tuple[Tensor, nn.Seq
     """
     clip = load_clip(reward.clip_source, "clip", images.device)
     head = _load_head(check_source(reward.source, "aesthetic", needs=()), full_name(images.device))
-    image, _ = clip.embed(normalize(resize_and_crop(images, clip.size)), [""])
+    image = clip.image(normalize(resize_and_crop(images, clip.size)))
     if image.shape[-1] != head[0].in_features:
         dims = f"{head[0].in_features} features and {reward.clip_source!r} gives {image.shape[-1]}"
         raise UserError(f"the aesthetic head {reward.source!r} reads {dims}; use the CLIP it was trained on")

@@ -73,8 +73,7 @@ def steer(
     asked = Images.of(prompts, seed, seeds, images)
     _check_together(model, settings, over, asked)
     batch = asked.read(model)
-    for start in range(0, len(asked.prompts), settings.batch):  # a word the model does not know is found here
-        model.embed(asked.prompts[start : start + settings.batch])
+    model = model.embedded(asked.prompts)  # a word the model does not know is found here
     reward = reward.to(model.device)
     probe(reward, model.size, model.device)
     processes = Processes.here(model.device, settings.timeout)
