@@ -62,10 +62,12 @@ MAY_IMPORT = {
     "learnable": "errors settings guidance learned models",
     "training": "errors plan settings processes loop methods noise adapters rewards learned models objective gradient learner "
     "estimators learnable",
+    "standins": "errors rewards models",
+    "footprint": "errors standins settings methods meters adapters rewards denoise guidance cast models training",
     "grids": "errors pictures files runs loop rewards models report training",
     "trackers": "errors loop",
-    "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
-    "grids trackers",
+    "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "
+    "training grids trackers",
     "evaluate": "errors asked files processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
@@ -78,8 +80,8 @@ MAY_IMPORT = {
     "learner analyze",
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
-    "cli": "errors asked yaml_text files processes named checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report finetune steer doctor distill evaluate vote baselines pictures analyze experiments",
+    "cli": "errors asked yaml_text files processes named size checked config plan runs settings methods adapters rewards guidance "
+    "models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze experiments",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (

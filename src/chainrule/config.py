@@ -134,7 +134,7 @@ class RunConfig(Checked, ABC):
 class FinetuneConfig(RunConfig):
     """A run of fine-tuning: `chainrule train`."""
 
-    CHANGEABLE = frozenset({"updates", "save_every", "sample_every"})
+    CHANGEABLE = frozenset({"updates", "save_every", "sample_every", "memory", "micro_batch"})
 
     kind: Literal["finetune"] = "finetune"
     adapter: Places = Field(
@@ -171,7 +171,7 @@ class DistillConfig(RunConfig):
 class SteerConfig(RunConfig):
     """A run of steering: `chainrule steer`. It has one prompt, one seed and, if it starts from pictures, one of them per image."""
 
-    CHANGEABLE = frozenset({"save_every"})
+    CHANGEABLE = frozenset({"save_every", "memory"})
 
     kind: Literal["steer"] = "steer"
     model: str = Field(default="tiny-emoji", description="bundled model, diffusers folder, hub id or run")

@@ -10,6 +10,7 @@ from typing import Any
 from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
+from chainrule.footprint import fitted
 from chainrule.grids import SampleGrids
 from chainrule.guidance import value_among
 from chainrule.loop import Listener, Row, complete, open_run, told
@@ -57,6 +58,7 @@ def finetune(
     probe(scorer.to(model.device), model.size, count=together, gradient=isinstance(estimator, Pathwise))
     if watched:
         probe(watched.to(model.device), model.size, gradient=False)
+    settings = fitted(model, order.methods, scorer, settings, settings.batch // (processes.count * settings.accumulate))
     config = FinetuneConfig(
         model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,

@@ -36,6 +36,12 @@ class LiveBytes(TorchDispatchMode):
         self._watches: dict[int, weakref.ref[Any]] = {}
         self._known: dict[Any, _Results | None] = {}
 
+    def start(self) -> None:
+        """Count anew: what is held now was there before."""
+        self.live = self.peak = 0
+        self._sizes.clear()
+        self._watches.clear()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is ITEM and args[0].is_meta:

@@ -182,7 +182,9 @@ class Finetuning(Together):
     )
     sample_steps: Steps | None = Field(default=None, description="network calls of a sampling chain; default: the model's own")
     guidance: GuidanceSpec | None = Field(default=None, description=f"{GUIDANCE}; default: the model's own")
-    memory: Memory = Field(default="recompute", description=MEMORY)
+    memory: Literal["recompute", "blocks", "keep", "auto"] = Field(
+        default="recompute", description=f"{MEMORY}, auto: the fastest that fits"
+    )
     micro_batch: int | None = Field(
         default=None, ge=1, description="images decoded and scored at a time; default: 8, fewer for large images"
     )

@@ -11,26 +11,38 @@ import typer
 
 from chainrule.cli.app import ChainSteps, Guidance, Options, progress
 from chainrule.cli.arguments import AllowCode, check_counts, counted, method_of
+from chainrule.cli.forecasting import card_size, forecast
 from chainrule.cli.opened import Source, source_of
-from chainrule.cli.options import with_options
+from chainrule.cli.options import NOTHING, Given, with_options
+from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
 from chainrule.files import make_folder, write_picture, write_text
 from chainrule.plan import Grid, Levels
 from chainrule.settings import Opening, Sampling
 
 
+@with_options
 def plan(
-    method: Annotated[str, typer.Argument(help="One of `chainrule methods`, or path/to/file.py:Class.")],
+    method: Annotated[str, typer.Argument(help="One of `chainrule methods`, or path/to/file.py:Class.")] = "draft-lv",
+    given: Annotated[Given, FinetuneConfig] = NOTHING,
     sample_steps: ChainSteps = 50,
     stage: Annotated[int | None, typer.Option(help="Stage to draw, counted from 1; default: all of them.")] = None,
     method_option: Options = None,
     seed: Annotated[int, typer.Option(help="Seed of the method's random choices.")] = 0,
+    memory_of: Annotated[
+        str | None, typer.Option(help="A card, as 24GB: also count what `train` with the same options takes of it.")
+    ] = None,
 ) -> None:
-    """Draw what a method backpropagates through, and forecast its cost."""
+    """Draw what a method backpropagates through, and forecast its cost; with --memory-of, its memory too.
+
+    The memory is counted from the model's configuration, without its weights and without a GPU.
+    """
     from chainrule.methods import LikelihoodRatio, needs, stages
     from chainrule.plan import Forecast, leading
 
     check_counts(sample_steps=sample_steps)
+    config = FinetuneConfig.of({**given, "sample_steps": sample_steps})
+    card = card_size(memory_of) if memory_of else None
     levels, made = leading(sample_steps), method_of({"name": method}, method_option)
     turns = stages(made)
     plans = [(turn.plan(levels, Random(seed)), needs(turn, levels)) for turn in turns]
@@ -52,6 +64,8 @@ def plan(
                 f"{times:.2f}x the time of sampling, memory of {counted(cost.graphs, 'call graph')}"
             )
     typer.echo("- constant call   = its weights   ~ its input   # both   > another member's call   ^ noised again   [ branches | ]")
+    if card:
+        forecast(config, made, card)
 
 
 def _calls(levels: Grid, spans: Levels) -> list[str]:

@@ -61,13 +61,17 @@ def single(embed: Embed, prompts: Sequence[str]) -> Iterator[Condition]:
     empty: PromptEmbedding | None = None
     for i in range(0, len(prompts), TOGETHER):
         some = list(prompts[i : i + TOGETHER])
-        batch = embed(some + some[-1:] * (TOGETHER - len(some))).each(lambda part: part.detach().cpu())
+        batch = embed(some + some[-1:] * (TOGETHER - len(some))).each(_at_rest)
         for k in range(len(some)):
             row = batch.each(lambda part, k=k: part[k : k + 1].clone())  # type: ignore[misc]  # and not the batch with it
             if row.negative is not row.positive and empty is not None and _equal(row.negative, empty):
                 row = Condition(row.positive, empty)  # one for all of them
             empty = row.negative
             yield row
+
+
+def _at_rest(part: Tensor) -> Tensor:
+    return part.detach() if part.is_meta else part.detach().cpu()
 
 
 def _equal(one: PromptEmbedding, other: PromptEmbedding) -> bool:

@@ -26,12 +26,13 @@ from chainrule.models.quantize import check as check_quantization
 from chainrule.models.quantize import quantization
 from chainrule.models.solvers import check as check_solver
 from chainrule.models.solvers import check_scheduler
-from chainrule.size import size_of
+from chainrule.size import Size, size_of
 
 if TYPE_CHECKING:
     import torch
 
 UNUSED = ("safety_checker", "feature_extractor")  # components that are not asked for anything and may be absent
+SETTINGS = "chainrule.json"  # how a model is best sampled, in its folder
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
 
@@ -85,7 +86,11 @@ def check(source: str | Path, solver: str | None = None) -> None:
         raise unknown("model", str(source), BUNDLED)
 
 
-def _defaults(settings: Path) -> Defaults:
+def defaults_in(folder: Path) -> Defaults | None:
+    """How a model says that it is best sampled, in its folder. Raises UserError for a damaged file."""
+    settings = folder / SETTINGS
+    if not settings.is_file():
+        return None
     try:
         values = json.loads(settings.read_text())
         size = None if values.get("size") is None else size_of(values["size"])
@@ -122,33 +127,31 @@ def load(
         raise unknown("text_encoders", text_encoders, ("device", "cpu"))
     cache = None if prompt_cache is None else check_cache(prompt_cache)
     if not isinstance(source, (str, Path)):
-        family = _family(type(source).__name__)
+        _family(type(source).__name__)
         prepare(source, FAMILIES[type(source).__name__].network)
-        built: Model = family.build(type(source).__name__, source, replace(_defaults_of(source), size=pixels), solver)
-        return replace(built, prompt_cache=cache)
+        return replace(build(type(source).__name__, source, None, pixels, solver), prompt_cache=cache)
     check(source, solver)
     name = str(source)
     if name in BUNDLED:
         source = bundled.folder(name)
-    settings = Path(source) / "chainrule.json"
-    if name in BUNDLED and not settings.is_file():
+    if name in BUNDLED and not (Path(source) / SETTINGS).is_file():
         raise UserError(f"the bundled model {name} is missing from this installation; reinstall chainrule")
-    defaults = _defaults(settings) if settings.is_file() else None
+    defaults = defaults_in(Path(source))
     pipe = _open(Path(source), name, dtype, quantize)
-    family = _family(type(pipe).__name__)
+    _family(type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)
     if text_encoders == "cpu" and device != "cpu":
         offloaded(pipe, FAMILIES[type(pipe).__name__].network, device)
     else:
         pipe.to(device)
-    defaults = defaults or _defaults_of(pipe)
-    built = family.build(name, pipe, replace(defaults, size=pixels or defaults.size), solver)
-    return replace(built, quantize=quantize, prompt_cache=cache)
+    return replace(build(name, pipe, defaults, pixels, solver), quantize=quantize, prompt_cache=cache)
 
 
-def _defaults_of(pipe: Any) -> Defaults:
-    """What the pipeline itself does when it is not told: its call's own defaults."""
-    return Defaults(call_default(pipe, "num_inference_steps", 50), call_default(pipe, "guidance_scale", 1.0))
+def build(name: str, pipe: Any, defaults: Defaults | None, size: Size | None, solver: str | None) -> Model:
+    """The `Model` around a pipeline. Without `defaults`, it is sampled as the pipeline's own call does it."""
+    defaults = defaults or Defaults(call_default(pipe, "num_inference_steps", 50), call_default(pipe, "guidance_scale", 1.0))
+    family = _family(type(pipe).__name__)
+    return family.build(name, pipe, replace(defaults, size=size or defaults.size), solver)
 
 
 def _device(name: str | None) -> str:

@@ -175,14 +175,13 @@ class Model:
         return replace(self, active=dict(self.active), embed=Known(self.embed, rows, self.network))
 
     def blockwise(self, memory: Memory) -> AbstractContextManager[None]:
-        """Within the block, with `Memory.BLOCKS`, networks and VAE keep their blocks' inputs and make the rest again.
+        """Within the block, with `Memory.BLOCKS`, networks keep their blocks' inputs, VAEs their layers', and make the rest again.
 
         About one block's activations instead of a call's, for one more forward pass. Raises UserError for a network that cannot.
         """
         if memory is not Memory.BLOCKS:
             return nullcontext()
-        vae = [self.codec.network] if self.codec.network is not None else []
-        return recomputed([*networks_of(self.cast()), *vae])
+        return recomputed(networks_of(self.cast()), [self.codec.network] if self.codec.network is not None else [])
 
     # Adapters
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ class Clip:
             some += some[-1:] * (TOGETHER - len(some))
             tokens = self.tokenizer(some, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
             given = {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}
-            with torch.autocast(device.type, enabled=False):  # they cost nothing, so they are exact
+            with torch.autocast(device.type, enabled=False) if lowered(device) else nullcontext():  # exact: they cost nothing
                 said = _unit(self.model.text_projection(self.model.text_model(**given).pooler_output))
             self.known.update(zip(some, said, strict=True))
         return torch.stack([self.known[prompt] for prompt in prompts])
@@ -182,9 +183,13 @@ def load_clip(source: str, kind: str = "clip", device: torch.device | str = "cpu
     `check_source` does, and if the hub has no such model or no safetensors for it.
     """
     name = full_name(device)
-    kind_of = torch.device(name).type
-    low = torch.get_autocast_dtype(kind_of) if torch.is_autocast_enabled(kind_of) else torch.float32
-    return _load(check_source(source, kind), name, low)
+    return _load(check_source(source, kind), name, lowered(torch.device(name)) or torch.float32)
+
+
+def lowered(device: torch.device) -> torch.dtype | None:
+    """The type of an autocast on this device, if this is within one."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else None
 
 
 def full_name(device: torch.device | str) -> str:
