@@ -51,10 +51,12 @@ MAY_IMPORT = {
     "learned": "errors files tensors guidance cast chain",
     "objective": "plan half solve rewards denoise cast",
     "models": "errors asked pictures files tensors processes size plan noise solve adapters denoise guidance cast chain learned",
+    "report": "errors config estimate plan runs",
+    "card": "errors files config runs report methods adapters models",
+    "push": "errors files runs adapters card",
     "gradient": "asked plan rewards guidance chain objective models",
     "tiny": "errors rewards",
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
-    "report": "errors config estimate plan runs",
     "learner": "learned",
     "estimators": "errors plan processes methods noise half solve adapters rewards chain objective models gradient learner",
     "learnable": "errors settings guidance learned models",
@@ -63,21 +65,21 @@ MAY_IMPORT = {
     "grids": "errors pictures files runs loop rewards models report training",
     "trackers": "errors loop",
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
-    "grids trackers",
+    "grids trackers card",
     "evaluate": "errors asked files processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked pictures files tensors size config plan runs processes loop settings noise half solve adapters rewards "
-    "denoise guidance cast chain learned objective models report",
+    "denoise guidance cast chain learned objective models report card",
     "looked": "models tiny",
     "doctor": "errors meters adapters methods rewards models gradient looked",
     "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
-    "learner analyze",
+    "learner analyze card",
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
     "cli": "errors asked yaml_text files processes named checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report finetune steer doctor distill evaluate vote baselines pictures analyze experiments",
+    "models prompts report finetune steer doctor distill evaluate vote baselines pictures analyze experiments push",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (

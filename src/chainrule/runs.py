@@ -31,7 +31,7 @@ PART = re.compile(r"(.*/)?\.[^/]+\.part")  # what a kill left of a file
 WRITES = re.compile(
     r"""(config\.yaml | environment\.json | metrics\.jsonl | plan\.txt | stopped\.txt | report\.html | evaluation\.json
     | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
-    | (adapter|best|learned)/(learned/)?([\w.-]+/)?[\w-]+\.(safetensors|json)
+    | (adapter|best|learned)/(learned/)?([\w.-]+/)?[\w-]+\.(safetensors|json) | (adapter|best)/(README\.md|before_after\.png)
     | checkpoints/step-\d+/state\.(safetensors|json)
     | samples/(before|after|before_after|step-\d+)\.png | images/\d+(-before)?\.png
     | trackers/.*)""",
