@@ -124,21 +124,9 @@ def test_wandb_offline_has_the_pictures(tmp_path, monkeypatch):
 
 def test_trackio_has_the_run_by_its_name(tmp_path):
     pytest.importorskip("trackio")
-    small = [
-        "--reward",
-        "symmetry",
-        "--updates",
-        "2",
-        "--sample-every",
-        "1",
-        "--batch",
-        "1",
-        "--sample-steps",
-        "2",
-        "--tracker",
-        "trackio",
-    ]
-    command = [sys.executable, "-m", "chainrule", "train", *small, "--out", str(tmp_path / "mine")]
+    given = ["--reward", "symmetry", "--updates", "2", "--sample-every", "1", "--batch", "1", "--sample-steps", "2"]
+    place = ["--tracker", "trackio", "--out", str(tmp_path / "mine")]
+    command = [sys.executable, "-m", "chainrule", "train", *given, *place]
     subprocess.run(command, check=True, env={**os.environ, "TRACKIO_DIR": str(tmp_path / "db")})  # read when it is imported
     assert len(list((tmp_path / "db" / "media" / "chainrule" / "mine").rglob("*.png"))) == 4
 
