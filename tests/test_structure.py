@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "checked": "errors named",
     "settings": "errors named size checked",
     "config": "errors yaml_text named checked settings",
-    "runs": "errors environment files config",
+    "display": "",
+    "runs": "errors environment files config display",
     "estimate": "",
     "plan": "",
     "pictures": "",
@@ -66,7 +67,7 @@ MAY_IMPORT = {
     "trackers": "errors loop",
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
     "grids trackers card",
-    "evaluate": "errors asked files processes estimate rewards guidance models prompts",
+    "evaluate": "errors asked files display processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
@@ -83,8 +84,8 @@ MAY_IMPORT = {
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
-    "errors", "asked", "environment", "files", "yaml_text", "named", "size", "checked", "settings", "config", "runs", "estimate",
-    "plan", "methods", "prompts", "report", "vote", "cli",
+    "errors", "asked", "environment", "files", "display", "yaml_text", "named", "size", "checked", "settings", "config", "runs",
+    "estimate", "plan", "methods", "prompts", "report", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")

@@ -17,9 +17,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from chainrule import display
 from chainrule.config import AnyConfig, RunConfig, difference, plain, read_config
 from chainrule.environment import environment
 from chainrule.errors import UserError
@@ -120,6 +122,12 @@ class Run:
             yield
         finally:
             lock.release()
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the pictures before and after, and where the adapter is."""
+        pair = self.samples / "before_after.png"
+        shown = display.picture(pair.read_bytes(), "before and after training") if pair.is_file() else ""
+        return f"{shown}<p>adapter: <code>{escape(str(self.adapter))}</code></p>"
 
     @property
     def adapter(self) -> Path:
