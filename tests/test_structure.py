@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "settings": "errors named size checked",
     "config": "errors yaml_text named checked settings",
     "display": "",
+    "presets": "errors config",
     "runs": "errors environment files config display",
     "estimate": "",
     "plan": "",
@@ -80,12 +81,12 @@ MAY_IMPORT = {
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
     "cli": "errors asked yaml_text files processes named checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report finetune steer doctor distill evaluate vote baselines pictures analyze experiments push",
+    "models prompts report finetune steer doctor distill evaluate vote baselines pictures analyze experiments push presets",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
-    "errors", "asked", "environment", "files", "display", "yaml_text", "named", "size", "checked", "settings", "config", "runs",
-    "estimate", "plan", "methods", "prompts", "report", "vote", "cli",
+    "errors", "asked", "environment", "files", "display", "presets", "yaml_text", "named", "size", "checked", "settings", "config",
+    "runs", "estimate", "plan", "methods", "prompts", "report", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")
