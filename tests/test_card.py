@@ -15,16 +15,20 @@ import pytest
 import torch
 from families import CASES, PROMPTS
 from huggingface_hub import ModelCard
+from students import student_file
 from tuned import gray
 
 import chainrule as cr
 from chainrule import card
 from chainrule.card.base import TAGS, Base, public
 from chainrule.card.page import text
+from chainrule.config import DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
+from chainrule.methods import ShortFT
 from chainrule.models import FAMILIES
 from chainrule.push import Parcel
 from chainrule.report.material import gather
+from chainrule.settings import Distillation, Steering
 
 TRAINED: dict[str, Any] = {"updates": 1, "batch": 1, "sample_steps": 3, "rank": 2, "lr": 1e-1, "guidance": 2.0}
 EVALUATION = {
@@ -37,12 +41,14 @@ EVALUATION = {
 }
 
 
-def run_of(folder: Path, family: str = "sd", method: str = "draft-1", **options: Any) -> cr.Run:
+def run_of(folder: Path, family: str = "sd", method: str = "draft-1", student: bool = False, **options: Any) -> cr.Run:
     """A short run on a saved random-weight pipeline of a family."""
     case = CASES[family]
     if not (folder / "base").exists():
         case.pipe().save_pretrained(folder / "base")
     model = cr.load(folder / "base", size=case.size)
+    if student:
+        method, model = ShortFT(k=2), model.with_student(student_file(folder / "student", torch.float32))
     return cr.finetune(model, method, gray, PROMPTS, out=folder / "run", **{**TRAINED, **options})
 
 
@@ -67,21 +73,40 @@ def image_of(code: str, run: cr.Run, monkeypatch: pytest.MonkeyPatch) -> np.ndar
     return np.asarray(said["image"]).astype(float)
 
 
-HARD = [pytest.param("pixart-sigma", "draft-1", marks=pytest.mark.heavy), pytest.param("sdxl", "draft-1", marks=pytest.mark.heavy)]
+FURTHER = [("pixart-sigma", "draft-1"), ("sdxl", "draft-1"), ("sd", "shortft")]
+HARD = [pytest.param(*each, marks=pytest.mark.heavy) for each in FURTHER]
 
 
 @pytest.mark.parametrize(("family", "method"), [("sd", "draft-1"), ("flux", "draft-1"), *HARD])
 def test_both_snippets_make_the_same_picture(family, method, tmp_path, monkeypatch):
     """diffusers' own loader and pipeline against `using`; the base model's picture is another one."""
-    run = run_of(tmp_path, family, method)
+    run = run_of(tmp_path, family, method, **({"updates": 2, "student": True} if method == "shortft" else {}))
     plain, ours = snippets(run)
-    assert ("load_lora_weights" in plain) == (family != "pixart-sigma")
+    assert ("load_lora_weights" in plain) == (family != "pixart-sigma" and method != "shortft")
     if "pixart" in family:
         plain = plain.replace(").images", ", use_resolution_binning=False, clean_caption=False).images")
     found = [image_of(code, run, monkeypatch) for code in (plain, ours)]
     assert np.abs(found[0] - found[1]).max() <= 1
     alone = image_of(re.sub(r".*(load_lora_weights|attach\().*", "", plain), run, monkeypatch)
     assert np.abs(found[0] - alone).max() > 1
+
+
+CONFIGS = {
+    "distill": (DistillConfig(model="some/model", settings=Distillation(student_steps=4)), ".with_student(adapter)"),
+    "steer": (SteerConfig(reward="/home/me/r.py:warm", prompts=("a fox",), settings=Steering(over="weights")), "load_lora_weights"),
+    "on top": (FinetuneConfig(adapter=("me/first",), reward="symmetry"), 'model.using("me/first")'),
+}
+
+
+@pytest.mark.parametrize(("config", "has"), CONFIGS.values(), ids=CONFIGS)
+def test_other_runs_have_a_card_too(config, has, tmp_path):
+    run = cr.Run.create(tmp_path / "run", config)
+    run.adapter.mkdir()
+    card.write(run, Base.named(config))
+    told = (run.adapter / card.CARD).read_text()
+    assert has in told and "/home" not in told and ModelCard(told).data.library_name == "diffusers"
+    for code in re.findall(r"```python\n(.*?)```", told, re.S):
+        compile(code, "card", "exec")
 
 
 def test_a_family_is_loaded_by_what_its_pipeline_has():

@@ -63,6 +63,13 @@ def test_every_published_method_is_drawn():
     assert {name.split("(")[0] for name, _ in DRAWN} == {kind.__name__ for kind in methods.REGISTRY.values()}
 
 
+def test_the_container_is_made_of_files_that_are_there():
+    """It is not built here; what it copies and the package's own licence files have to be in the repository."""
+    told = (ROOT / "Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY (.*)$", told, re.MULTILINE) for word in line.split()[:-1]]
+    assert {"pyproject.toml", "constraints.txt", "src"} <= set(copied) and all((ROOT / word).exists() for word in copied)
+
+
 def test_the_site_is_built_without_a_network_and_has_every_public_name(tmp_path):
     """A broken link is an error of the build, and so is a name without its entry, or a page that fetches something."""
     for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):

@@ -21,7 +21,7 @@ def usage(config: AnyConfig, base: Base, folder: Path) -> list[str]:
         student = "model = model.with_student(adapter)  # for the method shortft"
         return ["With chainrule:", _code(["import chainrule as cr"], [*ours, student])]
     under = getattr(config, "adapter", ())
-    ours += [f"model = model.using({shown(place)!r})" for place in under]
+    ours += [f'model = model.using("{shown(place)}")' for place in under]
     ours += [f"image = model.using(adapter).sample([{_told(base)}], seeds=[0]{_how(base, 'steps', 'guidance')})[0]"]
     blocks = ["With chainrule:", _code(["import chainrule as cr"], ours)]
     if base.family in CLASSES:
