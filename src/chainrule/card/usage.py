@@ -22,7 +22,7 @@ def usage(config: AnyConfig, base: Base, folder: Path) -> list[str]:
         return ["With chainrule:", _code(["import chainrule as cr"], [*ours, student])]
     under = getattr(config, "adapter", ())
     ours += [f'model = model.using("{shown(place)}")' for place in under]
-    ours += [f"image = model.using(adapter).sample([{_told(base)}], seeds=[0]{_how(base, 'steps', 'guidance')})[0]"]
+    ours += [f"image = model.using(adapter).sample([{_told(config, base)}], seeds=[0]{_how(base, 'steps', 'guidance')})[0]"]
     blocks = ["With chainrule:", _code(["import chainrule as cr"], ours)]
     if base.family in CLASSES:
         return blocks
@@ -77,8 +77,11 @@ def _how(base: Base, steps: str, guidance: str) -> str:
     return "".join(f", {key}={value:g}" for key, value in told.items() if value is not None)
 
 
-def _told(base: Base) -> str:
-    return '""' if base.family in CLASSES else PROMPT
+def _told(config: AnyConfig, base: Base) -> str:
+    """What a picture is asked for: a text, or where the model knows classes alone, or nothing, one that the run was given."""
+    if base.family not in CLASSES:
+        return PROMPT
+    return f'"{config.prompts[0]}"' if config.prompts and not isinstance(config.prompts, str) else '""'
 
 
 def _code(imports: list[str], body: list[str]) -> str:
