@@ -10,6 +10,6 @@ WORKDIR /chainrule
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY src src
 RUN pip install -c constraints.txt ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch && pip install -c constraints.txt .
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["chainrule"]
 CMD ["--help"]
