@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-heavy faults check format bench experiments papers studies sizes weights clean
+.PHONY: demo test test-heavy faults check docs format bench experiments papers studies sizes weights clean
 
 # The stamp says: this environment has what pyproject.toml and constraints.txt say, and the development tools.
 $(VENV)/stamp: pyproject.toml constraints.txt
@@ -28,10 +28,18 @@ test-heavy: $(VENV)/stamp ## the same claims for further methods on every family
 faults: $(VENV)/stamp ## runs killed, disks filled, files damaged, input malformed, some 760 times; resumable, about half an hour
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m faults
 
-check: $(VENV)/stamp ## formatting, lint and types
+check: $(VENV)/stamp ## formatting, lint, types, and the links between pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python docs/check_links.py
+
+$(VENV)/docs: $(VENV)/stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs ## build the site into site/, without a network once its packages are there; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 
 format: $(VENV)/stamp
 	$(BIN)/ruff format .
@@ -67,4 +75,4 @@ papers: $(VENV)/stamp ## the papers' tables in miniature; resumable, about three
 	$(BIN)/chainrule experiment $(PAPERS) --write docs/papers.md
 
 clean:
-	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs dist site .pytest_cache .mypy_cache .ruff_cache

@@ -172,7 +172,8 @@ def test_distill_train_sample_and_analyze_go_together(sd_folder, chainrule, tmp_
     line = f"--model {sd_folder} --student student --method shortft --method-option k=2 --reward symmetry --prompts prompts.txt"
     options = "--steps 4 --batch 2 --sample-steps 5 --guidance 2 --rank 2 --lr 0.05"
     found = chainrule(*f"train {line} --out run {options}".split())
-    assert found.code == 0 and sorted(p.name for p in Path("run/adapter").iterdir()) == ["bands.json", "lora1", "lora2"], found.err
+    made = ["README.md", "bands.json", "before_after.png", "lora1", "lora2"]
+    assert found.code == 0 and sorted(p.name for p in Path("run/adapter").iterdir()) == made, found.err
     assert [row["stage"] for row in rows()] == [1, 1, 2, 2]
     assert "chainrule.attach(pipe, &#x27;run&#x27;)" in Path("run/report.html").read_text()
     assert chainrule(*words("sample run --prompts prompts.txt --out made")).code == 0

@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "checked": "errors named",
     "settings": "errors named size checked",
     "config": "errors yaml_text named checked settings",
-    "runs": "errors environment files config",
+    "display": "",
+    "presets": "errors config",
+    "runs": "errors environment files config display",
     "estimate": "",
     "plan": "",
     "pictures": "",
@@ -53,10 +55,12 @@ MAY_IMPORT = {
     "objective": "plan half solve rewards denoise cast",
     "models": "errors asked pictures files tensors offload processes size plan noise solve adapters denoise guidance cast chain "
     "learned",
+    "report": "errors config estimate plan runs",
+    "card": "errors files config runs report methods adapters models",
+    "push": "errors files runs adapters card",
     "gradient": "asked plan rewards guidance chain objective models",
     "tiny": "errors rewards",
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
-    "report": "errors config estimate plan runs",
     "learner": "learned",
     "estimators": "errors plan processes methods noise half solve adapters rewards chain objective models gradient learner",
     "learnable": "errors settings guidance learned models",
@@ -67,26 +71,27 @@ MAY_IMPORT = {
     "grids": "errors pictures files runs loop rewards models report training",
     "trackers": "errors loop",
     "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "
-    "training grids trackers",
-    "evaluate": "errors asked files processes estimate rewards guidance models prompts",
+    "training grids trackers card",
+    "evaluate": "errors asked files display processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked pictures files tensors size config plan runs processes loop settings noise half solve adapters rewards "
-    "denoise guidance cast chain learned objective models report",
+    "denoise guidance cast chain learned objective models report card",
     "looked": "models tiny",
     "doctor": "errors meters adapters methods rewards models gradient looked",
     "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
-    "learner analyze",
+    "learner analyze card",
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
     "cli": "errors asked yaml_text files processes named size checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze experiments",
+    "models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze experiments "
+    "push presets",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
-    "errors", "asked", "environment", "files", "yaml_text", "named", "size", "checked", "settings", "config", "runs", "estimate",
-    "plan", "methods", "prompts", "report", "vote", "cli",
+    "errors", "asked", "environment", "files", "display", "presets", "yaml_text", "named", "size", "checked", "settings", "config",
+    "runs", "estimate", "plan", "methods", "prompts", "report", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers", "offload")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker, register_tracker_class
 from pipelines import make_pipeline
 from safetensors.torch import load_file
 from students import student_file
@@ -31,7 +30,6 @@ from chainrule.settings import Distillation, Finetuning, Steering
 from chainrule.steer.kinds import Over
 from chainrule.steer.search import Batch
 from chainrule.steer.task import SteerTask
-from chainrule.trackers import tracker
 from chainrule.training import FinetuneTask
 
 PROMPTS, UPDATES = ["a fox", "two bees", "a cat"], 5
@@ -283,34 +281,3 @@ def test_a_listener_may_add_to_a_row_and_stop_the_loop(tmp_path):
     assert complete(distilling(), run, listeners=[Listener(updated=enough)]) == "enough is enough"
     assert [row["held_out"] for row in run.metrics()] == [0.5] * 3 and run.checkpoint(3).is_dir()
     assert (run.folder / "stopped.txt").read_text() == "enough is enough at update 3\n"
-
-
-def test_a_tracker_gets_the_numbers_of_every_row(tmp_path):
-    got: list[Any] = []
-
-    class Paper(GeneralTracker):
-        name, requires_logging_directory = "paper", False
-
-        def __init__(self, run_name: str, **options: Any) -> None:
-            super().__init__()
-            got.append(run_name)
-
-        @property
-        def tracker(self) -> None:
-            return None
-
-        def store_init_configuration(self, values: dict) -> None:
-            got.append(values)
-
-        def log(self, values: dict, step: int | None = None, **options: Any) -> None:
-            got.append((step, values))
-
-        def finish(self) -> None:
-            got.append("finished")
-
-    register_tracker_class(Paper)
-    task = tuning(SDO(), model())
-    complete(task, listeners=[tracker("paper", {"lr": 1e-2}, tmp_path, task.model.device)])
-    assert got[:2] == ["chainrule", {"lr": "0.01"}] and got[-1] == "finished"
-    assert [step for step, _ in got[2:-1]] == [1, 2, 3, 4, 5]
-    assert {"reward", "grad_norm", "lr", "seconds", "terms/gray"} == got[2][1].keys()

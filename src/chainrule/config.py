@@ -93,17 +93,24 @@ class RunConfig(Checked, ABC):
         return cls(**own, **made)
 
     @classmethod
-    def read(cls, path: Path, changes: Mapping[str, Any] | None = None) -> Self:
-        """The config of a YAML file, with some values put in the place of the file's.
+    def read(cls, path: Path, changes: Mapping[str, Any] | None = None, under: Mapping[str, Any] | None = None) -> Self:
+        """The config of a YAML file, with some values put in the place of the file's, and others `under` them.
 
         Raises UserError naming the file or the first wrong key and value.
         """
-        changes = changes or {}
-        names = {key: keys for name, field in cls.flat_fields().items() for keys in [spellings(name, field)] for key in keys}
         values = read_yaml(path)
         cls._check(values, f"key in {path}")
-        changed = {key for name in changes for key in names.get(name, ())}
-        return cls.of({key: value for key, value in values.items() if key not in changed} | dict(changes))
+        return cls.layered(under or {}, values, changes or {})
+
+    @classmethod
+    def layered(cls, *layers: Mapping[str, Any]) -> Self:
+        """The config of several sets of values, a later one going before an earlier one, by whichever spelling of a key."""
+        names = {key: keys for name, field in cls.flat_fields().items() for keys in [spellings(name, field)] for key in keys}
+        values: dict[str, Any] = {}
+        for layer in layers:
+            changed = {key for name in layer for key in names.get(name, ())}
+            values = {key: value for key, value in values.items() if key not in changed} | dict(layer)
+        return cls.of(values)
 
     @classmethod
     def _check(cls, values: Mapping[str, Any], what: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from chainrule import half
+from chainrule import card, half
 from chainrule.adapters import Active, Adapter, Band, inject
 from chainrule.adapters.lora import every_layer
 from chainrule.analyze import save, shortcut
@@ -197,6 +197,8 @@ def distill(
             reason = complete(
                 task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes
             )
+            if processes.main:
+                card.write(run, card.Base.of(model))
             if reason == "finished" and processes.main:
                 shown = said[:: max(1, len(said) // 6)][:6]
                 taught = model.with_member("student", task.student)

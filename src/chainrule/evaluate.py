@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chainrule import display
 from chainrule.asked import numbers
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
@@ -38,7 +39,7 @@ class Renderer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Table:
     """A comparison: rows are models, columns are rewards and diversity. Gains are over the first row, paired by prompt.
 
@@ -81,12 +82,18 @@ class Table:
             texts.append(aligned(lines))
         return "\n\n".join(texts)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return aligned(self._lines())
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        return display.table(self._lines())
+
+    def _lines(self) -> list[list[str]]:
         columns = list(next(iter(self.rows.values())))
         lines = [["model", *columns]]
         lines += [[name, *(str(row[c]) for c in columns)] for name, row in self.rows.items()]
-        lines += [[f"  gain of {name}", *(str(gain[c]) for c in columns)] for name, gain in self.gains.items()]
-        return aligned(lines)
+        return lines + [[f"  gain of {name}", *(str(gain[c]) for c in columns)] for name, gain in self.gains.items()]
 
     def save(self, path: str | Path, groups: Sequence[str] = ()) -> Path:
         """Write the table as JSON, which the report reads. An infinite interval becomes null, as JSON has no infinity.

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from chainrule import card
 from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
@@ -90,7 +91,7 @@ def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
 
 
 def _shown(run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str] | None) -> list[Listener]:
-    """What the folder shows: the plans, grids while the run trains, and a report at the end."""
+    """What the folder shows: the plans, grids while the run trains, a report and a card at the end."""
     settings, main = task.settings, task.processes.main
     plans = [stage.plan(task.grid, Random(derive(settings.seed, "plan", i))) for stage in task.stages.methods for i in range(3)]
     prompts = list(watch) if watch else task.prompts[:: max(1, len(task.prompts) // 8)][:8]
@@ -99,7 +100,8 @@ def _shown(run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequenc
     def write_plans() -> None:
         run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
 
-    def write_report(reason: str) -> None:
+    def write_pages(reason: str) -> None:
         report(run.folder)
+        card.write(run, card.Base.of(task.model, settings.sample_steps))
 
-    return [grids.listener, *([Listener(started=write_plans, finished=write_report)] if main else [])]
+    return [grids.listener, *([Listener(started=write_plans, finished=write_pages)] if main else [])]

@@ -17,7 +17,7 @@ from chainrule.plan import Plan
 from chainrule.rewards import AnyReward
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """What one pass saw: rewards (b,) and images (b, 3, h, w) of the first branch, and each branch's mean reward.
 
@@ -29,6 +29,10 @@ class Result:
     images: Tensor
     branch_rewards: tuple[float, ...]
     terms: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        rewards = ", ".join(f"{reward:.4g}" for reward in self.rewards.tolist())
+        return f"Result(rewards {rewards}; images of shape {tuple(self.images.shape)})"
 
 
 def gradient(

@@ -17,9 +17,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from chainrule import display
 from chainrule.config import AnyConfig, RunConfig, difference, plain, read_config
 from chainrule.environment import environment
 from chainrule.errors import UserError
@@ -31,7 +33,7 @@ PART = re.compile(r"(.*/)?\.[^/]+\.part")  # what a kill left of a file
 WRITES = re.compile(
     r"""(config\.yaml | environment\.json | metrics\.jsonl | plan\.txt | stopped\.txt | report\.html | evaluation\.json
     | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
-    | (adapter|best|learned)/(learned/)?([\w.-]+/)?[\w-]+\.(safetensors|json)
+    | (adapter|best|learned)/(learned/)?([\w.-]+/)?[\w-]+\.(safetensors|json) | (adapter|best)/(README\.md|before_after\.png)
     | checkpoints/step-\d+/state\.(safetensors|json)
     | samples/(before|after|before_after|step-\d+)\.png | images/\d+(-before)?\.png
     | trackers/.*)""",
@@ -120,6 +122,12 @@ class Run:
             yield
         finally:
             lock.release()
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the pictures before and after, and where the adapter is."""
+        pair = self.samples / "before_after.png"
+        shown = display.picture(pair.read_bytes(), "before and after training") if pair.is_file() else ""
+        return f"{shown}<p>adapter: <code>{escape(str(self.adapter))}</code></p>"
 
     @property
     def adapter(self) -> Path:

@@ -26,7 +26,7 @@ COMPONENTS = ("unet", "transformer")  # what a pipeline calls the network that d
 Spans = tuple[tuple[float, float | None], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Weights:
     """A LoRA as tensors, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank).
 
@@ -36,6 +36,9 @@ class Weights:
     tensors: Mapping[str, Tensor]
     alpha: float
     component: str = "unet"
+
+    def __repr__(self) -> str:
+        return f"Weights(rank {self.rank}, {len(self.targets)} layers of the {self.component})"
 
     @property
     def rank(self) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chainrule import methods
+from chainrule import methods, presets
 from chainrule.cli.app import Options
 from chainrule.cli.arguments import AllowCode, check_code, is_config, method_of, place_of
 from chainrule.cli.opened import Source, check_adapter, check_guidance, is_run, source_of
@@ -23,6 +23,9 @@ def train(
     config: Annotated[
         Path | None, typer.Argument(help="A .yaml file with any of the options below, such as a run's config.yaml.")
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A named starting point, which the file and the options go before; list shows them.")
+    ] = None,
     given: Annotated[Given, FinetuneConfig] = NOTHING,
     method_option: Options = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
@@ -36,7 +39,11 @@ def train(
     from chainrule import rewards
     from chainrule.prompts import prompts as read_prompts
 
-    read = FinetuneConfig.read(config, given) if config else FinetuneConfig.of(given)
+    if preset == "list":
+        typer.echo(presets.listed())
+        return
+    under = presets.preset(preset).options if preset else {}
+    read = FinetuneConfig.read(config, given, under) if config else FinetuneConfig.layered(under, given)
     check_code(read, given, config, allow_code)
     if not read.reward:
         raise UserError("no reward given; pass --reward")

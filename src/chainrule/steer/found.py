@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 
 from PIL import Image
 
+from chainrule.report import before_after
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, repr=False)
 class Steered:
     """What steering found, one entry per prompt: the image of lowest loss, and what it was before.
 
@@ -26,6 +29,18 @@ class Steered:
     updates: list[int] = field(default_factory=list)
     inverted: list[float] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        gains = ", ".join(f"{a:.4g} -> {b:.4g}" for a, b in zip(self.rewards_before, self.rewards, strict=False))
+        return f"Steered({len(self.images)} images, rewards {gains or 'none'})"
+
+    def _repr_png_(self) -> bytes | None:
+        """In a notebook: every image under what it was before."""
+        if not self.images or len(self.before) != len(self.images):
+            return None
+        file = BytesIO()
+        before_after(self.before, self.images, self.prompts).save(file, "PNG")
+        return file.getvalue()
 
     @property
     def best(self) -> Image.Image:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from chainrule import card
 from chainrule.adapters import Adapter, Band, inject, unused_name
 from chainrule.adapters.lora import every_layer
 from chainrule.chain import Memory
@@ -151,6 +152,7 @@ class SteerTask:
             save(found, Run(folder))
         if self.adapter:
             self.adapter.save(folder / "adapter")
+            card.write(Run(folder), card.Base.of(self.model, self.settings.sample_steps))
 
     def remove(self) -> None:
         """Give the model back without the adapter."""
