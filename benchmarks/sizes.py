@@ -26,11 +26,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.sizes_count import largest
+import chainrule as cr
 from benchmarks.sizes_models import ARCHITECTURES, TINY, Architecture, parameters
-from benchmarks.sizes_update import MICRO_BATCH, RANK, STUDENT_RANK, Bench, adapted, counted, open_bench, pieces
+from benchmarks.sizes_update import MICRO_BATCH, RANK, STUDENT_RANK, Bench, benched, opened, pieces, settings, with_student
+from chainrule.footprint import USABLE, count
 from chainrule.meters import peak_bytes
 from chainrule.methods import SDO, DRaFT, DRaFTLV, DRTune, Method, ShortFT
+from chainrule.rewards import Reward
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE = ROOT / "docs" / "performance", ROOT / "docs" / "performance.md"
@@ -40,7 +42,8 @@ METHODS: dict[str, Method] = {
 KINDS = {"meta": "count", "cuda": "cuda", "cpu": "cpu"}  # how rows of a device are called
 MEMORIES = ("recompute", "blocks", "keep")
 CARDS = (24, 48, 80)  # GB
-USABLE, CONTEXT = 0.9, 10**9  # the share of a card that a count may fill; what a measurement leaves to CUDA itself, bytes
+CONTEXT = 10**9  # bytes that a measurement leaves to CUDA itself
+QUANTIZED = ("flux-int8", "flux-4bit")
 # What a count must not depend on: (name, method, steps).
 GROWTH: tuple[tuple[str, Method, int], ...] = (
     ("DRaFT(), N = 10", DRaFT(), 10), ("DRaFT(), N = 50", DRaFT(), 50), ("DRaFT(10), N = 50", DRaFT(10), 50),
@@ -52,41 +55,27 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One row: its file's name, and how to make it from a model with an adapter in."""
+    """One row: its file's name, and how to make it from a model and its reward."""
 
     name: str
     method: Method
-    steps: int
-    make: Callable[[Bench], Row]
+    make: Callable[[cr.Model, Reward], Row]
 
 
-def count_row(bench: Bench, memory: str, most: int) -> Row:
+def count_row(model: cr.Model, reward: Reward, method: Method, memory: str, steps: int) -> Row:
     """Peaks by batch, and the largest batch of every card."""
-    fixed, peaks = sum(bench.fixed().values()), {1: counted(bench, 1, memory)}
-
-    def peak(batch: int) -> int:
-        if batch not in peaks:
-            peaks[batch] = counted(bench, batch, memory)
-        return peaks[batch]
-
-    found = {}
-    for card in CARDS:
-        room = USABLE * card * 1e9 - fixed
-        if peaks[1] > room:
-            found[card] = 0
-            continue
-        (a, low), (b, high) = [(n, peak(n)) for n in sorted({*peaks, 2})][-2:]
-        guess = int(a + (room - low) * (b - a) / max(high - low, 1))
-        found[card] = largest(lambda n, room=room: peak(n) <= room, guess, most)
-    return {"fixed": bench.fixed(), "peaks": peaks, "largest": found}
+    with with_student(model, method, steps) as taught:
+        found = count(taught, method, reward, settings(steps, memory))
+    return {"fixed": found.fixed, "peaks": found.peaks, "largest": {card: found.largest(USABLE * card * 1e9) for card in CARDS}}
 
 
-def pieces_row(bench: Bench) -> Row:
-    return {"pieces": pieces(bench)}
+def pieces_row(model: cr.Model, reward: Reward) -> Row:
+    return {"pieces": pieces(model, reward)}
 
 
-def growth_row(bench: Bench) -> Row:
-    return {"growth": {memory: counted(bench, 1, memory) for memory in ("recompute", "keep")}}
+def growth_row(model: cr.Model, reward: Reward, method: Method, steps: int) -> Row:
+    found = {memory: count(model, method, reward, settings(steps, memory), (1,)).peaks[1] for memory in ("recompute", "keep")}
+    return {"growth": found}
 
 
 def synchronize(device: torch.device) -> None:
@@ -94,80 +83,93 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(bench: Bench, batch: int, memory: str, rounds: int) -> list[float]:
+def seconds(bench: Bench, batch: int, memory: str, steps: int, rounds: int) -> list[float]:
     """An update's time, several times over, after one that is not counted."""
-    taken = []
-    for number in range(rounds + 1):
-        synchronize(bench.model.device)
+    taken, device = [], bench.task.model.device
+    for _ in range(rounds + 1):
+        synchronize(device)
         began = time.perf_counter()
-        bench.update(batch, memory, number=number)
-        synchronize(bench.model.device)
+        bench.update(batch, memory, steps)
+        synchronize(device)
         taken.append(time.perf_counter() - began)
     return taken[1:]
 
 
-def within(bench: Bench, memory: str, batch: int, card: int) -> bool:
+def within(bench: Bench, memory: str, steps: int, batch: int, card: int) -> bool:
     """Whether an update of this batch runs when the allocator may take no more than a card of so many GB would give it.
 
     Without a GPU by the count of its tensors.
     """
-    device, room = bench.model.device, card * 1e9 - CONTEXT
+    device, room = bench.task.model.device, card * 1e9 - CONTEXT
     if device.type != "cuda":
-        return sum(bench.fixed().values()) + counted(bench, batch, memory) <= room
+        return sum(bench.fixed().values()) + peak_bytes(lambda: bench.update(batch, memory, steps), device) <= room
     whole = torch.cuda.get_device_properties(device).total_memory
     if room >= whole - CONTEXT:
         raise SystemExit(f"error: this GPU is too small to stand for one of {card} GB; leave it out by --cards")
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(room / whole, device)
     try:
-        bench.update(batch, memory)
+        bench.update(batch, memory, steps)
         return True
     except torch.OutOfMemoryError:
-        bench.learner.optimizer.zero_grad(set_to_none=True)
+        bench.forget()
         gc.collect()
         return False
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def measure_row(bench: Bench, memory: str, batch: int, rounds: int, cards: list[int], short: int, most: int) -> Row:
+def measure_row(model: cr.Model, reward: Reward, method: Method, memory: str, args: argparse.Namespace) -> Row:
     """Time and peak of one batch at full length; the largest batches by chains of `short` calls, which hold as much."""
-    try:
-        taken, above = seconds(bench, batch, memory, rounds), peak_bytes(lambda: bench.update(batch, memory), bench.model.device)
-    except torch.OutOfMemoryError:
-        taken, above = [], 0
-        bench.learner.optimizer.zero_grad(set_to_none=True)
-    full, bench.steps = bench.steps, short if memory != "keep" else bench.steps
-    found, guess = {}, 1
-    for card in cards:
-        found[card] = largest(lambda n, card=card: within(bench, memory, n, card), guess, most)
-        guess = max(2 * found[card], 1)
-    bench.steps = full
-    row = {"fixed": bench.fixed(), "batch": batch, "seconds": taken, "median": median(taken) if taken else None}
-    return row | {"peak": above, "largest": found}
+    with benched(model, reward, method, args.steps) as bench:
+        try:
+            taken = seconds(bench, args.batch, memory, args.steps, args.rounds)
+            above = peak_bytes(lambda: bench.update(args.batch, memory, args.steps), model.device)
+        except torch.OutOfMemoryError:
+            taken, above = [], 0
+            bench.forget()
+        short = args.short if memory != "keep" else args.steps
+        found, guess = {}, 1
+        for card in args.cards:
+            found[card] = largest(lambda n, card=card: within(bench, memory, short, n, card), guess, args.most)
+            guess = max(2 * found[card], 1)
+        row = {"fixed": bench.fixed(), "batch": args.batch, "seconds": taken, "median": median(taken) if taken else None}
+        return row | {"peak": above, "largest": found}
+
+
+def largest(fits: Callable[[int], bool], guess: int, most: int = 4096) -> int:
+    """The largest batch that fits, by steps away from a guess that double, then by halving. 0: not even one."""
+    low, high, step, at = 0, most + 1, 1, min(max(guess, 1), most)
+    while high - low > 1:
+        if fits(at):
+            low = at
+        else:
+            high = at
+        at = min(low + step, most) if high > most else (low + high) // 2 if low else max(high - step, 1)
+        step *= 2
+    return low
 
 
 def jobs(name: str, args: argparse.Namespace) -> Iterator[Job]:
     """The rows of one architecture."""
     methods = {key: METHODS[key] for key in args.methods}
     if args.device == "meta":
-        yield Job(f"count-{name}-pieces", DRaFT(1), args.steps, pieces_row)
+        yield Job(f"count-{name}-pieces", DRaFT(1), pieces_row)
         if name in ("sd15", "tiny-sd"):
             for number, (_, method, steps) in enumerate(GROWTH):
-                yield Job(f"count-{name}-growth-{number}", method, steps, growth_row)
+                yield Job(f"count-{name}-growth-{number}", method, partial(growth_row, method=method, steps=steps))
     for memory in args.memory:
         for key, method in methods.items():
-            row: Callable[[Bench], Row] = partial(count_row, memory=memory, most=args.most)
+            row = partial(count_row, method=method, memory=memory, steps=args.steps)
             if args.device != "meta":
-                sizes = {"batch": args.batch, "short": args.short, "most": args.most}
-                row = partial(measure_row, memory=memory, rounds=args.rounds, cards=args.cards, **sizes)
-            yield Job(f"{KINDS[args.device]}-{name}-{key}-{memory}", method, args.steps, row)
+                row = partial(measure_row, method=method, memory=memory, args=args)
+            yield Job(f"{KINDS[args.device]}-{name}-{key}-{memory}", method, row)
 
 
 def facts(args: argparse.Namespace, name: str, shape: Architecture, job: Job) -> Row:
     """What every row says of itself."""
     device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    made = {"model": name, "title": shape.title, "method": repr(job.method), "steps": job.steps, "dtype": args.dtype}
+    made = {"model": name, "title": shape.title, "method": repr(job.method), "steps": args.steps, "dtype": args.dtype}
     made |= {"rank": RANK, "student_rank": STUDENT_RANK, "micro_batch": MICRO_BATCH, "device": device}
     return made | {"versions": {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")}}
 
@@ -175,17 +177,18 @@ def facts(args: argparse.Namespace, name: str, shape: Architecture, job: Job) ->
 def run(args: argparse.Namespace) -> None:
     """Make the rows that are missing, until they are there or the time is over."""
     shapes, began, device = TINY if args.tiny else ARCHITECTURES, time.monotonic(), torch.device(args.device)
-    for name in args.models or list(shapes):
-        wanted = [job for job in jobs(name, args) if args.again or not (args.out / f"{job.name}.json").is_file()]
+    for named in args.models or [*shapes, *(QUANTIZED if device.type == "meta" and not args.tiny else ())]:
+        name, _, quantize = named.partition("-") if named in QUANTIZED else (named, "", "")
+        wanted = [job for job in jobs(named, args) if args.again or not (args.out / f"{job.name}.json").is_file()]
         if not wanted:
             continue
-        parts = open_bench(shapes[name], device, getattr(torch, args.dtype))
+        model, reward = opened(shapes[name], device, getattr(torch, args.dtype), quantize or None)
         for job in wanted:
             if args.minutes and time.monotonic() - began > 60 * args.minutes:
                 print("the time is over; the same command goes on from here")
                 return
-            with adapted(*parts, job.method, job.steps) as bench:
-                row = facts(args, name, shapes[name], job) | {"guidance": bench.guidance} | job.make(bench)
+            row = facts(args, named, shapes[name], job) | {"guidance": model.defaults.guidance} | job.make(model, reward)
+            row["title"] += f", base in {quantize}" if quantize else ""
             args.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(row | {"machine": platform.machine(), "parameters": parameters(shapes[name])}, indent=1)
             (args.out / f"{job.name}.json").write_text(text + "\n")
@@ -200,7 +203,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("meta", "cuda", "cpu"), default=usual)
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand weights")
-    parser.add_argument("--models", nargs="+", choices=(*ARCHITECTURES, *TINY))
+    parser.add_argument("--models", nargs="+", choices=(*ARCHITECTURES, *QUANTIZED, *TINY))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--memory", nargs="+", choices=MEMORIES, default=list(MEMORIES))
     parser.add_argument("--cards", nargs="+", type=int, default=list(CARDS), help="GB")

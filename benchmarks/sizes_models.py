@@ -7,20 +7,21 @@ On the meta device a model has shapes and no numbers, so that FLUX.1 is built in
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import chainrule as cr
-from chainrule.denoise import Condition, PromptEmbedding, guidance_is_input
-from chainrule.rewards import RewardFunction
-from chainrule.rewards.clip import Clip, normalize, resize_and_crop
+from chainrule.models.loading import build
+from chainrule.models.outline import META, made_on, of_parts, outlined
+from chainrule.rewards import Reward, reward_of
+from chainrule.rewards.base import FunctionReward
+from chainrule.standins import Tower
 
 Config = Mapping[str, Any]
 Part = tuple[str, Config]  # a class of diffusers or transformers, and its configuration
@@ -53,7 +54,7 @@ BETAS: Config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "sca
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A pipeline's parts by configuration; `words` is what its prompts become: (tokens, width), and the pooled width."""
+    """A pipeline's parts by configuration."""
 
     title: str
     pipeline: str
@@ -61,13 +62,11 @@ class Architecture:
     vae: Config
     texts: tuple[Part, ...]
     scheduler: Part
-    words: tuple[int, int]
-    pooled: int | None = None
     reward: Config = field(default_factory=lambda: CLIP_H)
     published: Mapping[str, str] = field(default_factory=dict)  # part -> its parameters as published, in millions
 
 
-REWARD, VISION = "reward", "reward's image tower"
+VISION = "reward's image tower"
 OF_REWARD = {VISION: "632"}
 ARCHITECTURES: dict[str, Architecture] = {
     "sd15": Architecture(
@@ -77,7 +76,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "attention_head_dim": 8, "sample_size": 64,
         }),
         vae=VAE, texts=(("CLIPTextModel", CLIP_L),),
-        scheduler=("DDIMScheduler", BETAS | {"clip_sample": False, "set_alpha_to_one": False}), words=(77, 768),
+        scheduler=("DDIMScheduler", BETAS | {"clip_sample": False, "set_alpha_to_one": False}),
         published={"unet": "859.5", "vae": "83.7", "text_encoder": "123.1"} | OF_REWARD,
     ),
     "sdxl": Architecture(
@@ -92,7 +91,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         }),
         vae=VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
         texts=(("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G)),
-        scheduler=("EulerDiscreteScheduler", BETAS | {"timestep_spacing": "leading"}), words=(77, 2048), pooled=1280,
+        scheduler=("EulerDiscreteScheduler", BETAS | {"timestep_spacing": "leading"}),
         published={"unet": "2567", "vae": "83.7", "text_encoder": "123.1", "text_encoder_2": "694.7"} | OF_REWARD,
     ),
     "sd3": Architecture(
@@ -107,8 +106,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("CLIPTextModelWithProjection", CLIP_L | {"projection_dim": 768}), ("CLIPTextModelWithProjection", CLIP_G),
             ("T5EncoderModel", T5_XXL),
         ),
-        scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}), words=(77 + 256, 4096), pooled=2048,
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
         published={"transformer": "2.0 billion", "text_encoder_3": "4762"} | OF_REWARD,
+    ),
+    "sd35": Architecture(
+        title="Stable Diffusion 3.5 medium, 1024 pixels", pipeline="StableDiffusion3Pipeline",
+        network=("SD3Transformer2DModel", {
+            "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+            "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        }),
+        vae=VAE_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        texts=(
+            ("CLIPTextModelWithProjection", CLIP_L | {"projection_dim": 768}), ("CLIPTextModelWithProjection", CLIP_G),
+            ("T5EncoderModel", T5_XXL),
+        ),
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        published={"text_encoder_3": "4762"} | OF_REWARD,  # "2.5 billion" are its 2.24 and a table of positions
     ),
     "flux": Architecture(
         title="FLUX.1-dev, 1024 pixels", pipeline="FluxPipeline",
@@ -120,7 +135,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         vae=VAE_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
         texts=(("CLIPTextModel", CLIP_L), ("T5EncoderModel", T5_XXL)),
         scheduler=("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 1.15}),
-        words=(512, 4096), pooled=768, published={"transformer": "11.9 billion", "text_encoder_2": "4762"} | OF_REWARD,
+        published={"transformer": "11.9 billion", "text_encoder_2": "4762"} | OF_REWARD,
     ),
 }  # fmt: skip
 
@@ -135,7 +150,7 @@ SMALL_REWARD: Config = {
 TINY: dict[str, Architecture] = {  # the same families, for the tests
     "tiny-sd": replace(
         ARCHITECTURES["sd15"], title="a Stable Diffusion of a few thousand weights", vae=SMALL_VAE, reward=SMALL_REWARD,
-        texts=(("CLIPTextModel", SMALL),), words=(77, 16), published={},
+        texts=(("CLIPTextModel", SMALL),), published={},
         network=("UNet2DConditionModel", {
             "block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 2,
             "norm_num_groups": 4, "sample_size": 16, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -149,7 +164,7 @@ TINY: dict[str, Architecture] = {  # the same families, for the tests
             *(("CLIPTextModelWithProjection", SMALL | {"projection_dim": 16}),) * 2,
             ("T5EncoderModel", {"d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2}),
         ),
-        words=(20, 32), pooled=32, published={},
+        published={},
         network=("SD3Transformer2DModel", {
             "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8,
             "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 16, "pooled_projection_dim": 32,
@@ -159,92 +174,33 @@ TINY: dict[str, Architecture] = {  # the same families, for the tests
 }  # fmt: skip
 
 
-@contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """What is made inside is made there and in this type, and nowhere else first."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def open_model(shape: Architecture, device: torch.device, dtype: torch.dtype, quantize: str | None = None) -> cr.Model:
+    """The architecture as `chainrule.load` opens it, with random weights or none. Every prompt reads as the same zeros."""
+    component = "transformer" if "Transformer" in shape.network[0] else "unet"
+    named = {component: shape.network, "vae": ("AutoencoderKL", shape.vae), "scheduler": shape.scheduler}
+    parts = {name: (getattr(diffusers, kind), config) for name, (kind, config) in named.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return outlined(build(shape.title, of_parts(shape.pipeline, parts, dtype, device), None, None, None), quantize)
+
+
+def open_reward(shape: Architecture, device: torch.device, dtype: torch.dtype) -> Reward:
+    """PickScore's image tower; its texts are known."""
+    config = {**shape.reward["vision_config"], "projection_dim": shape.reward["projection_dim"]}
+    return reward_of(Tower(config, dtype, device).requires_grad_(False).eval(), name="tower")
+
+
+def parameters(shape: Architecture) -> dict[str, int]:
+    """The number of parameters of every part, text encoders too."""
+    model, judge = open_model(shape, META, torch.bfloat16), open_reward(shape, META, torch.bfloat16)
+    assert isinstance(judge, FunctionReward) and isinstance(judge.function, nn.Module)
+    with made_on(META, torch.bfloat16):
+        texts = {f"text_encoder{f'_{i + 1}' if i else ''}": _text(part) for i, part in enumerate(shape.texts)}
+    parts: dict[str, nn.Module] = {"vae": model.pipe.vae, **texts, model.component: model.network, VISION: judge.function}
+    return {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
 
 
 def _text(part: Part) -> nn.Module:
     name, config = part
     kind = transformers.T5Config if name.startswith("T5") else transformers.CLIPTextConfig
     return getattr(transformers, name)(kind(**config))  # type: ignore[no-any-return]
-
-
-def pipeline(shape: Architecture, device: torch.device, dtype: torch.dtype) -> Any:
-    """A diffusers pipeline of this architecture without tokenizers."""
-    kind = getattr(diffusers, shape.pipeline)
-    with _made_on(device, dtype):
-        network = getattr(diffusers, shape.network[0])(**shape.network[1])
-        vae = diffusers.AutoencoderKL(**shape.vae)
-        texts = [_text(part) for part in shape.texts]
-    parts = {"vae": vae, "transformer" if "Transformer" in shape.network[0] else "unet": network}
-    for i, text in enumerate(texts):
-        end = f"_{i + 1}" if i else ""
-        parts |= {f"text_encoder{end}": text, f"tokenizer{end}": None}
-    others: dict[str, Any] = {}
-    if shape.pipeline == "StableDiffusionPipeline":
-        others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    elif shape.pipeline == "StableDiffusionXLPipeline":
-        others = {"add_watermarker": False}
-    name, config = shape.scheduler
-    made = kind(**parts, **others, scheduler=getattr(diffusers, name)(**config))
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def load(shape: Architecture, device: torch.device, dtype: torch.dtype) -> cr.Model:
-    """The architecture as `chainrule.load` opens it. Every prompt reads as the same zeros: its text is not encoded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = cr.load(pipeline(shape, device, dtype))
-
-    def words(count: int) -> PromptEmbedding:
-        pooled = torch.zeros(count, shape.pooled, device=device, dtype=dtype) if shape.pooled else None
-        return PromptEmbedding(torch.zeros(count, *shape.words, device=device, dtype=dtype), pooled)
-
-    def embed(prompts: Sequence[str]) -> Condition:
-        if guidance_is_input(model.denoiser):
-            both = words(len(prompts))
-            return Condition(both, both)
-        return Condition(words(len(prompts)), words(len(prompts)))
-
-    return replace(model, name=shape.title, embed=embed)
-
-
-@dataclass(frozen=True)
-class Blank:
-    """A tokenizer for which every prompt is empty."""
-
-    length: int
-
-    def __call__(self, prompts: Sequence[str], **_: object) -> dict[str, Tensor]:
-        ids = torch.zeros(len(prompts), self.length, dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def reward(shape: Architecture, device: torch.device) -> tuple[nn.Module, RewardFunction]:
-    """A CLIP in float32, as the library loads its rewards, and PickScore's formula over it."""
-    with _made_on(device, torch.float32):
-        model = transformers.CLIPModel(transformers.CLIPConfig(**shape.reward)).requires_grad_(False).eval()
-    clip = Clip(model, Blank(model.config.text_config.max_position_embeddings))
-
-    def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return clip.scale * clip.cosine(normalize(resize_and_crop(images, clip.size)), prompts)
-
-    return model, score
-
-
-def parameters(shape: Architecture) -> dict[str, int]:
-    """The number of parameters of every part."""
-    meta = torch.device("meta")
-    parts = {name: part for name, part in pipeline(shape, meta, torch.bfloat16).components.items() if isinstance(part, nn.Module)}
-    clip, _ = reward(shape, meta)
-    parts |= {REWARD: clip, VISION: nn.ModuleList([clip.vision_model, clip.visual_projection])}
-    return {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}

@@ -12,6 +12,7 @@ from chainrule.report.tables import markdown
 
 Row = dict[str, Any]
 WIDTH = 148
+BEFORE = Path(__file__).with_name("sizes_before.json")
 LABELS = {
     "draft-1": "DRaFT-1", "draft-lv": "DRaFT-LV, n = 2", "sdo": "SDO", "drtune": "DRTune", "shortft-1": "ShortFT, stage 1",
 }  # fmt: skip
@@ -31,21 +32,23 @@ shape and no numbers. One update goes through the library's own walker, decoder,
 and backwards, reports how many bytes it makes. A tensor's bytes count until it is freed. The peak is the most that was held at
 once.
 
-* Counted are the weights of the denoiser, the VAE, the text encoders and the reward; the adapters with AdamW's two moments and
-  the averaged weights; gradients; activations; and all that an operation returns.
+* Counted are the weights of the denoiser, the VAE and the reward's image tower; the adapters with AdamW's two moments and the
+  averaged weights; gradients; activations; and all that an operation returns. Prompts are embedded ahead of the run, for the
+  network and for the reward, by text encoders that stay on the CPU.
 * Not counted are scratch space inside kernels (workspaces of convolutions and matrix products, attention's backward pass in
-  float32), the allocator's fragmentation, the CUDA context, and encoding the prompts.
+  float32), the allocator's fragmentation, and the CUDA context.
 * A batch "fits" where the count is at most {usable:.0%} of the card's gigabytes, 10^9 bytes each. A card sold as 80 GB may have a
   few percent more.
 * Attention counts as a fused kernel (flash or memory-efficient), which keeps q, k, v, its output and a float32 per row. The meta
   device by itself would split it into steps and hold a matrix of all pairs of tokens. So would a GPU on which no fused kernel
   serves.
-* Weights are bfloat16, except the reward's and the adapters', which the library holds in float32. LoRAs have rank 8. ShortFT has
-  four of them, and a frozen student's of rank 64.
+* Weights are bfloat16, the reward's too (`pickscore@cuda/bfloat16`), except the adapters', which are float32. LoRAs have rank 8.
+  ShortFT has four of them, and a frozen student's of rank 64. A base in int8 or 4 bits is made into bfloat16 layer by layer,
+  for the moment of each product.
 * A chain has {steps} steps and the pipeline's own guidance. The reward is PickScore's CLIP ViT-H/14. One image at a time is
   decoded and scored (`micro_batch` 1; the trainer's default is 8, fewer for large images).
-* `tests/test_sizes.py` compares the count with the same update of tiny models with real numbers. They agree to the byte in
-  float32, and within 1% in bfloat16, where a CPU keeps the statistics of layer norms in fewer bytes.
+* `chainrule plan --model ... --memory-of 24GB` counts the same of any model, from its configuration alone.
+* `tests/test_footprint.py` compares the count with the same update of tiny models with real numbers.
 """
 
 
@@ -83,11 +86,27 @@ def configurations(rows: dict[str, Row], published: dict[str, dict[str, str]]) -
 
 def further(peaks: dict[str, int]) -> str:
     """What one more image adds, from the two largest batches counted."""
-    points = sorted((int(batch), peak) for batch, peak in peaks.items())
-    if len(points) < 2:
-        return "-"
-    (a, low), (b, high) = points[-2:]
+    (a, low), (b, high) = sorted((int(batch), peak) for batch, peak in peaks.items())[-2:]
     return gib((high - low) / (b - a))
+
+
+def compared(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
+    """DRaFT-1 before and after."""
+    before, found = json.loads(BEFORE.read_text())["rows"], []
+    for name, title in models(rows, published).items():
+        for memory in MEMORIES:
+            old, row = before.get(f"{name.partition('-')[0]}-{memory}"), rows.get(f"count-{name}-draft-1-{memory}")
+            if row:
+                new = sum(row["fixed"].values()) + row["peaks"]["1"]
+                was = (f"{(old['fixed'] + old['one']) / 1e9:.1f}", str(old["in 24 GB"])) if old else ("-", "-")
+                found.append((title, memory, was[0], f"{new / 1e9:.1f}", was[1], str(row["largest"]["24"])))
+    about = (
+        "DRaFT-1 with one image, all that is held at once, in GB (10^9 bytes). Before, activations of adapted layers were cast up "
+        "to float32, text encoders and the reward's text tower were on the card, the reward was in float32, and VAEs were "
+        "recomputed block by block (commit 7697927). A base in fewer bits is beside the one in bfloat16 before."
+    )
+    columns = ("model", "memory", "before", "after", "batch in 24 GB before", "after")
+    return section("Counted: before and after", about, columns, found)
 
 
 def counts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
@@ -112,8 +131,8 @@ def counts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
 
 def parts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
     names = (
-        "call without gradient", "call", "call, adapters in the network's type", "call, blocks recomputed", "decode",
-        "decode and reward", "decode and reward, blocks recomputed",
+        "call without gradient", "call", "call, blocks recomputed", "decode", "decode and reward",
+        "decode and reward, layers recomputed",
     )  # fmt: skip
     found = [
         (title, *(gib(rows[f"count-{name}-pieces"]["pieces"][each]) for each in names))
@@ -122,8 +141,8 @@ def parts(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
     ]
     about = (
         "The table has the peaks for one image in GiB. A call is the guided one, forwards and backwards. It has two halves, but "
-        'for FLUX.1, which reads its guidance. "Blocks recomputed" is gradient checkpointing inside the network and the '
-        'decoder, which memory="blocks" switches on. "Adapters in the network\'s type" are LoRAs in bfloat16.'
+        'for FLUX.1, which reads its guidance. "Blocks recomputed" is gradient checkpointing inside the network, which '
+        'memory="blocks" switches on; the decoder then recomputes its layers.'
     )
     return section("Counted: what an image is made of", about, ("model", *names), found)
 
@@ -156,7 +175,6 @@ def findings(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
     share = {name: piece["call"] / piece["decode and reward"] for name, piece in made.items()}
     named = lambda values: ", ".join(f"{value:.1f} ({name})" for name, value in values.items())
     gain = {name: piece["call"] / piece["call, blocks recomputed"] for name, piece in made.items()}
-    cast = {name: 1 - piece["call, adapters in the network's type"] / piece["call"] for name, piece in made.items()}
     decode = {name: piece["decode"] / piece["decode and reward"] for name, piece in made.items()}
     whole = grown[1]["keep"] / 2**30
     lines = [
@@ -166,9 +184,7 @@ def findings(rows: dict[str, Row], published: dict[str, dict[str, str]]) -> str:
         "scoring does not grow with the batch, but the call does. From a batch of two on, the call is the peak, whatever the "
         "method.",
         f"Decoding alone has {ratio([100 * v for v in decode.values()])}% of the peak of decoding and scoring. CLIP ViT-H mostly "
-        "adds its weights, 3.7 GiB in float32 with the text tower.",
-        "peft casts the input of every adapted layer to the adapter's float32 and keeps it. With adapters in the network's own "
-        f"type the peak of a call is {ratio([100 * v for v in cast.values()])}% lower, but updates are rounded.",
+        "adds its weights, 1.2 GiB in bfloat16 without the text tower.",
         f'Recomputing block by block inside the call (memory="blocks") divides its peak by {named(gain)}. It costs one more '
         "forward pass of the live calls. This, and not the choice of a method, makes larger batches possible for the 1024-pixel "
         "models.",
@@ -210,7 +226,7 @@ def page(folder: Path, published: dict[str, dict[str, str]], usable: float) -> s
     how = HOW.format(usable=usable, steps=next(iter(rows.values()))["steps"])
     made = "Made with " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
     sections = (
-        how, counts(rows, published), parts(rows, published), growth(rows), findings(rows, published),
+        how, compared(rows, published), counts(rows, published), parts(rows, published), growth(rows), findings(rows, published),
         measured(rows, published), configurations(rows, published), made,
     )  # fmt: skip
     return "\n\n".join(section.strip() for section in sections if section) + "\n"

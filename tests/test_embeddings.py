@@ -14,8 +14,9 @@ import chainrule as cr
 from chainrule import methods
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.errors import Note
-from chainrule.models.embeddings import TOGETHER, fingerprint, offloaded
+from chainrule.models.embeddings import TOGETHER, fingerprint, text_encoders
 from chainrule.noise import derive
+from chainrule.offload import streamed
 from chainrule.settings import Finetuning
 from chainrule.training import drawn
 
@@ -157,7 +158,8 @@ def test_text_encoders_that_stay_on_the_cpu_give_the_same_images(case: Case) -> 
     pipe, expected = case.pipe(), loaded(case).render(said(case), SEEDS, 2)
     model = loaded(case, pipe)
     before = fingerprint(pipe, model.component)
-    offloaded(pipe, model.component, "cpu")
+    for part in text_encoders(pipe, model.component).values():
+        streamed(part, "cpu")
     assert torch.equal(loaded(case, pipe).render(said(case), SEEDS, 2), expected)
     assert fingerprint(pipe, model.component) == before
     assert {weight.device.type for weight in model.network.parameters()} == {"cpu"}

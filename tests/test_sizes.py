@@ -1,23 +1,18 @@
-"""The bytes counted on the meta device are those that the same update takes with real numbers."""
+"""The published architectures have their published sizes, and the benchmark of memory runs on all of them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.sizes_count import largest
+from benchmarks.sizes import largest
 from benchmarks.sizes_models import ARCHITECTURES, TINY, parameters
-from benchmarks.sizes_update import adapted, counted, open_bench
+from benchmarks.sizes_update import benched, opened, pieces, settings, with_student
+from chainrule.footprint import count, flash_attention
+from chainrule.meters import LiveBytes
 from chainrule.methods import DRaFTLV, Method, ShortFT
 
 META, CPU = torch.device("meta"), torch.device("cpu")
-
-
-def count(
-    name: str, device: torch.device, method: Method, memory: str, dtype: torch.dtype, rehearse: bool = True
-) -> tuple[int, int]:
-    with adapted(*open_bench(TINY[name], device, dtype), method, steps=3) as bench:
-        return counted(bench, 2, memory, rehearse=rehearse), sum(bench.fixed().values())
 
 
 @pytest.mark.parametrize(
@@ -25,22 +20,32 @@ def count(
     [
         ("tiny-sd", DRaFTLV(1), "recompute"), ("tiny-sd3", ShortFT(k=2, stage=1), "keep"),
         *(pytest.param(*more, marks=pytest.mark.heavy) for more in (
-            ("tiny-sd", DRaFTLV(1), "keep"), ("tiny-sd3", DRaFTLV(1), "keep"), ("tiny-sd3", ShortFT(k=2, stage=1), "recompute"),
+            ("tiny-sd", DRaFTLV(1), "blocks"), ("tiny-sd3", DRaFTLV(1), "keep"), ("tiny-sd3", ShortFT(k=2, stage=1), "recompute"),
         )),
     ],
 )  # fmt: skip
-def test_a_count_without_numbers_is_the_count_with_them(name, method, memory):
-    assert count(name, META, method, memory, torch.float32) == count(name, CPU, method, memory, torch.float32, rehearse=False)
+def test_what_is_counted_is_what_the_measured_update_holds(name: str, method: Method, memory: str) -> None:
+    """To the byte: both are the trainer's update, one without numbers."""
+    bare, judge = opened(TINY[name], META, torch.float32)
+    with with_student(bare, method, 3) as taught:
+        found = count(taught, method, judge, settings(3, memory), (2,))
+    real, judge = opened(TINY[name], CPU, torch.float32)
+    with benched(real, judge, method, 3) as bench, flash_attention():
+        bench.forget()
+        with LiveBytes(CPU) as meter:
+            bench.update(2, memory, 3)
+        assert bench.fixed() == found.fixed
+    assert meter.peak == pytest.approx(found.peaks[2], rel=0.01)
 
 
-def test_in_bfloat16_too_but_for_the_statistics_of_norms():
-    """A CPU holds those of a layer norm in bfloat16, a GPU and the meta device in float32."""
-    here, there = (count("tiny-sd3", device, DRaFTLV(1), "recompute", torch.bfloat16)[0] for device in (CPU, META))
-    assert here <= there < 1.01 * here
+def test_pieces_are_counted_with_and_without_recomputing() -> None:
+    found = pieces(*opened(TINY["tiny-sd3"], META, torch.bfloat16))
+    assert found["call without gradient"] < found["call, blocks recomputed"] <= found["call"]
+    assert found["decode and reward, layers recomputed"] < found["decode and reward"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures_have_their_published_sizes(name):
+def test_architectures_have_their_published_sizes(name: str) -> None:
     found = parameters(ARCHITECTURES[name])
     for part, said in ARCHITECTURES[name].published.items():
         number = said.removesuffix(" billion")
@@ -50,5 +55,5 @@ def test_architectures_have_their_published_sizes(name):
 
 @pytest.mark.parametrize("guess", [1, 5, 9, 40])
 @pytest.mark.parametrize("most", [0, 1, 7, 64])
-def test_the_largest_batch_is_found_from_any_guess(guess, most):
+def test_the_largest_batch_is_found_from_any_guess(guess: int, most: int) -> None:
     assert largest(lambda n: n <= most, guess, 64) == most

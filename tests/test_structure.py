@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "loop": "errors config runs processes noise checkpoints",
     "half": "",
     "meters": "",
-    "offload": "",
+    "offload": "errors",
     "solve": "plan noise",
     "adapters": "errors files tensors",
     "rewards": "errors named pictures offload",
@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "training": "errors plan settings processes loop methods noise adapters rewards learned models objective gradient learner "
     "estimators learnable",
     "standins": "errors rewards models",
-    "footprint": "errors standins settings methods meters adapters rewards denoise guidance cast models training",
+    "footprint": "errors standins settings methods meters offload adapters rewards denoise guidance cast models training",
     "grids": "errors pictures files runs loop rewards models report training",
     "trackers": "errors loop",
     "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "

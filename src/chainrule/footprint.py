@@ -30,6 +30,7 @@ from chainrule.meters import LiveBytes, peak_bytes
 from chainrule.methods import Method, needs
 from chainrule.models import Model
 from chainrule.models.outline import META, outline_of
+from chainrule.offload import is_lent
 from chainrule.rewards import Reward
 from chainrule.rewards.base import FunctionReward
 from chainrule.settings import Finetuning
@@ -93,12 +94,13 @@ def count(
                     task.update()
                 peaks[batch] = meter.peak
                 on_batch()
-            return Footprint(_fixed(task, reward), peaks)
+            return Footprint(fixed_bytes(task, reward), peaks)
         finally:
             task.remove()
 
 
-def _fixed(task: FinetuneTask, reward: Reward) -> dict[str, int]:
+def fixed_bytes(task: FinetuneTask, reward: Reward) -> dict[str, int]:
+    """What a task holds between updates: the weights of its parts, and its adapters with all that the optimizer keeps of them."""
     loras = {id(weight) for weight in task.learner.named_parameters().values()}
     state = [t for each in task.learner.optimizer.state.values() for t in each.values() if t.numel() > 1]
     trained = [*task.learner.named_parameters().values(), *state, *task.learner.average.values()]
@@ -106,7 +108,8 @@ def _fixed(task: FinetuneTask, reward: Reward) -> dict[str, int]:
     parts: dict[str, list[Any]] = {"network": [task.model.network], "vae": [task.model.codec.network], "reward": judges}
 
     def weights(part: nn.Module) -> int:
-        return sum(w.nbytes for w in (*part.parameters(), *part.buffers()) if id(w) not in loras)
+        away = {id(w) for block in part.modules() if is_lent(block) for w in (*block.parameters(), *block.buffers())}
+        return sum(w.nbytes for w in (*part.parameters(), *part.buffers()) if id(w) not in loras | away)
 
     found = {name: sum(weights(part) for part in of if isinstance(part, nn.Module)) for name, of in parts.items()}
     return found | {"adapters": sum(tensor.nbytes for tensor in trained)}

@@ -65,6 +65,11 @@ class Opening(Checked):
         exclude=True,
         description="where text encoders are; cpu: moved to the device layer by layer while they are asked",
     )
+    network: Literal["cpu", "device"] = Field(
+        default="device",
+        exclude=True,
+        description="where the network's blocks are; cpu: moved to a small card one by one",
+    )
     prompt_cache: str | None = Field(
         default=None,
         exclude=True,

@@ -32,13 +32,13 @@ READS = {  # by their towers, and what the bundled ones are called
 
 
 class Tower(nn.Module):
-    """A reward that reads images by a CLIP image tower: its weights and its activations, without its numbers."""
+    """A reward that reads images by a CLIP image tower: its weights and its activations; elsewhere than on meta, random numbers."""
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device = META) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         super().__init__()
-        with made_on(META, dtype):
+        with made_on(device, dtype):
             self.tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,7 +117,9 @@ def _inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, t
     on = {id(layer): layer._active_adapter for layer in layers_of(network)}
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     config._register_custom_module(LAYERS)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    there = next(network.parameters()).device
+    # peft makes the matrices on the CPU and moves them; where there are no numbers, nothing can be moved.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), there if there.type == "meta" else nullcontext():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are wanted
         torch.manual_seed(seed)
         try:
@@ -130,7 +133,7 @@ def _inject(network: nn.Module, name: str, rank: int, alpha: float, seed: int, t
     for weight in network.parameters():  # peft freezes whatever else is there
         weight.requires_grad_(kept.get(id(weight), False))
     for weight in adapter.parameters():
-        weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+        weight.data = weight.data.to(there, torch.promote_types(weight.dtype, torch.float32))  # its layer may be elsewhere
         weight.requires_grad_(True)
     return adapter
 

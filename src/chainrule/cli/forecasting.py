@@ -38,7 +38,9 @@ def forecast(config: FinetuneConfig, method: Method, card: float) -> None:
     opening, own = config.opening, config.settings
     reward = stand_in(parse(config.reward or "pickscore", Source(config.model).reward_source))
     size = None if opening.size is None else size_of(opening.size)
-    model = outline(config.model, dtype=opening.dtype, size=size, solver=opening.solver, quantize=opening.quantize)
+    model = outline(
+        config.model, dtype=opening.dtype, size=size, solver=opening.solver, quantize=opening.quantize, network=opening.network
+    )
     model = model.guided(own.guidance)
     policies = POLICIES if own.memory == "auto" or "memory" not in own.model_fields_set else (own.memory,)
     turns = stages(method)
@@ -57,7 +59,7 @@ def forecast(config: FinetuneConfig, method: Method, card: float) -> None:
     fits = [policy for policy in found if largest[policy]]
     if not fits:
         least = min(taken.values()) / USABLE
-        advice = "--dtype bfloat16 and --quantize int8 or 4bit take less" if not opening.quantize else "--size makes it smaller"
+        advice = "--dtype bfloat16, --quantize 4bit and --network cpu take less, and so does a smaller --size"
         raise UserError(f"{gigabytes(card)} are too few even so; {gigabytes(least)} would do for one image; {advice}")
     batch = f"a batch of up to {_batch(largest[fits[0]])}"
     typer.echo(f"{gigabytes(card)}, {USABLE:.0%} of it used: --memory {fits[0]} and {batch}; text encoders stay on the CPU")

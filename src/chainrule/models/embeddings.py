@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.errors import Note
 from chainrule.files import make_folder, whole
-from chainrule.offload import streamed, weights_of
+from chainrule.offload import away, is_lent, streamed, weights_of
 from chainrule.tensors import read_tensors, write_tensors
 
 TOGETHER = 4  # prompts embedded at a time, always as many, so that no row depends on which others there are
@@ -179,11 +179,12 @@ def text_encoders(pipe: Any, component: str) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module) and name not in (component, "vae")}
 
 
-def offloaded(pipe: Any, component: str, device: str) -> None:
-    """Move a pipeline to the device, but for its text encoders: their layers go there one by one while they are asked."""
-    encoders = text_encoders(pipe, component)
-    for part in encoders.values():
-        streamed(part, device)
+def place(pipe: Any, component: str, device: str, encoders: str = "device") -> None:
+    """Move a pipeline to the device. Text encoders may stay on the "cpu": their layers go there one by one while they are asked."""
+    of_text = text_encoders(pipe, component) if encoders == "cpu" and device != "cpu" else {}
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name not in encoders:
-            part.to(device)
+        if name in of_text:
+            streamed(part, device)
+        elif isinstance(part, nn.Module):
+            stay = [] if name != component else [module for module in part.modules() if is_lent(module)]
+            away(part, device, stay)

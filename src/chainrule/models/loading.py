@@ -16,7 +16,7 @@ from chainrule.errors import UserError, unknown
 from chainrule.models import bundled
 from chainrule.models.bundled import BUNDLED
 from chainrule.models.defaults import Defaults
-from chainrule.models.embeddings import check_cache, offloaded
+from chainrule.models.embeddings import check_cache
 from chainrule.models.families import FAMILIES, class_of, index
 from chainrule.models.given import prepare
 from chainrule.models.model import Model
@@ -26,6 +26,7 @@ from chainrule.models.quantize import check as check_quantization
 from chainrule.models.quantize import quantization
 from chainrule.models.solvers import check as check_solver
 from chainrule.models.solvers import check_scheduler
+from chainrule.offload import blocks_of, lend
 from chainrule.size import Size, size_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 UNUSED = ("safety_checker", "feature_extractor")  # components that are not asked for anything and may be absent
 SETTINGS = "chainrule.json"  # how a model is best sampled, in its folder
+PLACES = ("device", "cpu")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
 
@@ -102,7 +104,7 @@ def defaults_in(folder: Path) -> Defaults | None:
 def load(
     source: Any, *, dtype: str | torch.dtype = "float32", device: str | None = None, solver: str | None = None,
     size: int | str | Sequence[int] | None = None, quantize: str | None = None, text_encoders: str = "device",
-    prompt_cache: str | Path | None = None,
+    network: str = "device", prompt_cache: str | Path | None = None,
 ) -> Model:  # fmt: skip
     """A model from a name (`tiny-emoji`), a local diffusers folder, a hub id (`owner/name`) or a pipeline object.
 
@@ -111,20 +113,14 @@ def load(
     is that of the images in pixels: 512, a square; (768, 1024) or "768x1024", height and width. `quantize` holds the
     denoiser's weights in fewer bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32.
     `text_encoders="cpu"` leaves those of a pipeline that is opened here on the CPU and moves their layers to the device one
-    after the other while they are asked; then `model.pipe` by itself cannot be called. `prompt_cache` is a folder where
-    `embedded` keeps the embeddings of prompts. Only safetensors are read.
+    after the other while they are asked; then `model.pipe` by itself cannot be called. `network="cpu"` does the same with the
+    blocks of the network, for cards that are too small for it; a gradient then wants `memory="blocks"`. `prompt_cache` is a
+    folder where `embedded` keeps the embeddings of prompts. Only safetensors are read.
     Raises UserError in one line before anything heavy is loaded.
     """
-    dtype = str(dtype).removeprefix("torch.")
-    dtype = SHORT.get(dtype, dtype)
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    check_solver(solver)
-    check_quantization(quantize)
+    dtype = _checked(dtype, solver, quantize, text_encoders, network)
     pixels = None if size is None else size_of(size)
     device = _device(device)
-    if text_encoders not in ("device", "cpu"):
-        raise unknown("text_encoders", text_encoders, ("device", "cpu"))
     cache = None if prompt_cache is None else check_cache(prompt_cache)
     if not isinstance(source, (str, Path)):
         _family(type(source).__name__)
@@ -140,11 +136,27 @@ def load(
     pipe = _open(Path(source), name, dtype, quantize)
     _family(type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)
-    if text_encoders == "cpu" and device != "cpu":
-        offloaded(pipe, FAMILIES[type(pipe).__name__].network, device)
-    else:
-        pipe.to(device)
+    component = FAMILIES[type(pipe).__name__].network
+    if network == "cpu":
+        lend(blocks_of(getattr(pipe, component)), device)
+    place(pipe, component, device, text_encoders)
     return replace(build(name, pipe, defaults, pixels, solver), quantize=quantize, prompt_cache=cache)
+
+
+def _checked(dtype: str | torch.dtype, solver: str | None, quantize: str | None, text_encoders: str, network: str) -> str:
+    """The type by its name. Raises UserError for an option that is not known, or does not go with another."""
+    word = str(dtype).removeprefix("torch.")
+    word = SHORT.get(word, word)
+    if word not in DTYPES:
+        raise unknown("dtype", word, DTYPES)
+    check_solver(solver)
+    check_quantization(quantize)
+    for key, where in (("text_encoders", text_encoders), ("network", network)):
+        if where not in PLACES:
+            raise unknown(key, where, PLACES)
+    if network == "cpu" and quantize in ("8bit", "4bit"):
+        raise UserError(f"network is 'cpu' and quantize {quantize!r}, whose weights cannot be moved; take int8, or one of the two")
+    return word
 
 
 def build(name: str, pipe: Any, defaults: Defaults | None, size: Size | None, solver: str | None) -> Model:

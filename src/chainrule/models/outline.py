@@ -24,6 +24,7 @@ from chainrule.models.loading import build, check, defaults_in
 from chainrule.models.model import Model
 from chainrule.models.pipeline import call_default
 from chainrule.models.published import refusal
+from chainrule.offload import blocks_of, lend
 from chainrule.size import Size
 
 META = torch.device("meta")
@@ -33,7 +34,7 @@ BITS = {"int8": (8.0, 2), "8bit": (8.0, 4), "4bit": (4.5, 0)}  # of a weight, it
 
 def outline(
     source: str | Path, *, dtype: str = "bfloat16", size: Size | None = None, solver: str | None = None,
-    quantize: str | None = None,
+    quantize: str | None = None, network: str = "device",
 ) -> Model:  # fmt: skip
     """The model of a name, folder or hub id as `chainrule.load` opens it, without its weights. Its prompts read as zeros.
 
@@ -49,7 +50,10 @@ def outline(
             except (AttributeError, ValueError) as error:
                 raise UserError(f"{place} is damaged: {error}") from error
     pipe = of_parts(class_of(folder), parts, getattr(torch, dtype))
-    return _outlined(build(str(source), pipe, defaults_in(folder), size, solver), quantize)
+    made = outlined(build(str(source), pipe, defaults_in(folder), size, solver), quantize)
+    if network == "cpu":
+        lend(blocks_of(made.network), META)
+    return made
 
 
 def _configurations(source: str) -> Path:
@@ -71,7 +75,7 @@ def outline_of(model: Model) -> Model:
     parts = {name: (type(part), dict(part.config)) for name, part in names.items() if part is not None}
     pipe = of_parts(model.family, parts, weight_dtype(model))
     made = build(model.name, pipe, model.defaults, model.size, None)
-    return replace(_outlined(made, model.quantize), sampler=model.sampler, asked=model.asked)
+    return replace(outlined(made, model.quantize), sampler=model.sampler, asked=model.asked)
 
 
 def weight_dtype(model: Model) -> torch.dtype:
@@ -79,14 +83,14 @@ def weight_dtype(model: Model) -> torch.dtype:
     return getattr(torch, model.opening["dtype"])
 
 
-def of_parts(family: str, parts: Parts, dtype: torch.dtype) -> Any:
-    """A pipeline of these parts, whose text encoders are empty modules."""
+def of_parts(family: str, parts: Parts, dtype: torch.dtype, device: torch.device = META) -> Any:
+    """A pipeline of these parts, with random weights on a device that holds numbers; its text encoders are empty modules."""
     if family not in FAMILIES:
         raise UserError(f"{family} is not a supported model family (supported: {', '.join(FAMILIES)})")
     kind = getattr(diffusers, family)
     made: dict[str, Any] = {}
     for name, (part, config) in parts.items():
-        with made_on(META if name != "scheduler" else torch.device("cpu"), dtype):
+        with made_on(device if name != "scheduler" else torch.device("cpu"), dtype):
             made[name] = part.from_config(dict(config))
     expected, optional = kind._get_signature_keys(kind)
     for name in expected - made.keys():
@@ -109,18 +113,19 @@ def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _outlined(model: Model, quantize: str | None) -> Model:
+def outlined(model: Model, quantize: str | None = None) -> Model:
+    """A model of `of_parts` whose prompts read as zeros of the right form; on the meta device its weights may be in fewer bits."""
     model.network.requires_grad_(False)
     if quantize:
         hold(model.network, *BITS[quantize])
-    shape, kind = _words(model.pipe, model.network), weight_dtype(model)
+    shape, kind, device = _words(model.pipe, model.network), weight_dtype(model), model.device
 
     def words(count: int) -> PromptEmbedding:
         if shape is None:
-            return PromptEmbedding(torch.zeros(count, dtype=torch.long, device=META))
+            return PromptEmbedding(torch.zeros(count, dtype=torch.long, device=device))
         tokens, width, pooled = shape
-        mask = torch.ones(count, tokens, device=META, dtype=torch.long) if model.family.startswith("PixArt") else None
-        made = [torch.zeros(count, *size, device=META, dtype=kind) for size in ((tokens, width), (pooled,))]
+        mask = torch.ones(count, tokens, device=device, dtype=torch.long) if model.family.startswith("PixArt") else None
+        made = [torch.zeros(count, *size, device=device, dtype=kind) for size in ((tokens, width), (pooled,))]
         return PromptEmbedding(made[0], made[1] if pooled else None, mask)
 
     def embed(prompts: Sequence[str]) -> Condition:
