@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "tiny": "errors rewards",
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
     "report": "errors config estimate plan runs",
+    "album": "errors files size runs report",
     "learner": "learned",
     "estimators": "errors plan processes methods noise half solve adapters rewards chain objective models gradient learner",
     "learnable": "errors settings guidance learned models",
@@ -67,6 +68,7 @@ MAY_IMPORT = {
     "evaluate": "errors asked files processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
+    "sampling": "processes rewards guidance models album baselines",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked pictures files tensors size config plan runs processes loop settings noise half solve adapters rewards "
     "denoise guidance cast chain learned objective models report",
@@ -77,12 +79,12 @@ MAY_IMPORT = {
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
     "cli": "errors asked yaml_text files processes named checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report finetune steer doctor distill evaluate vote baselines pictures analyze experiments",
+    "models prompts report finetune steer doctor distill evaluate vote baselines sampling pictures analyze experiments album",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
     "errors", "asked", "environment", "files", "yaml_text", "named", "size", "checked", "settings", "config", "runs", "estimate",
-    "plan", "methods", "prompts", "report", "vote", "cli",
+    "plan", "methods", "prompts", "report", "album", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")

@@ -1,119 +1,26 @@
-"""Commands that use what was trained: `sample`, `eval`, `mix`, `report`."""
+"""Commands that look at what was trained: `eval`, `report`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chainrule.asked import numbers
-from chainrule.cli.app import Prompts, progress
-from chainrule.cli.arguments import AllowCode, check_counts, check_free, counted, finite, prompts_of
-from chainrule.cli.opened import Source, check_adapter, source_of, source_of_run
+from chainrule.cli.app import progress
+from chainrule.cli.arguments import AllowCode, BestOfOption, check_counts, finite
+from chainrule.cli.opened import Source, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
 from chainrule.errors import UserError
-from chainrule.files import make_folder, write_picture, write_text
 from chainrule.named import refuse_code
 from chainrule.runs import Run
 from chainrule.settings import Opening, Sampling
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from chainrule.evaluate import Renderer
     from chainrule.models import Model
-    from chainrule.processes import Processes
     from chainrule.rewards import Reward
-
-BestOfOption = Annotated[int, typer.Option("--best-of", help="Images tried for each one; the best by the reward is taken.")]
-CHOSEN = "chosen.jsonl"  # the seed and reward of each best image
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
-
-
-@with_options
-def sample(
-    source: Annotated[str, typer.Argument(help="A run folder, or a model.")],
-    prompts: Prompts,
-    seeds: Annotated[int, typer.Option(help="Images per prompt, with seeds 0, 1, ...")] = 1,
-    first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    sampling: Sampling = Sampling(),
-    scale: Annotated[float, typer.Option(help="Strength of the run's adapter.")] = 1.0,
-    adapter: Annotated[str | None, typer.Option(help="An adapter file or folder to put on top of a model.")] = None,
-    adapter_steps: Annotated[
-        tuple[int, int] | None, typer.Option(help="The sampling steps with adapters on: the first, and the one after the last.")
-    ] = None,
-    best_of: BestOfOption = 1,
-    reward: Annotated[str | None, typer.Option(help="The reward by which the best of several images is chosen.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
-    overwrite: Overwrite = False,
-    opening: Opening = Opening(),
-    allow_code: AllowCode = False,
-) -> None:
-    """Make images, or with --best-of the best of several for every prompt and seed."""
-    check_counts(seeds=seeds, best_of=best_of)
-    if (best_of > 1) != (reward is not None):
-        raise UserError("--best-of and --reward go together: the number of images, and what chooses among them")
-    finite(scale=scale)
-    numbers([first_seed, first_seed + seeds - 1])
-    every = [(prompt, first_seed + k) for prompt in prompts_of(prompts) for k in range(seeds)]
-    from chainrule import rewards
-    from chainrule.models.published import PUBLISHED
-    from chainrule.runs import check_folder
-
-    check_folder(out)
-    files = [out / f"{i:04d}.png" for i in range(len(every))]
-    check_free([*files, out / "grid.png", *([out / CHOSEN] if reward else [])], overwrite)
-    base = source_of(source, opening, sampling, allow_code=allow_code)
-    chooser = rewards.parse(reward, base.reward_source) if reward else None
-    places = [place for place in (base.run, adapter) if place]
-    for place in places:
-        check_adapter(place, base.model, opening.solver)
-    # A run is sampled as it was trained, unless asked otherwise or with a few-step adapter, which says itself how.
-    chosen = sampling if str(adapter) in PUBLISHED else base.sampling
-    steps, guidance = chosen.sample_steps, chosen.guidance
-    model = base.load()
-    for place in places:
-        model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
-    from chainrule.processes import Processes
-
-    processes = Processes.here(model.device)
-    images, told = _images(model, every, steps, guidance, processes, chooser, best_of)
-    if processes.main:
-        _write(out, files, [prompt for prompt, _ in every], images, told)
-
-
-def _write(out: Path, files: list[Path], prompts: list[str], images: list[Image], told: list[dict[str, Any]]) -> None:
-    from chainrule.report.pictures import grid
-
-    make_folder(out)
-    for file, image in zip(files, images, strict=True):
-        write_picture(file, image)
-    write_picture(out / "grid.png", grid(images, min(len(images), 6), prompts))
-    if told:
-        lines = [{"file": file.name, **each} for file, each in zip(files, told, strict=True)]
-        write_text(out / CHOSEN, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    typer.echo(f"{counted(len(images), 'image')} in {out}, all together in {out / 'grid.png'}")
-
-
-def _images(
-    model: Model, every: list[tuple[str, int]], steps: int | None, guidance: Any, processes: Processes,
-    chooser: Reward | None, n: int,
-) -> tuple[list[Image], list[dict[str, Any]]]:  # fmt: skip
-    """The images, with a progress bar; and where the best of several were chosen, which seed each has, and its reward."""
-    from chainrule.baselines import BestOf
-
-    prompts, seeds = [prompt for prompt, _ in every], [seed for _, seed in every]
-    mine = len(processes.share(every))
-    batches = mine * -(-n // 16) if chooser else -(-mine // 16)
-    with progress("sampling", batches * len(model.grid(steps)[1:]), processes.main) as advance:
-        if not chooser:
-            return model.sample(prompts, seeds, steps, guidance, on_call=advance, processes=processes), []
-        found = BestOf(model, chooser, n).best(prompts, seeds, steps, guidance, on_call=advance, processes=processes)
-    told = [{"prompt": prompt, "seed": each.seed, "reward": each.reward} for prompt, each in zip(prompts, found, strict=True)]
-    return [each.picture for each in found], told
 
 
 @with_options
