@@ -65,7 +65,8 @@ MAY_IMPORT = {
     "trackers": "errors loop",
     "finetune": "errors config runs settings processes loop methods noise rewards guidance chain models prompts report training "
     "grids trackers",
-    "evaluate": "errors asked files processes estimate rewards guidance models prompts",
+    "scores": "files",
+    "evaluate": "errors scores asked files processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
     "sampling": "processes rewards guidance models album baselines",
@@ -79,12 +80,13 @@ MAY_IMPORT = {
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
     "cli": "errors asked yaml_text files processes named checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report finetune steer doctor distill evaluate vote baselines sampling pictures analyze experiments album",
+    "models prompts report finetune steer doctor distill evaluate vote baselines sampling pictures analyze experiments "
+    "album scores",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
     "errors", "asked", "environment", "files", "yaml_text", "named", "size", "checked", "settings", "config", "runs", "estimate",
-    "plan", "methods", "prompts", "report", "album", "vote", "cli",
+    "plan", "methods", "prompts", "report", "album", "scores", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers")

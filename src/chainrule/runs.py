@@ -1,6 +1,7 @@
 """A run is a folder: its config, environment, metrics, samples, checkpoints, adapter and report. No torch here.
 
-    config.yaml  environment.json  metrics.jsonl  plan.txt  evaluation.json  report.html
+    config.yaml  environment.json  metrics.jsonl  plan.txt  report.html
+    evaluation.json  scores.jsonl  scores.csv
     adapter/  checkpoints/step-000123/  samples/
 
 The folder is the truth and `Run` only a name for it, so a run is opened by `Run(folder)` on any machine. What a run may write
@@ -30,7 +31,7 @@ LOCK = ".lock"
 PART = re.compile(r"(.*/)?\.[^/]+\.part")  # what a kill left of a file
 WRITES = re.compile(
     r"""(config\.yaml | environment\.json | metrics\.jsonl | plan\.txt | stopped\.txt | report\.html | evaluation\.json
-    | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
+    | scores\.(jsonl|csv)    | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
     | (adapter|best|learned)/(learned/)?([\w.-]+/)?[\w-]+\.(safetensors|json)
     | checkpoints/step-\d+/state\.(safetensors|json)
     | samples/(before|after|before_after|step-\d+)\.png | images/\d+(-before)?\.png

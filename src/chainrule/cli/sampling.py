@@ -68,12 +68,12 @@ def sample(
     # A run is sampled as it was trained, unless asked otherwise or with a few-step adapter, which says itself how.
     how = sampling if str(adapter) in PUBLISHED else base.sampling
     steps, guidance = how.sample_steps, how.guidance
-    adapters = [*map(adapter_facts, base.adapters), *(adapter_facts(place, scale) for place in places)]
-    common = {"model": base.model, "adapters": adapters or None, "adapter_steps": adapter_steps and list(adapter_steps)}
-    common |= {"best_of": best_of if best_of > 1 else None}
-    known = guidance if isinstance(guidance, float) else None  # the options that one by name leaves out are the model's to fill in
-    asked = {"steps": steps, "guidance": known, **base.opening.model_dump(include={"size", "solver", "dtype", "quantize"})}
-    album.check({**common, **_named(chosen), **{key: value for key, value in asked.items() if value is not None}}, overwrite)
+    common: dict[str, Any] = {
+        "model": base.model,
+        "adapters": [*map(adapter_facts, base.adapters), *(adapter_facts(place, scale) for place in places)] or None,
+        "adapter_steps": adapter_steps and list(adapter_steps), "best_of": best_of if best_of > 1 else None,
+    }  # fmt: skip
+    album.check(common | _named(chosen) | _known(base.opening, steps, guidance), overwrite)
     model = base.load()
     for place in places:
         model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
@@ -102,6 +102,13 @@ def _fill(
         before, sheets = f" ({len(done)} were there)" if done else "", list(album.sheets)
         pages = f"all together in {sheets[0]}" if len(sheets) == 1 else f"on {len(sheets)} pages, {sheets[0]} to {sheets[-1].name}"
         typer.echo(f"{counted(len(album.pairs), 'image')} in {album.folder}{before}, {pages}")
+
+
+def _known(opening: Opening, steps: int | None, guidance: Any) -> dict[str, Any]:
+    """What is known of the images before the model is loaded. A guidance by name may leave out options, which are filled in."""
+    asked = {"steps": steps, "guidance": guidance if isinstance(guidance, float) else None}
+    asked |= opening.model_dump(include={"size", "solver", "dtype", "quantize"})
+    return {key: value for key, value in asked.items() if value is not None}
 
 
 def _named(rewards: list[Reward]) -> dict[str, Any]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chainrule.cli.app import progress
 from chainrule.cli.arguments import AllowCode, BestOfOption, check_counts, finite
-from chainrule.cli.opened import Source, source_of, source_of_run
+from chainrule.cli.opened import Source, adapter_facts, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
 from chainrule.errors import UserError
 from chainrule.named import refuse_code
-from chainrule.runs import Run
+from chainrule.runs import Run, check_folder
+from chainrule.scores import Scores
 from chainrule.settings import Opening, Sampling
 
 if TYPE_CHECKING:
-    from chainrule.evaluate import Renderer
+    from chainrule.baselines import BestOf
+    from chainrule.evaluate import Table
     from chainrule.models import Model
     from chainrule.rewards import Reward
 
@@ -35,10 +37,17 @@ def evaluate(
     group: Annotated[
         str | None, typer.Option(help="A column of the prompt file to also average by: Category; style for HPDv2's folder.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table and every image's scores; default: the run's, of several: evaluation.")
+    ] = None,
     opening: Opening = Opening(),
     allow_code: AllowCode = False,
 ) -> None:
-    """Compare runs with their base model by rewards, with 95% intervals, and diversity."""
+    """Compare runs with their base model by rewards, with 95% intervals, and diversity.
+
+    The table goes into evaluation.json, every image's scores into scores.csv and scores.jsonl. The same command again makes only
+    images that have no scores there.
+    """
     from chainrule.adapters.files import adapter_files
     from chainrule.prompts import groups as prompt_groups
     from chainrule.prompts import prompts as read_prompts
@@ -51,28 +60,61 @@ def evaluate(
     scorers = _scorers(reward or [], runs[0], first, source, allow_code)
     for folder in runs:
         adapter_files(folder)
-    labels = _labels(runs)
-    from chainrule.evaluate import evaluate as measure
-    from chainrule.processes import Processes
-
-    base, steps = source.load(), source.sampling.sample_steps
-    models = _compared(base, dict(zip(labels, runs, strict=True)), scale, scorers[0], best_of)
-    processes = Processes.here(base.device)
-    count = len(processes.share(range(len(shown) * seeds)))
-    batches = (1 + len(runs)) * -(-count // 16) + (count * -(-best_of // 16) if best_of > 1 else 0)
-    with progress("evaluating", batches * (len(base.grid(steps)) - 1), processes.main) as advance:
-        table = measure(
-            models, shown, scorers, seeds=range(seeds), steps=steps, guidance=source.sampling.guidance, on_call=advance,
-            processes=processes,
-        )  # fmt: skip
-    if not processes.main:
+    place = out or (runs[0] if len(runs) == 1 else Path("evaluation"))
+    check_folder(place)
+    labels = dict(zip(_labels(runs), runs, strict=True))
+    base = source.load()
+    models = _compared(base, labels, scale, scorers[0], best_of)
+    scores = Scores(place, _made(models, source, labels, scale))
+    if (table := _measured(base, models, shown, seeds, scorers, source, scores)) is None:
         return
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
     if groups:
         typer.echo(f"\nby {group}\n{table.grouped(groups)}")
     typer.echo(_told_apart(first, [scorer.name for scorer in scorers]))
-    if len(runs) == 1:
-        table.save(runs[0] / "evaluation.json", groups)
+    typer.echo(f"the table: {table.save(place / 'evaluation.json', groups, scores.made)}; every image: {place / 'scores.csv'}")
+
+
+def _measured(
+    base: Model, models: dict[str, Model | BestOf], prompts: list[str], seeds: int, rewards: list[Reward], source: Source,
+    scores: Scores,
+) -> Table | None:  # fmt: skip
+    """The table, with a progress bar over what is not there yet; None where another process has it."""
+    from chainrule.baselines import BestOf
+    from chainrule.evaluate import columns_of, shares
+    from chainrule.evaluate import evaluate as measure
+    from chainrule.processes import Processes
+
+    steps, columns, calls = source.sampling.sample_steps, columns_of(rewards, seeds), 0
+    processes = Processes.here(base.device)
+    for name, model in models.items():
+        done = processes.of_main(scores.there(name, prompts, range(seeds), columns))
+        made = shares(len(prompts), seeds, processes=processes, done=done)
+        batches = sum(made) * -(-model.n // 16) if isinstance(model, BestOf) else sum(-(-count // 16) for count in made)
+        calls += batches * (len(base.grid(steps)) - 1)
+    with progress("evaluating", calls, processes.main) as advance:
+        table = measure(
+            models, prompts, rewards, seeds=range(seeds), steps=steps, guidance=source.sampling.guidance, on_call=advance,
+            processes=processes, scores=scores,
+        )  # fmt: skip
+    return table if processes.main else None
+
+
+def _made(models: dict[str, Model | BestOf], source: Source, runs: dict[str, Path], scale: float) -> dict[str, dict[str, Any]]:
+    """How the images of each row are made."""
+    from chainrule.baselines import BestOf
+    from chainrule.sampling import facts_of_model
+
+    found = {}
+    for name, model in models.items():
+        maker = model.model if isinstance(model, BestOf) else model
+        adapters = [adapter_facts(place) for place in source.adapters]
+        adapters += [adapter_facts(runs[name], scale)] if name in runs else []
+        facts = facts_of_model(maker, source.sampling.sample_steps, source.sampling.guidance)
+        found[name] = {**facts, "model": source.model, "adapters": adapters}
+        if isinstance(model, BestOf):
+            found[name] |= {"best_of": model.n, "chosen by": model.reward.name}
+    return found
 
 
 def _scorers(given: list[str], run: Path, config: AnyConfig, source: Source, allow_code: bool) -> list[Reward]:
@@ -87,11 +129,11 @@ def _scorers(given: list[str], run: Path, config: AnyConfig, source: Source, all
     return found
 
 
-def _compared(base: Model, runs: dict[str, Path], scale: float, reward: Reward, best_of: int) -> dict[str, Renderer]:
+def _compared(base: Model, runs: dict[str, Path], scale: float, reward: Reward, best_of: int) -> dict[str, Model | BestOf]:
     """The rows of an evaluation: the model before, the best of its images where that is asked for, and the runs."""
     from chainrule.baselines import BestOf
 
-    models: dict[str, Renderer] = {"before": base}
+    models: dict[str, Model | BestOf] = {"before": base}
     if best_of > 1:
         models[f"best of {best_of}"] = BestOf(base, reward, best_of)
     return models | {name: base.using(folder, scale=scale) for name, folder in runs.items()}
