@@ -98,9 +98,9 @@ def test_what_is_scored_already_is_not_made_again_unless_a_setting_differs(place
     made: list[int] = []
     render = cr.Model.render
 
-    def counting(self: cr.Model, prompts: list[str], *given: Any) -> Tensor:
+    def counting(self: cr.Model, prompts: list[str], *given: Any, **options: Any) -> Tensor:
         made.append(len(prompts))
-        return render(self, prompts, *given)
+        return render(self, prompts, *given, **options)
 
     monkeypatch.setattr(cr.Model, "render", counting)
 

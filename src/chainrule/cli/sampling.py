@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from chainrule.models import Model
     from chainrule.rewards import Reward
 
+Scored = Annotated[
+    list[str] | None, typer.Option(help="A reward to score images by; the first one chooses with --best-of. May be repeated.")
+]
+
 
 @with_options
 def sample(
@@ -35,10 +39,7 @@ def sample(
         tuple[int, int] | None, typer.Option(help="The sampling steps with adapters on: the first, and the one after the last.")
     ] = None,
     best_of: BestOfOption = 1,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(help="A reward to score images by; the first one chooses with --best-of. May be repeated."),
-    ] = None,
+    reward: Scored = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     overwrite: Overwrite = False,
     opening: Opening = Opening(),
@@ -62,18 +63,16 @@ def sample(
     base = source_of(source, opening, sampling, allow_code=allow_code)
     chosen = [rewards.parse(name, base.reward_source) for name in reward or []]
     check_once([each.name for each in chosen])
-    places = [place for place in (base.run, adapter) if place]
-    for place in places:
+    for place in (places := [place for place in (base.run, adapter) if place]):
         check_adapter(place, base.model, opening.solver)
     # A run is sampled as it was trained, unless asked otherwise or with a few-step adapter, which says itself how.
     how = sampling if str(adapter) in PUBLISHED else base.sampling
     steps, guidance = how.sample_steps, how.guidance
-    common: dict[str, Any] = {
-        "model": base.model,
-        "adapters": [*map(adapter_facts, base.adapters), *(adapter_facts(place, scale) for place in places)] or None,
-        "adapter_steps": adapter_steps and list(adapter_steps), "best_of": best_of if best_of > 1 else None,
-    }  # fmt: skip
-    album.check(common | _named(chosen) | _known(base.opening, steps, guidance), overwrite)
+    adapters = [*map(adapter_facts, base.adapters), *(adapter_facts(place, scale) for place in places)]
+    common: dict[str, Any] = {"model": base.model, "adapters": adapters or None}
+    common |= {"adapter_steps": adapter_steps and list(adapter_steps)}
+    common |= {"best_of": best_of if best_of > 1 else None, "rewards": [each.name for each in chosen] or None}
+    album.check(common | _known(base.opening, steps, guidance), overwrite)
     model = base.load()
     for place in places:
         model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
@@ -90,7 +89,7 @@ def _fill(
     from chainrule.sampling import facts_of_model, fill, rounds
 
     common = facts_of_model(model, steps, guidance) | common
-    album.check(common | _named(chosen), overwrite)
+    album.check(common, overwrite)
     processes = Processes.here(model.device)
     done: dict[int, Any] = {}
     processes.main_does(lambda: done.update(album.begin(overwrite)))
@@ -109,7 +108,3 @@ def _known(opening: Opening, steps: int | None, guidance: Any) -> dict[str, Any]
     asked = {"steps": steps, "guidance": guidance if isinstance(guidance, float) else None}
     asked |= opening.model_dump(include={"size", "solver", "dtype", "quantize"})
     return {key: value for key, value in asked.items() if value is not None}
-
-
-def _named(rewards: list[Reward]) -> dict[str, Any]:
-    return {"rewards": [each.name for each in rewards] or None}
