@@ -27,13 +27,14 @@ from chainrule.cli import app
 from chainrule.files import write_text
 from chainrule.processes import Processes
 from chainrule.report.pictures import cells
+from chainrule.runs import Run
 
 SMALL = ["--steps", "2", "--guidance", "2", "--size", "24x16"]
 Call = Callable[..., SimpleNamespace]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ def test_the_best_of_several_and_all_rewards_are_in_the_list(place: Path, chainr
         assert each["rewards"]["symmetry"] == pytest.approx(float(scores.max()), rel=1e-4) and "rotation" in each["rewards"]
     before = contents(place / "best")
     again = chainrule(*line, "--reward", "symmetry", "--reward", "rotation", "--size", "16")
-    assert "2 images in best (2 were there)" in again.out and contents(place / "best") == before
+    assert "2 images in best (2 there before)" in again.out and contents(place / "best") == before
 
 
 @pytest.mark.parametrize("best_of", [1, pytest.param(2, marks=pytest.mark.heavy)])
@@ -159,8 +160,17 @@ def test_overwriting_leaves_nothing_of_the_images_that_were_there(place: Path, c
     assert chainrule(*line, "--seeds", "1", "--first-seed", "9", "--overwrite").code == 0
     assert sorted(contents(place / "there")) == ["0000.png", "grid.png", "images.jsonl", "mine.png"]
     # more seeds of one prompt only add to what is there
-    assert chainrule(*line, "--seeds", "3", "--first-seed", "9").out.startswith("3 images in there (1 were there)")
+    assert chainrule(*line, "--seeds", "3", "--first-seed", "9").out.startswith("3 images in there (1 there before)")
     assert sorted(contents(place / "there"))[-5:] == ["0002.png", "grid-001.png", "grid-002.png", "images.jsonl", "mine.png"]
+
+
+def test_a_second_process_in_the_folder_is_refused(place: Path, chainrule: Call) -> None:
+    (place / "there").mkdir()
+    words = ["sample", "sd", "--prompts", "a fox", *SMALL, "--out", "there"]
+    with Run(place / "there").locked():
+        assert run(partial(app, words, standalone_mode=False), place / "said.txt").code == 2  # a UserError
+    assert not contents(place / "there")
+    assert run(partial(app, words, standalone_mode=False), place / "said.txt").code == 0
 
 
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_loaded(place: Path, chainrule: Call, monkeypatch: Any) -> None:

@@ -150,7 +150,9 @@ def test_a_family_is_trained_sampled_scored_steered_and_shown(name: str, tmp_pat
     theirs = images_of(case.run(plain, PROMPTS, SEEDS, guidance, 4, output_type="np"))
     np.testing.assert_allclose(theirs, ours.permute(0, 2, 3, 1).numpy(), atol=2e-5)
 
-    table = cr.evaluate({"base": model, "tuned": tuned}, PROMPTS, [bright, "incompressible"], seeds=2, steps=4, guidance=guidance)
+    table = cr.evaluate(
+        {"base": model, "tuned": tuned}, PROMPTS, [bright, "incompressible"], seeds=[0, 1], steps=4, guidance=guidance
+    )
     assert table.rows["base"] != table.rows["tuned"] and len(table.images) == 8
     found = cr.steer(model, said, bright, updates=2, steps=4, guidance=guidance, lr=0.05, out=tmp_path / "steered")
     assert [image.size for image in (*found.images, *found.before)] == [size[::-1]] * 4

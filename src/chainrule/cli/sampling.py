@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,8 @@ from chainrule.cli.arguments import AllowCode, BestOfOption, Overwrite, check_co
 from chainrule.cli.opened import adapter_facts, check_adapter, source_of
 from chainrule.cli.options import with_options
 from chainrule.errors import UserError
-from chainrule.runs import check_folder
+from chainrule.files import make_folder
+from chainrule.runs import Run, check_folder
 from chainrule.settings import Opening, Sampling
 
 if TYPE_CHECKING:
@@ -91,14 +93,22 @@ def _fill(
     common = facts_of_model(model, steps, guidance) | common
     album.check(common, overwrite)
     processes = Processes.here(model.device)
-    done: dict[int, Any] = {}
-    processes.main_does(lambda: done.update(album.begin(overwrite)))
-    done = processes.of_main(done)
     maker = BestOf(model, chosen[0], best_of) if best_of > 1 else model
-    with progress("sampling", rounds(album, maker, processes, done) * len(model.grid(steps)[1:]), processes.main) as advance:
-        fill(album, maker, common, chosen, steps=steps, guidance=guidance, on_call=advance, processes=processes, done=done)
+    done: dict[int, Any] = {}
+
+    def begin() -> None:
+        make_folder(album.folder)
+        held.enter_context(Run(album.folder).locked())
+        done.update(album.begin(overwrite))
+
+    with ExitStack() as held:
+        processes.main_does(begin)
+        done = processes.of_main(done)
+        calls = rounds(album, maker, processes, done) * (len(model.grid(steps)) - 1)
+        with progress("sampling", calls, processes.main) as advance:
+            fill(album, maker, common, chosen, steps=steps, guidance=guidance, on_call=advance, processes=processes, done=done)
     if processes.main:
-        before, sheets = f" ({len(done)} were there)" if done else "", list(album.sheets)
+        before, sheets = f" ({len(done)} there before)" if done else "", list(album.sheets)
         pages = f"all together in {sheets[0]}" if len(sheets) == 1 else f"on {len(sheets)} pages, {sheets[0]} to {sheets[-1].name}"
         typer.echo(f"{counted(len(album.pairs), 'image')} in {album.folder}{before}, {pages}")
 
