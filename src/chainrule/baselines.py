@@ -22,7 +22,7 @@ from chainrule.processes import ALONE, Processes
 from chainrule.prompts import TEMPLATES, fill
 from chainrule.rewards import AnyReward, Reward, as_reward, checked
 
-NONE = torch.empty(0, 3, 1, 1)  # no image
+NONE = torch.empty(0, 3, 1, 1, dtype=torch.float32)  # no image
 
 
 @dataclass(frozen=True, slots=True)

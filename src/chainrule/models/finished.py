@@ -25,7 +25,7 @@ def finished(
     prompts, seeds = pairs(prompts, seeds)
     size = codec.height, codec.width
     for at in processes.batches(len(prompts), batch, done):
-        own, images = seeds[at.start : at.stop], [torch.empty(0, 3, *size)]
+        own, images = seeds[at.start : at.stop], [torch.empty(0, 3, *size, dtype=torch.float32)]
         final = None
         for latents in states(prompts[at.start : at.stop], own) if own else ():
             final = latents
