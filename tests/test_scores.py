@@ -23,6 +23,7 @@ from tuned import tuned
 import chainrule as cr
 from chainrule.cli import app
 from chainrule.evaluate import distances, diversity
+from chainrule.runs import WRITES
 from chainrule.scores import Score, Scores, write_csv
 
 PROMPTS = ["a fox", "two bees", 'a "cat", or — two']
@@ -91,6 +92,7 @@ def test_every_images_scores_are_saved_for_one_run_and_for_several(place: Path, 
         chainrule("eval", "one", *SMALL, "--out", "there/deep").code == 0
         and sorted(p.name for p in Path("there/deep").iterdir()) == NAMES
     )
+    assert all(WRITES.fullmatch(name) for name in NAMES)  # a run that is overwritten takes them away
     assert chainrule("report", "one").code == 0 and "symmetry" in Path("one/report.html").read_text()
 
 
