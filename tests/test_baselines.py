@@ -104,11 +104,11 @@ def test_the_commands_sample_eval_and_search(tmp_path: Path, monkeypatch: pytest
         "sample", "sd", "--prompts", "a fox", "--seeds", "2", "--best-of", "3", "--reward", "symmetry", *small, "--out", "best"
     )
     assert "2 images in best" in said
-    rows = [json.loads(line) for line in Path("best/chosen.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("best/images.jsonl").read_text().splitlines()]
     assert [row["file"] for row in rows] == ["0000.png", "0001.png"] and rows[1]["seed"] in (3, 4, 5)
     again = cr.load("sd").sample("a fox", [rows[1]["seed"]], 2, 2.0)[0]
     assert np.array_equal(np.asarray(again), np.asarray(Image.open("best/0001.png")))
-    assert "go together" in run("sample", "sd", "--prompts", "a fox", "--best-of", "3", code=2)
+    assert "--best-of needs a --reward" in run("sample", "sd", "--prompts", "a fox", "--best-of", "3", code=2)
 
     train = ["--reward", "symmetry", "--prompts", "animals", "--updates", "1", "--batch", "1", "--sample-steps", "2", "--out", "r"]
     run("train", "--model", "sd", "--method", "draft-1", *train)

@@ -102,7 +102,8 @@ def test_torchrun_launches_the_command_line_and_one_mistake_is_one_line(tmp_path
         done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
         assert (done.returncode != 0) == bool(told) and done.stderr.count("error: scale is nan") == told, done.stderr[-2000:]
     subprocess.run([sys.executable, *line, "one"], cwd=tmp_path, check=True, capture_output=True)
-    for name in files(tmp_path / "one"):
+    assert (tmp_path / "one/images.jsonl").read_bytes() == (tmp_path / "two/images.jsonl").read_bytes()
+    for name in files(tmp_path / "one")[1:-1]:
         pixels = [np.asarray(Image.open(tmp_path / where / name)).astype(int) for where in ("one", "two")]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
@@ -180,8 +181,9 @@ def test_sampling_and_evaluating(folders):
 
 def test_the_command_line_writes_once(folders):
     one, two = (folder / "samples" for folder in folders)
-    assert files(one) == files(two) == ["0000.png", "0001.png", "0002.png", "grid.png"]
-    for name in files(one):
+    assert files(one) == files(two) == [".lock", "0000.png", "0001.png", "0002.png", "grid.png", "images.jsonl"]
+    assert (one / "images.jsonl").read_bytes() == (two / "images.jsonl").read_bytes()
+    for name in files(one)[1:-1]:
         pixels = [np.asarray(Image.open(folder / name)).astype(int) for folder in (one, two)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
 

@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "gradient": "asked plan rewards guidance chain objective models",
     "tiny": "errors rewards",
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
+    "album": "errors files size runs report",
     "learner": "learned",
     "estimators": "errors plan processes methods noise half solve adapters rewards chain objective models gradient learner",
     "learnable": "errors settings guidance learned models",
@@ -72,9 +73,11 @@ MAY_IMPORT = {
     "trackers": "errors loop",
     "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "
     "training grids trackers card",
-    "evaluate": "errors asked files display processes estimate rewards guidance models prompts",
+    "scores": "files",
+    "evaluate": "errors scores asked files display processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
+    "sampling": "processes rewards guidance models album baselines",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked pictures files tensors size config plan runs processes loop settings noise half solve adapters rewards "
     "denoise guidance cast chain learned objective models report card",
@@ -86,12 +89,12 @@ MAY_IMPORT = {
     "prompts report evaluate baselines finetune steer",
     "cli": "errors asked yaml_text files processes named size checked config plan runs settings methods adapters rewards guidance "
     "models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze experiments "
-    "push presets",
+    "push presets sampling album scores card",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
     "errors", "asked", "environment", "files", "display", "presets", "yaml_text", "named", "size", "checked", "settings", "config",
-    "runs", "estimate", "plan", "methods", "prompts", "report", "vote", "cli",
+    "runs", "estimate", "plan", "methods", "prompts", "report", "album", "scores", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOW_ACCELERATE = ("processes", "trackers", "offload")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from chainrule.evaluate import Renderer, Table, evaluate
 from chainrule.files import write_text
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
-from chainrule.pictures import pictures
+from chainrule.pictures import Finished, pictures
 from chainrule.processes import ALONE, Processes
 from chainrule.prompts import TEMPLATES, fill
 from chainrule.rewards import AnyReward, Reward, as_reward, checked
+
+NONE = torch.empty(0, 3, 1, 1, dtype=torch.float32)  # no image
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +61,43 @@ class BestOf:
 
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
-        on_call: Callable[[], None] = lambda: None, processes: Processes = ALONE,
+        on_call: Callable[[], None] = lambda: None,
     ) -> Tensor:  # fmt: skip
         """The best image of each prompt and seed, (b, 3, h, w) in [0, 1] on the CPU."""
-        best = self.best(prompts, seeds, steps, guidance, batch, on_call, processes)
-        return torch.stack([each.image for each in best])
+        return torch.stack([each.image for each in self.best(prompts, seeds, steps, guidance, batch, on_call)])
 
-    @torch.no_grad()
     def best(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
-        on_call: Callable[[], None] = lambda: None, processes: Processes = ALONE,
+        on_call: Callable[[], None] = lambda: None,
     ) -> list[Chosen]:  # fmt: skip
-        """The best image of each prompt and seed. Each of several `processes` makes a share and returns all."""
+        """The best image of each prompt and seed."""
         prompts, seeds = pairs(prompts, seeds)
+        return [self._best(*pair, steps, guidance, batch, on_call) for pair in zip(prompts, seeds, strict=True)]
+
+    def finished(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
+        on_call: Callable[[], None] = lambda: None, processes: Processes = ALONE, done: Container[int] = (),
+    ) -> Iterator[Finished]:  # fmt: skip
+        """The best image of each prompt and seed that is not `done`, one at a time, with the seed that it has."""
+        prompts, seeds = pairs(prompts, seeds)
+        for at in processes.batches(len(prompts), 1, done):
+            best = [self._best(prompts[k], seeds[k], steps, guidance, batch, on_call) for k in at]
+            yield Finished(at, [each.seed for each in best], torch.stack([each.image for each in best]) if best else NONE)
+
+    @torch.no_grad()
+    def _best(
+        self, prompt: str, seed: int, steps: int | None, guidance: AnyGuidance, batch: int, on_call: Callable[[], None]
+    ) -> Chosen:  # fmt: skip
+        """The best one, while never more than a batch of them is held."""
         self.reward.to(self.device)
-        found = []
-        for prompt, seed in zip(processes.share(prompts), processes.share(seeds), strict=True):
-            tried = numbers([seed * self.n + k for k in range(self.n)])
-            images = self.model.render([prompt] * self.n, tried, steps, guidance, batch, on_call)
-            parts = images.split(batch)
-            scores = torch.cat([checked(self.reward, some.to(self.device), [prompt] * len(some)).cpu() for some in parts])
+        tried = numbers([seed * self.n + k for k in range(self.n)])
+        best: list[Chosen] = []
+        for some in self.model.finished([prompt] * self.n, tried, steps, guidance, batch, on_call):
+            scores = checked(self.reward, some.images.to(self.device), [prompt] * len(some.images)).cpu()
             at = int(scores.argmax())
-            found.append(Chosen(images[at], tried[at], float(scores[at])))
-        return processes.gather(found)
+            best.append(Chosen(some.images[at].clone(), some.seeds[at], float(scores[at])))
+            best = [best[int(torch.tensor([each.reward for each in best]).argmax())]]
+        return best[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +117,10 @@ class Templated:
 
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
-        on_call: Callable[[], None] = lambda: None, processes: Processes = ALONE,
+        on_call: Callable[[], None] = lambda: None,
     ) -> Tensor:  # fmt: skip
         """The images of the prompts in the template, (b, 3, h, w) in [0, 1] on the CPU."""
-        return self.model.render(
-            [fill(self.template, prompt) for prompt in prompts], seeds, steps, guidance, batch, on_call, processes
-        )  # fmt: skip
+        return self.model.render([fill(self.template, prompt) for prompt in prompts], seeds, steps, guidance, batch, on_call)
 
 
 def check_templates(templates: Sequence[str]) -> list[str]:

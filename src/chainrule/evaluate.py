@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -22,7 +23,8 @@ from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
-from chainrule.rewards import AnyReward, as_rewards, checked
+from chainrule.rewards import AnyReward, Reward, as_rewards, checked
+from chainrule.scores import Score, Scores
 
 
 class Renderer(Protocol):
@@ -33,9 +35,9 @@ class Renderer(Protocol):
 
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
-        on_call: Callable[[], None] = ..., processes: Processes = ALONE,
+        on_call: Callable[[], None] = ...,
     ) -> Tensor:  # fmt: skip
-        """Images of these pairs, (b, 3, h, w) in [0, 1] on the CPU, on every process."""
+        """Images of these pairs, (b, 3, h, w) in [0, 1] on the CPU."""
         ...
 
 
@@ -43,16 +45,20 @@ class Renderer(Protocol):
 class Table:
     """A comparison: rows are models, columns are rewards and diversity. Gains are over the first row, paired by prompt.
 
-    `values` are the means over seeds, one for each prompt, of every row and column.
+    `values` are the means over seeds, one for each prompt, of every row and column. `images` has every image's own scores: for
+    diversity, its mean distance to the prompt's other images.
     """
 
     prompts: list[str]
     rows: dict[str, dict[str, Estimate]]
     gains: dict[str, dict[str, Estimate]]
     values: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    images: Sequence[Score] = ()
 
     @classmethod
-    def of(cls, prompts: Sequence[str], values: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
+    def of(
+        cls, prompts: Sequence[str], values: Mapping[str, Mapping[str, Sequence[float]]], images: Sequence[Score] = ()
+    ) -> Table:  # fmt: skip
         """From one number for each prompt, for every row and column."""
         first = next(iter(values.values()))
         rows = {name: {c: Estimate.of(v) for c, v in columns.items()} for name, columns in values.items()}
@@ -60,7 +66,7 @@ class Table:
             name: {c: Estimate.of([b - a for a, b in zip(first[c], v, strict=True)]) for c, v in columns.items()}
             for name, columns in list(values.items())[1:]
         }
-        return cls(list(prompts), rows, gains, values)
+        return cls(list(prompts), rows, gains, values, images)
 
     def by_group(self, groups: Sequence[str]) -> dict[str, Table]:
         """A table for each group of prompts, in the order in which they come first. `groups` has one for each prompt."""
@@ -95,18 +101,21 @@ class Table:
         lines += [[name, *(str(row[c]) for c in columns)] for name, row in self.rows.items()]
         return lines + [[f"  gain of {name}", *(str(gain[c]) for c in columns)] for name, gain in self.gains.items()]
 
-    def save(self, path: str | Path, groups: Sequence[str] = ()) -> Path:
+    def save(self, path: str | Path, groups: Sequence[str] = (), made: Mapping[str, object] = MappingProxyType({})) -> Path:
         """Write the table as JSON, which the report reads. An infinite interval becomes null, as JSON has no infinity.
 
-        With `groups`, one for each prompt, it also has the rows of every group.
+        With `groups`, one for each prompt, it also has the rows of every group; `made` may say how each row's images were made.
         """
 
         def finite(row: dict[str, Estimate]) -> dict[str, dict[str, float | None]]:
             return {n: {k: v if math.isfinite(v) else None for k, v in asdict(e).items()} for n, e in row.items()}
 
         rows = [{"name": name, "metrics": finite(row)} for name, row in self.rows.items()]
-        last = finite(list(self.gains.values())[-1]) if self.gains else {}
-        told: dict[str, object] = {"prompts": self.prompts, "rows": rows, "gains": last}
+        gains = [{"name": name, "metrics": finite(row)} for name, row in self.gains.items()]
+        last = gains[-1]["metrics"] if gains else {}
+        told: dict[str, object] = {"prompts": self.prompts, "rows": rows, "gains": last, "gains of rows": gains}
+        if made:
+            told["made"] = dict(made)
         if groups:
             told["groups"] = {
                 group: [{"name": name, "metrics": finite(row)} for name, row in table.rows.items()]
@@ -122,16 +131,33 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def diversity(images: Tensor) -> float:
-    """The mean distance between the images of one prompt, (seeds, 3, h, w): root mean square over 16x16 averaged pixels.
+def distances(images: Tensor) -> Tensor:
+    """Each image's mean distance to the others, (n,), of (n, 3, h, w): root mean square over 16x16 averaged pixels.
 
-    It is 0 when all seeds give the same picture. Raises UserError for a single image.
+    It is 0 where all are the same picture. Raises UserError for a single image.
     """
     if len(images) < 2:
         raise UserError("diversity needs at least two seeds per prompt")
     small = F.adaptive_avg_pool2d(images.float(), 16).flatten(1)
-    distances = torch.pdist(small) / small.shape[1] ** 0.5
-    return float(distances.mean())
+    first, second = torch.triu_indices(len(small), len(small), offset=1)
+    apart = small.new_zeros(len(small), len(small))
+    apart[first, second] = torch.pdist(small) / small.shape[1] ** 0.5
+    return (apart + apart.T).sum(1) / (len(small) - 1)
+
+
+def diversity(images: Tensor) -> float:
+    """The mean distance between the images of one prompt, (seeds, 3, h, w). See `distances`."""
+    return float(distances(images).mean())
+
+
+def shares(prompts: int, seeds: int, batch: int = 16, processes: Processes = ALONE, done: Container[int] = ()) -> list[int]:
+    """How many images of a row this process makes at a time, for a progress bar; the prompts that are `done` are left out."""
+    return [len(at) * seeds for at in _shares(prompts, seeds, batch, processes, done)]
+
+
+def _shares(prompts: int, seeds: int, batch: int, processes: Processes, done: Container[int]) -> Iterator[range]:
+    """The prompts whose images are made at a time: diversity needs all images of one together."""
+    return processes.batches(prompts, max(1, batch // seeds), done)
 
 
 @torch.no_grad()
@@ -146,10 +172,13 @@ def evaluate(
     batch: int = 16,
     on_call: Callable[[], None] = lambda: None,
     processes: Processes = ALONE,
+    scores: Scores | None = None,
 ) -> Table:
     """Score every model on every prompt with every seed, and compare the others with the first model.
 
-    Each of several `processes` makes and scores a share of the images and returns the whole table.
+    A batch of images, or those of one prompt, is in memory at a time. Each of several `processes` makes and scores a share of
+    the prompts and returns the whole table. With `scores` every image's are saved as it is made, and those that are there are
+    taken from there.
 
     Intervals are over prompts, after the seeds of one prompt are averaged. So they cover other prompts of the same kind.
     Raises UserError for no model, prompt, seed or reward, two rewards of one name, and a reward that does not return one float
@@ -157,24 +186,52 @@ def evaluate(
     """
     prompts, seeds, chosen = read_prompts(prompts), numbers(seeds), as_rewards(rewards)
     models = {models.name: models} if isinstance(models, Model) else models
+    columns = columns_of(chosen, len(seeds))
     if not models or not seeds or not chosen:
         raise UserError("evaluate needs at least one model, one seed and one reward")
-    names = ["diversity", *(reward.name for reward in chosen)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two columns of the table would be called {twice!r}; rename one with reward_of(fn, name=...)")
-    repeated = [prompt for prompt in prompts for _ in seeds]
+    if scores:
+        processes.main_does(scores.begin)
     per_prompt: dict[str, dict[str, list[float]]] = {}
+    every: list[Score] = []
     for name, model in models.items():
-        images = model.render(repeated, seeds * len(prompts), steps, guidance, batch, on_call, processes)
-        columns: dict[str, list[float]] = {}
+        found = processes.of_main(scores.there(name, prompts, seeds, columns) if scores and processes.main else {})
         for reward in chosen:
             reward.to(model.device)
-            mine, values = processes.share(range(len(repeated))), []
-            for i in range(0, len(mine), batch):
-                some = mine[i : i + batch]
-                values += checked(reward, images[some].to(model.device), [repeated[k] for k in some]).float().tolist()
-            columns[reward.name] = torch.tensor(processes.gather(values)).view(len(prompts), len(seeds)).mean(1).tolist()
-        if len(seeds) > 1:
-            columns["diversity"] = [diversity(same) for same in images.split(len(seeds))]
-        per_prompt[name] = columns
-    return Table.of(prompts, per_prompt)
+        for at in _shares(len(prompts), len(seeds), batch, processes, found):
+            said = [prompts[k] for k in at for _ in seeds]
+            images = model.render(said, seeds * len(at), steps, guidance, batch, on_call) if at else None
+            mine = [] if images is None else _scored(name, images, said, seeds, chosen, batch, model.device)
+            made = processes.gather([list(zip(at, mine, strict=True))])
+            found |= {k: same for share in made for k, same in share}
+            if scores and processes.main:
+                scores.extend([each for share in made for _, same in share for each in same], seeds)
+        own = [found[k] for k in range(len(prompts))]
+        per_prompt[name] = {c: torch.tensor([[each.values[c] for each in same] for same in own]).mean(1).tolist() for c in columns}
+        every += [each for same in own for each in same]
+    if scores:
+        processes.main_does(lambda: scores.finish(every, seeds))
+    return Table.of(prompts, per_prompt, every)
+
+
+def columns_of(rewards: Sequence[Reward], seeds: int) -> list[str]:
+    """The columns of a table: the rewards, and diversity where there are several seeds. Raises UserError for two of one name."""
+    names = [*(reward.name for reward in rewards), "diversity"]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two columns of the table would be called {twice!r}; rename one with reward_of(fn, name=...)")
+    return names if seeds > 1 else names[:-1]
+
+
+def _scored(
+    row: str, images: Tensor, prompts: Sequence[str], seeds: Sequence[int], rewards: Sequence[Reward], batch: int,
+    device: torch.device,
+) -> list[list[Score]]:  # fmt: skip
+    """The scores of some prompts' images, (prompts x seeds, 3, h, w): a list for each prompt, of one for each seed."""
+    columns: dict[str, list[float]] = {reward.name: [] for reward in rewards}
+    for reward in rewards:
+        for i in range(0, len(images), batch):
+            some = images[i : i + batch].to(device)
+            columns[reward.name] += checked(reward, some, prompts[i : i + batch]).float().tolist()
+    if len(seeds) > 1:
+        columns["diversity"] = torch.cat([distances(same) for same in images.split(len(seeds))]).tolist()
+    each = [Score(row, prompts[k], seeds[k % len(seeds)], {c: v[k] for c, v in columns.items()}) for k in range(len(images))]
+    return [each[i : i + len(seeds)] for i in range(0, len(each), len(seeds))]

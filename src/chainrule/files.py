@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, BinaryIO
 
 from chainrule.errors import UserError
@@ -48,10 +50,35 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
-def write_picture(path: str | Path, image: Image.Image) -> None:
-    """Write a PNG. Raises UserError as `whole` does."""
+def append_text(path: str | Path, text: str) -> None:
+    """Add to the end of a text file in UTF-8, flushed to disk; a kill may tear what is added. Raises UserError as `whole` does."""
+    try:
+        with Path(path).open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def write_picture(path: str | Path, image: Image.Image, texts: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write a PNG, with `texts` by their keywords in it (PNG's text chunks). Raises UserError as `whole` does."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for keyword, text in texts.items():
+        info.add_text(keyword, text)
     with whole(path) as file:
-        image.save(file, "PNG")
+        image.save(file, "PNG", pnginfo=info)
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """What tells these files from others: the first 16 hexadecimal digits of their SHA-256, whatever they are called."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def make_folder(path: str | Path) -> Path:

@@ -8,7 +8,7 @@ one process nothing of torch.distributed is touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,6 +54,22 @@ class Processes:
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of what all have together: every `count`-th item."""
         return list(items[self.index :: self.count])
+
+    def batches(self, count: int, batch: int, done: Container[int] = ()) -> Iterator[range]:
+        """This process's share of the batches of `count` things; a batch whose things are all `done` is left out.
+
+        A batch holds the same things whatever is done, and on any number of processes that have a whole batch each. Every
+        process is given equally many, at last an empty one where there are not enough, so that all can meet after each.
+        """
+        size = max(1, min(batch, -(-count // self.count)))
+        every = (range(start, min(start + size, count)) for start in range(0, count, size))
+        left = [some for some in every if any(number not in done for number in some)]
+        for start in range(0, len(left), self.count):
+            yield left[start + self.index] if start + self.index < len(left) else range(0)
+
+    def of_main(self, mine: T) -> T:
+        """What the main process has; every process gets it."""
+        return self.gather([mine])[0]
 
     def check_batch(self, batch: int, accumulate: int = 1) -> None:
         """Raises UserError for a batch that cannot be shared equally, in `accumulate` parts each."""

@@ -1,6 +1,7 @@
 """A run is a folder: its config, environment, metrics, samples, checkpoints, adapter and report. No torch here.
 
-    config.yaml  environment.json  metrics.jsonl  plan.txt  evaluation.json  report.html
+    config.yaml  environment.json  metrics.jsonl  plan.txt  report.html
+    evaluation.json  scores.jsonl  scores.csv
     adapter/  checkpoints/step-000123/  samples/
 
 The folder is the truth and `Run` only a name for it, so a run is opened by `Run(folder)` on any machine. What a run may write
@@ -25,14 +26,14 @@ from chainrule import display
 from chainrule.config import AnyConfig, RunConfig, difference, plain, read_config
 from chainrule.environment import environment
 from chainrule.errors import UserError
-from chainrule.files import unwritable, write_text
+from chainrule.files import append_text, write_text
 
 DIGITS = 6  # significant digits of a float in metrics.jsonl
 LOCK = ".lock"
 PART = re.compile(r"(.*/)?\.[^/]+\.part")  # what a kill left of a file
 WRITES = re.compile(
     r"""(config\.yaml | environment\.json | metrics\.jsonl | plan\.txt | stopped\.txt | report\.html | evaluation\.json
-    | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
+    | scores\.(jsonl|csv) | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
     | (adapter|best|learned)/(learned/)?([\w.-]+/)?[\w-]+\.(safetensors|json) | (adapter|best)/(README\.md|before_after\.png)
     | checkpoints/step-\d+/state\.(safetensors|json)
     | samples/(before|after|before_after|step-\d+)\.png | images/\d+(-before)?\.png
@@ -168,13 +169,7 @@ class Run:
         self.check_there()
         if _ends_in_a_torn_line(path):
             self.write_metrics(self.metrics())
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(_line(row))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise unwritable(path, error) from error
+        append_text(path, _line(row))
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Put these rows in the place of those in `metrics.jsonl`, in one move."""
@@ -237,10 +232,9 @@ class Run:
         """Make the folder. Raises UserError if it cannot be made or written to."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}; choose another out") from error
+        _check_writable(self.folder, self.folder)
 
     def _delete(self, what: re.Pattern[str]) -> None:
         """Delete files: `config.yaml` first, as there is no run without it, and last what says that there was one."""
@@ -265,12 +259,23 @@ class Run:
 
 
 def check_folder(folder: Path) -> None:
-    """The nearest thing that exists on the way to an output folder has to be a folder. Raises UserError if not."""
+    """The nearest thing that exists on the way to an output folder has to be a folder that can be written to.
+
+    Raises UserError if not. Nothing is left behind.
+    """
     for place in (folder, *folder.parents):
         if place.is_dir():
-            return
+            return _check_writable(place, folder)
         if os.path.lexists(place):
             raise UserError(f"{place} is a file, so {folder} cannot be a folder; choose another out")
+
+
+def _check_writable(place: Path, folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another out") from error
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -26,12 +26,12 @@ class Linear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         answer: Tensor = self.base_layer(x)
         for name in _on(self):
-            down, up = (matrix[name].weight.to(answer.dtype) for matrix in (self.lora_A, self.lora_B))
+            down, up = _matrices(self, name, answer.dtype)
             hidden = F.linear(x, down)
             rows, hidden = answer.reshape(-1, answer.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
             # One pass over the answer, into its own memory where no graph could need it.
             added = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
-            answer = added(rows, hidden, up.t(), alpha=self.scaling[name]).view(answer.shape)
+            answer = added(rows, hidden, up.t()).view(answer.shape)
         return answer
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -51,13 +51,18 @@ class Conv2d(lora.Conv2d):
             return super().forward(x, *args, **kwargs)
         answer: Tensor = self.base_layer(x)
         for name in _on(self):
-            down, up = self.lora_A[name], self.lora_B[name]
-            hidden = down._conv_forward(x, down.weight.to(answer.dtype), None)
-            answer = torch.add(answer, up._conv_forward(hidden, up.weight.to(answer.dtype), None), alpha=self.scaling[name])
+            down, up = _matrices(self, name, answer.dtype)
+            hidden = self.lora_A[name]._conv_forward(x, down, None)
+            answer = answer + self.lora_B[name]._conv_forward(hidden, up, None)
         return answer
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+
+
+def _matrices(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and scale B. The scale is not handed to an operation as its option: compiled code would be compiled again for another."""
+    return layer.lora_A[name].weight.to(dtype), (layer.lora_B[name].weight * layer.scaling[name]).to(dtype)
 
 
 def _on(layer: Any) -> list[str]:

@@ -12,14 +12,14 @@ from typing import Any
 
 import typer
 
-from chainrule.cli import experimenting, looking, mixing, searching, sharing, steering, training, using, voting
+from chainrule.cli import experimenting, looking, mixing, sampling, searching, sharing, steering, training, using, voting
 from chainrule.cli.app import app
 from chainrule.errors import Note, UserError
 
 __all__ = ["app", "main"]
 
 for name, command in {
-    "train": training.train, "steer": steering.steer, "sample": using.sample, "eval": using.evaluate,
+    "train": training.train, "steer": steering.steer, "sample": sampling.sample, "eval": using.evaluate,
     "distill": training.distill, "mix": mixing.mix,
     "report": using.report, "plan": looking.plan, "methods": looking.methods, "rewards": looking.rewards,
     "models": looking.models, "search": searching.search,

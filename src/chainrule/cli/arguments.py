@@ -18,6 +18,8 @@ from chainrule.settings import MOST_IMAGES
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that a config, run or table names, as path/to/file.py:NAME.")
 ]
+BestOfOption = Annotated[int, typer.Option("--best-of", help="Images tried for each one; the best by the first reward is taken.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
 
 
 def is_config(argument: str | Path) -> bool:
@@ -74,6 +76,12 @@ def check_counts(**values: int | None) -> None:
             raise UserError(f"{name} is {value}, but must be at least 1")
         if value is not None and value > MOST_IMAGES:
             raise UserError(f"{name} is {value}, but must be at most {MOST_IMAGES}")
+
+
+def check_once(rewards: Sequence[str]) -> None:
+    """Raises UserError for a reward that is given twice, by its name."""
+    if twice := next((name for name in rewards if rewards.count(name) > 1), None):
+        raise UserError(f"the reward {twice} is given twice")
 
 
 def finite(**values: float) -> None:

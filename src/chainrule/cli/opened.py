@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
+from chainrule.files import digest
 from chainrule.named import refuse_code
 from chainrule.settings import Opening, Sampling, merged
 
@@ -96,6 +97,16 @@ def check_guidance(given: float | Mapping[str, Any] | None) -> None:
         from chainrule.guidance import GUIDANCES
 
         GUIDANCES.read(given)
+
+
+def adapter_facts(place: str | Path, scale: float = 1.0) -> dict[str, Any]:
+    """What tells an adapter, or a run, from others: its name, its scale, and a digest of its files. It has to be there."""
+    from chainrule.adapters.files import adapter_files, learned_folders
+    from chainrule.models.published import local
+
+    here = local(place)
+    learned = [file for folder in learned_folders(here) for file in sorted(folder.iterdir()) if file.is_file()]
+    return {"adapter": str(place), "scale": scale, "sha256": digest([*adapter_files(here), *learned])}
 
 
 def check_adapter(place: str | Path, model: str = "", solver: str | None = None) -> None:

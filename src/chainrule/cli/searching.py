@@ -45,13 +45,14 @@ def search(
     if base.run:
         check_adapter(base.run, base.model, opening.solver)
     from chainrule.baselines import search as searched
+    from chainrule.evaluate import shares
     from chainrule.processes import Processes
 
     model = base.load()
     if base.run:
         model = model.using(base.run)
     steps, processes = base.sampling.sample_steps, Processes.here(model.device)
-    batches = [-(-len(processes.share(range(len(some) * seeds))) // 16) for some in (tried, tested)]
+    batches = [sum(-(-n // 16) for n in shares(len(some), seeds, processes=processes)) for some in (tried, tested)]
     calls = (len(many) * batches[0] + 2 * batches[1]) * (len(model.grid(steps)) - 1)
     with progress("searching", calls, processes.main) as advance:
         found = searched(

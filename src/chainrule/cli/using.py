@@ -1,119 +1,28 @@
-"""Commands that use what was trained: `sample`, `eval`, `mix`, `report`."""
+"""Commands that look at what was trained: `eval`, `report`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chainrule.asked import numbers
-from chainrule.cli.app import Prompts, progress
-from chainrule.cli.arguments import AllowCode, check_counts, check_free, counted, finite, prompts_of
-from chainrule.cli.opened import Source, check_adapter, source_of, source_of_run
+from chainrule.cli.app import progress
+from chainrule.cli.arguments import AllowCode, BestOfOption, check_counts, finite
+from chainrule.cli.opened import Source, adapter_facts, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
 from chainrule.errors import UserError
-from chainrule.files import make_folder, write_picture, write_text
 from chainrule.named import refuse_code
-from chainrule.runs import Run
+from chainrule.runs import Run, check_folder
+from chainrule.scores import Scores
 from chainrule.settings import Opening, Sampling
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from chainrule.evaluate import Renderer
-    from chainrule.models import Model
-    from chainrule.processes import Processes
-    from chainrule.rewards import Reward
-
-BestOfOption = Annotated[int, typer.Option("--best-of", help="Images tried for each one; the best by the reward is taken.")]
-CHOSEN = "chosen.jsonl"  # the seed and reward of each best image
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
-
-
-@with_options
-def sample(
-    source: Annotated[str, typer.Argument(help="A run folder, or a model.")],
-    prompts: Prompts,
-    seeds: Annotated[int, typer.Option(help="Images per prompt, with seeds 0, 1, ...")] = 1,
-    first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    sampling: Sampling = Sampling(),
-    scale: Annotated[float, typer.Option(help="Strength of the run's adapter.")] = 1.0,
-    adapter: Annotated[str | None, typer.Option(help="An adapter file or folder to put on top of a model.")] = None,
-    adapter_steps: Annotated[
-        tuple[int, int] | None, typer.Option(help="The sampling steps with adapters on: the first, and the one after the last.")
-    ] = None,
-    best_of: BestOfOption = 1,
-    reward: Annotated[str | None, typer.Option(help="The reward by which the best of several images is chosen.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
-    overwrite: Overwrite = False,
-    opening: Opening = Opening(),
-    allow_code: AllowCode = False,
-) -> None:
-    """Make images, or with --best-of the best of several for every prompt and seed."""
-    check_counts(seeds=seeds, best_of=best_of)
-    if (best_of > 1) != (reward is not None):
-        raise UserError("--best-of and --reward go together: the number of images, and what chooses among them")
-    finite(scale=scale)
-    numbers([first_seed, first_seed + seeds - 1])
-    every = [(prompt, first_seed + k) for prompt in prompts_of(prompts) for k in range(seeds)]
-    from chainrule import rewards
-    from chainrule.models.published import PUBLISHED
-    from chainrule.runs import check_folder
-
-    check_folder(out)
-    files = [out / f"{i:04d}.png" for i in range(len(every))]
-    check_free([*files, out / "grid.png", *([out / CHOSEN] if reward else [])], overwrite)
-    base = source_of(source, opening, sampling, allow_code=allow_code)
-    chooser = rewards.parse(reward, base.reward_source) if reward else None
-    places = [place for place in (base.run, adapter) if place]
-    for place in places:
-        check_adapter(place, base.model, opening.solver)
-    # A run is sampled as it was trained, unless asked otherwise or with a few-step adapter, which says itself how.
-    chosen = sampling if str(adapter) in PUBLISHED else base.sampling
-    steps, guidance = chosen.sample_steps, chosen.guidance
-    model = base.load()
-    for place in places:
-        model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
-    from chainrule.processes import Processes
-
-    processes = Processes.here(model.device)
-    images, told = _images(model, every, steps, guidance, processes, chooser, best_of)
-    if processes.main:
-        _write(out, files, [prompt for prompt, _ in every], images, told)
-
-
-def _write(out: Path, files: list[Path], prompts: list[str], images: list[Image], told: list[dict[str, Any]]) -> None:
-    from chainrule.report.pictures import grid
-
-    make_folder(out)
-    for file, image in zip(files, images, strict=True):
-        write_picture(file, image)
-    write_picture(out / "grid.png", grid(images, min(len(images), 6), prompts))
-    if told:
-        lines = [{"file": file.name, **each} for file, each in zip(files, told, strict=True)]
-        write_text(out / CHOSEN, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    typer.echo(f"{counted(len(images), 'image')} in {out}, all together in {out / 'grid.png'}")
-
-
-def _images(
-    model: Model, every: list[tuple[str, int]], steps: int | None, guidance: Any, processes: Processes,
-    chooser: Reward | None, n: int,
-) -> tuple[list[Image], list[dict[str, Any]]]:  # fmt: skip
-    """The images, with a progress bar; and where the best of several were chosen, which seed each has, and its reward."""
     from chainrule.baselines import BestOf
-
-    prompts, seeds = [prompt for prompt, _ in every], [seed for _, seed in every]
-    mine = len(processes.share(every))
-    batches = mine * -(-n // 16) if chooser else -(-mine // 16)
-    with progress("sampling", batches * len(model.grid(steps)[1:]), processes.main) as advance:
-        if not chooser:
-            return model.sample(prompts, seeds, steps, guidance, on_call=advance, processes=processes), []
-        found = BestOf(model, chooser, n).best(prompts, seeds, steps, guidance, on_call=advance, processes=processes)
-    told = [{"prompt": prompt, "seed": each.seed, "reward": each.reward} for prompt, each in zip(prompts, found, strict=True)]
-    return [each.picture for each in found], told
+    from chainrule.evaluate import Table
+    from chainrule.models import Model
+    from chainrule.rewards import Reward
 
 
 @with_options
@@ -128,10 +37,17 @@ def evaluate(
     group: Annotated[
         str | None, typer.Option(help="A column of the prompt file to also average by: Category; style for HPDv2's folder.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table and every image's scores; default: the run's, of several: evaluation.")
+    ] = None,
     opening: Opening = Opening(),
     allow_code: AllowCode = False,
 ) -> None:
-    """Compare runs with their base model by rewards, with 95% intervals, and diversity."""
+    """Compare runs with their base model by rewards, with 95% intervals, and diversity.
+
+    The table goes into evaluation.json, every image's scores into scores.csv and scores.jsonl. The same command again makes only
+    images that have no scores there.
+    """
     from chainrule.adapters.files import adapter_files
     from chainrule.prompts import groups as prompt_groups
     from chainrule.prompts import prompts as read_prompts
@@ -144,28 +60,71 @@ def evaluate(
     scorers = _scorers(reward or [], runs[0], first, source, allow_code)
     for folder in runs:
         adapter_files(folder)
-    labels = _labels(runs)
-    from chainrule.evaluate import evaluate as measure
-    from chainrule.processes import Processes
-
-    base, steps = source.load(), source.sampling.sample_steps
-    models = _compared(base, dict(zip(labels, runs, strict=True)), scale, scorers[0], best_of)
-    processes = Processes.here(base.device)
-    count = len(processes.share(range(len(shown) * seeds)))
-    batches = (1 + len(runs)) * -(-count // 16) + (count * -(-best_of // 16) if best_of > 1 else 0)
-    with progress("evaluating", batches * (len(base.grid(steps)) - 1), processes.main) as advance:
-        table = measure(
-            models, shown, scorers, seeds=range(seeds), steps=steps, guidance=source.sampling.guidance, on_call=advance,
-            processes=processes,
-        )  # fmt: skip
-    if not processes.main:
+    place = out or (runs[0] if len(runs) == 1 else Path("evaluation"))
+    check_folder(place)
+    labels = dict(zip(_labels(runs), runs, strict=True))
+    base = source.load()
+    models = _compared(base, labels, scale, scorers[0], best_of)
+    scores = Scores(place, _made(models, source, labels, scale))
+    if (table := _measured(base, models, shown, seeds, scorers, source, scores)) is None:
         return
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
     if groups:
         typer.echo(f"\nby {group}\n{table.grouped(groups)}")
     typer.echo(_told_apart(first, [scorer.name for scorer in scorers]))
-    if len(runs) == 1:
-        table.save(runs[0] / "evaluation.json", groups)
+    typer.echo(f"the table: {table.save(place / 'evaluation.json', groups, scores.made)}; every image: {place / 'scores.csv'}")
+    if [place] == runs:
+        _carded(Run(place))
+
+
+def _carded(run: Run) -> None:
+    """The card of a run's adapter says what was measured."""
+    from chainrule.card import refresh
+
+    if run.adapter.is_dir():
+        refresh(run)
+
+
+def _measured(
+    base: Model, models: dict[str, Model | BestOf], prompts: list[str], seeds: int, rewards: list[Reward], source: Source,
+    scores: Scores,
+) -> Table | None:  # fmt: skip
+    """The table, with a progress bar over what is not there yet; None where another process has it."""
+    from chainrule.baselines import BestOf
+    from chainrule.evaluate import columns_of, shares
+    from chainrule.evaluate import evaluate as measure
+    from chainrule.processes import Processes
+
+    steps, columns, calls = source.sampling.sample_steps, columns_of(rewards, seeds), 0
+    processes = Processes.here(base.device)
+    for name, model in models.items():
+        done = processes.of_main(scores.there(name, prompts, range(seeds), columns))
+        made = shares(len(prompts), seeds, processes=processes, done=done)
+        batches = sum(made) * -(-model.n // 16) if isinstance(model, BestOf) else sum(-(-count // 16) for count in made)
+        calls += batches * (len(base.grid(steps)) - 1)
+    with progress("evaluating", calls, processes.main) as advance:
+        table = measure(
+            models, prompts, rewards, seeds=range(seeds), steps=steps, guidance=source.sampling.guidance, on_call=advance,
+            processes=processes, scores=scores,
+        )  # fmt: skip
+    return table if processes.main else None
+
+
+def _made(models: dict[str, Model | BestOf], source: Source, runs: dict[str, Path], scale: float) -> dict[str, dict[str, Any]]:
+    """How the images of each row are made."""
+    from chainrule.baselines import BestOf
+    from chainrule.sampling import facts_of_model
+
+    found = {}
+    for name, model in models.items():
+        maker = model.model if isinstance(model, BestOf) else model
+        adapters = [adapter_facts(place) for place in source.adapters]
+        adapters += [adapter_facts(runs[name], scale)] if name in runs else []
+        facts = facts_of_model(maker, source.sampling.sample_steps, source.sampling.guidance)
+        found[name] = {**facts, "model": source.model, "adapters": adapters}
+        if isinstance(model, BestOf):
+            found[name] |= {"best_of": model.n, "chosen by": model.reward.name}
+    return found
 
 
 def _scorers(given: list[str], run: Path, config: AnyConfig, source: Source, allow_code: bool) -> list[Reward]:
@@ -180,11 +139,11 @@ def _scorers(given: list[str], run: Path, config: AnyConfig, source: Source, all
     return found
 
 
-def _compared(base: Model, runs: dict[str, Path], scale: float, reward: Reward, best_of: int) -> dict[str, Renderer]:
+def _compared(base: Model, runs: dict[str, Path], scale: float, reward: Reward, best_of: int) -> dict[str, Model | BestOf]:
     """The rows of an evaluation: the model before, the best of its images where that is asked for, and the runs."""
     from chainrule.baselines import BestOf
 
-    models: dict[str, Renderer] = {"before": base}
+    models: dict[str, Model | BestOf] = {"before": base}
     if best_of > 1:
         models[f"best of {best_of}"] = BestOf(base, reward, best_of)
     return models | {name: base.using(folder, scale=scale) for name, folder in runs.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,15 @@ from chainrule.models.blocks import recomputed
 from chainrule.models.codec import Codec
 from chainrule.models.defaults import Defaults
 from chainrule.models.embeddings import Folder, Known, ahead
+from chainrule.models.finished import PIXELS, finished
 from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
 from chainrule.noise import Noise
-from chainrule.pictures import pictures
+from chainrule.pictures import Finished, pictures
 from chainrule.plan import Grid, Levels, walk
 from chainrule.processes import ALONE, Processes
 from chainrule.size import Size, config_size
 from chainrule.solve import Solver
-
-PIXELS = 2**20  # decoded at a time
 
 
 @dataclass(slots=True)
@@ -169,7 +169,7 @@ class Model:
     def embedded(self, prompts: Sequence[str]) -> Model:
         """This model with the embeddings of these prompts made once, ahead, and kept on the CPU or in its `prompt_cache`.
 
-        Others are embedded when they come. Nothing but rounding depends on it: an embedding is the same in any company.
+        Others are made when they come. Only rounding depends on it: an embedding is the same in any company.
         """
         rows = ahead(self.embed, prompts, Folder.of(self.prompt_cache, self.pipe, self.component))
         return replace(self, active=dict(self.active), embed=Known(self.embed, rows, self.network))
@@ -236,9 +236,8 @@ class Model:
     def with_student(self, source: str | Path | None = None) -> Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).
 
-        `source` is a LoRA for this model (a folder of `distill`, a file, or OWNER/NAME:FILE on the hub), or the folder or
-        hub id of a network of its own; by default the student that ships with a bundled model. Raises UserError when it does
-        not fit.
+        `source` is a LoRA for this model (a folder of `distill`, a file, or OWNER/NAME:FILE on the hub), or the folder or hub id
+        of a network of its own; by default the student that ships with a bundled model. Raises UserError when it does not fit.
         """
         student = students.load(
             source, base=self.name, pipe=self.pipe, denoiser=self.denoiser, guidance=self.defaults.guidance,
@@ -269,21 +268,24 @@ class Model:
         """Raises UserError for an adapter by levels that would be on in no call of this grid."""
         adapters.check_calls(self.active, levels[:-1])
 
-    @torch.no_grad()
+    def finished(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
+        on_call: Callable[[], None] = lambda: None, processes: Processes = ALONE, done: Container[int] = (),
+    ) -> Iterator[Finished]:  # fmt: skip
+        """Images as they are made, a batch at a time. Image k depends neither on its batch nor on the number of processes.
+
+        Each of several `processes` makes its share, its last batch perhaps empty. A batch is left out if all of it is `done`.
+        """
+        states = partial(self.states, steps=steps, guidance=guidance, on_call=on_call)
+        return finished(states, self.codec, prompts, seeds, batch, processes, done)
+
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None,
         batch: int = 16, on_call: Callable[[], None] = lambda: None, processes: Processes = ALONE,
     ) -> Tensor:  # fmt: skip
-        """Images as (n, 3, h, w) in [0, 1] on the CPU. Image k depends neither on its batch nor on the number of processes."""
-        prompts, seeds = processes.share(prompts), processes.share(seeds)
-        images: list[Tensor] = []
-        for i in range(0, len(prompts), batch):
-            for latents in self.states(prompts[i : i + batch], seeds[i : i + batch], steps, guidance, on_call):
-                final = latents
-            # Decoding takes far more memory than a call without a graph: large images one after the other.
-            for some in final.split(max(1, PIXELS // prod(self.size))):
-                images += self.codec.decode(some).float().cpu()
-        return torch.stack(processes.gather(images))
+        """The `finished` images all together, (n, 3, h, w) in [0, 1] on the CPU, on every process."""
+        made = self.finished(prompts, seeds, steps, guidance, batch, on_call, processes)
+        return torch.cat(processes.gather([some.images for some in made]))
 
     def sample(
         self, prompts: str | Sequence[str], seeds: int | Sequence[int] | None = None, steps: int | None = None,

@@ -43,6 +43,15 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
     return images[..., top : top + size, left : left + size]
 
 
+def crop(images: Tensor, size: int) -> Tensor:
+    """The center (b, 3, size, size) of images (b, 3, h, w), as torchvision crops it.
+
+    It rounds half a pixel to the even one, where CLIP's processor rounds down.
+    """
+    top, left = (round((side - size) / 2) for side in images.shape[-2:])
+    return images[..., top : top + size, left : left + size]
+
+
 def resize_shortest(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     """Resize images (b, 3, h, w) in [0, 1] so that the shortest side is `size`; the other is in proportion, rounded down."""
     height, width = images.shape[-2:]

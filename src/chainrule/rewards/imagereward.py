@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
-from chainrule.rewards.clip import check_source, full_name, normalize, resize_shortest
+from chainrule.rewards.clip import check_source, crop, full_name, normalize, resize_shortest
 from chainrule.rewards.loaded import load_once
 from chainrule.rewards.scorers import aesthetic_head
 from chainrule.rewards.weights import depth, fetch, fill, heads, read_config, read_state, tokenizer_of
@@ -84,15 +84,6 @@ class Blip:
             encoder_hidden_states=seen,
         )
         return (self.head(read.last_hidden_state[:, 0])[:, 0] - MEAN) / STD
-
-
-def crop(images: Tensor, size: int) -> Tensor:
-    """The center (b, 3, size, size) of images (b, 3, h, w), as torchvision crops it.
-
-    It rounds half a pixel to the even one, where CLIP's processor rounds down.
-    """
-    top, left = (round((side - size) / 2) for side in images.shape[-2:])
-    return images[..., top : top + size, left : left + size]
 
 
 def load_imagereward(source: str, device: torch.device | str = "cpu") -> Blip:

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from chainrule.errors import UserError
 from chainrule.rewards.base import Reward
-from chainrule.rewards.clip import check_source, full_name, load_clip, normalize, resize_and_crop, resize_and_pad
+from chainrule.rewards.clip import (
+    check_source,
+    crop,
+    full_name,
+    load_clip,
+    normalize,
+    resize_and_crop,
+    resize_and_pad,
+    resize_shortest,
+)
 from chainrule.rewards.loaded import load_once
 from chainrule.rewards.weights import fetch, fill, read_state
 
@@ -149,8 +158,8 @@ class Aesthetic(Reward):
 
     Source: the head is ttj/sac-logos-ava1-l14-linearMSE (Apache-2.0; safetensors of sac+logos+ava1-l14-linearMSE from
     christophschuhmann/improved-aesthetic-predictor), on openai/clip-vit-large-patch14 (MIT). Trained on ratings from
-    1 to 10 but unbounded, in practice 4 to 7. Preprocessing: bicubic to the shortest side, center crop. With source
-    "tiny" both parts are the bundled ones.
+    1 to 10 but unbounded, in practice 4 to 7. Preprocessing: that of OpenAI's clip, bicubic to the shortest side and
+    torchvision's center crop. With source "tiny" both parts are the bundled ones.
     """
 
     source: str = AESTHETIC
@@ -188,7 +197,7 @@ def features_and_head(reward: Aesthetic, images: Tensor) -> tuple[Tensor, nn.Seq
     """
     clip = load_clip(reward.clip_source, "clip", images.device)
     head = _load_head(check_source(reward.source, "aesthetic", needs=()), full_name(images.device))
-    image = clip.image(normalize(resize_and_crop(images, clip.size)))
+    image = clip.image(normalize(crop(resize_shortest(images, clip.size), clip.size)))
     if image.shape[-1] != head[0].in_features:
         dims = f"{head[0].in_features} features and {reward.clip_source!r} gives {image.shape[-1]}"
         raise UserError(f"the aesthetic head {reward.source!r} reads {dims}; use the CLIP it was trained on")
