@@ -65,6 +65,5 @@ def _opened(name: str, opening: Opening, allow_code: bool) -> Opened:
     from chainrule.studio import Opened
 
     source = source_of(name, opening, allow_code=allow_code)
-    model, sampling = source.load(), source.sampling
-    steps = sampling.sample_steps or model.defaults.steps
-    return Opened(model, steps, sampling.guidance, source.run, source.reward_source)
+    model = source.load()
+    return Opened(model, source.sampling.sample_steps or model.defaults.steps, source.reward_source)

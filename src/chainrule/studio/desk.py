@@ -14,7 +14,6 @@ from chainrule.adapters import mix
 from chainrule.analyze import scale_grid
 from chainrule.asked import numbers
 from chainrule.errors import UserError
-from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.studio.shelf import Shelf, chosen
 
@@ -28,17 +27,14 @@ class Opened:
 
     model: Model
     steps: int
-    guidance: AnyGuidance = None  # None: the model's own
-    run: str | None = None
     reward_source: str | None = None  # where rewards that name no source come from
 
     @property
     def about(self) -> str:
         """The model in one line."""
         model, (height, width) = self.model, self.model.size
-        guidance = self.guidance if self.guidance is not None else model.guidance_spec
-        scale = model.defaults.guidance if guidance is None else guidance
-        kind = f"{height} × {width} pixels, {model.sampler.name}, {self.steps} steps, guidance {scale}, on {model.device}"
+        guidance = model.defaults.guidance if model.guidance_spec is None else model.guidance_spec
+        kind = f"{height} × {width} pixels, {model.sampler.name}, {self.steps} steps, guidance {guidance}, on {model.device}"
         classes = f"; classes: {', '.join(model.defaults.labels)}" if model.defaults.labels else ""
         return f"{model.name}: {kind}{classes}"
 
@@ -88,7 +84,7 @@ class Part:
 
 def whole(name: str, value: float | None) -> int:
     """A whole number of a form. Raises UserError for an empty field, and for any other number."""
-    if value is None or isinstance(value, str | bool) or value != value or int(value) != value:
+    if value is None or isinstance(value, str | bool) or not math.isfinite(value) or int(value) != value:
         raise UserError(f"{name} is {'empty' if value is None else repr(value)}, but must be a whole number")
     return int(value)
 
@@ -129,7 +125,7 @@ class Desk:
 
     def used(self, opened: Opened, parts: Sequence[Part], steps: int) -> Model:
         """The model with adapters on. Raises UserError for one that is not there, does not fit, or has no step."""
-        model, known = opened.model.guided(opened.guidance), self.shelf.adapters()
+        model, known = opened.model, self.shelf.adapters()
         for part in parts:
             place = chosen("adapter", part.adapter, known)
             span = (part.first, steps if part.last is None else part.last) if part.partial else None
@@ -167,11 +163,9 @@ class Desk:
         if len(scales) < len(parts):
             raise UserError(f"{parts[0].adapter} is chosen twice; choose another one beside it")
         with self.busy:
-            opened = self.opened(name)
-            guidance = opened.guidance if asked.guidance is None else asked.guidance
             return scale_grid(
-                opened.model, scales, [asked.prompt], cells=cells, seed=asked.seed, steps=asked.steps, guidance=guidance,
-                on_call=on_call,
+                self.opened(name).model, scales, [asked.prompt], cells=cells, seed=asked.seed, steps=asked.steps,
+                guidance=asked.guidance, on_call=on_call,
             )  # fmt: skip
 
     def save(self, parts: Sequence[Part], name: str | None) -> Path:

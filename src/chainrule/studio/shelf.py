@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from chainrule.adapters.files import BANDS, FILE
+from chainrule.adapters.files import BANDS, FILE, LEARNED
 from chainrule.errors import UserError, unknown
 from chainrule.models.bundled import BUNDLED
 from chainrule.vote import KEY, PAGE
@@ -87,4 +87,4 @@ def _is_run(place: Path) -> bool:
 def _is_adapter(place: Path) -> bool:
     if place.is_file():
         return place.suffix == ".safetensors"
-    return any((folder / name).is_file() for folder in (place, place / "adapter") for name in (FILE, BANDS))
+    return any((folder / name).exists() for folder in (place, place / "adapter") for name in (FILE, BANDS, LEARNED))
