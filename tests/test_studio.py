@@ -194,6 +194,7 @@ def test_a_study_is_made_voted_on_and_counted(desk: Desk, tmp_path: Path) -> Non
 BAD = {
     "no such model": (lambda desk: desk.pictures("bse", ASKED, []), "unknown model 'bse'; did you mean 'base'"),
     "no such adapter": (lambda desk: desk.pictures("base", ASKED, [Part("on")]), "unknown adapter 'on'"),
+    "no scale": (lambda desk: Part.of("one", float("inf"), 0, 4, 4), "the scale of one is inf"),
     "a range of no step": (lambda desk: desk.pictures("base", ASKED, [Part("one", 1, 3, 2)]), "is on from step 3 until 2"),
     "guidance": (lambda desk: Asked.of("x", 0, 4, "-1"), "guidance is -1, but must be between 0 and 100"),
     "guidance as a word": (lambda desk: Asked.of("x", 0, 4, "much"), "guidance is 'much', but must be a number"),

@@ -68,6 +68,10 @@ class Part:
     first: int = 0
     last: int | None = None
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise UserError(f"the scale of {self.adapter} is {self.scale}, but must be a finite number")
+
     @property
     def partial(self) -> bool:
         """Whether it is off at some step."""
