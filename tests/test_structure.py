@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "learner analyze card",
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
-    "studio": "errors asked named settings runs adapters rewards models report steer analyze vote",
+    "studio": "errors asked named settings runs loop adapters rewards models report steer analyze vote",
     "cli": "errors asked yaml_text files processes named size checked config plan runs settings methods adapters rewards guidance "
     "models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze experiments "
     "push presets studio",

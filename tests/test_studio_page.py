@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -135,6 +139,19 @@ def test_the_page_names_nothing_to_fetch_from_elsewhere_and_says_so_to_the_brows
     assert not fetched and "default-src 'self'" in policy and "http" not in policy
     config = json.loads(re.search(r"window\.gradio_config = (\{.*?\});</script>", page, re.DOTALL)[1])  # type: ignore[index]
     assert config["analytics_enabled"] is False
+
+
+@pytest.mark.heavy
+def test_the_command_serves_until_it_is_told_to_end_and_leaves_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "chainrule", "ui", "--port", "0", "--folder", str(tmp_path / "runs")]
+    there = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(words, env=there, stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout
+        address = re.search(r"http://127\.0\.0\.1:\d+", command.stdout.readline())
+        assert address and status(address[0]) == 200 and list(tmp_path.glob("chainrule-*"))
+        command.send_signal(signal.SIGTERM)
+        assert command.stdout.read() == "the studio is closed\n" and command.wait(30) == 0
+    assert not list(tmp_path.glob("chainrule-*"))
 
 
 @pytest.mark.heavy

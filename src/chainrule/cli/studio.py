@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,17 +47,15 @@ def ui(
         else:
             adapter_files(source)
     from chainrule.studio import Desk, Shelf
-    from chainrule.studio.served import HOME, started
+    from chainrule.studio.served import HOME, started, until_stopped
 
     desk = Desk(Shelf(folder, tuple(sources or ())), lambda name: _opened(name, opening, allow_code))
     with started(desk, host, port) as address:
         typer.echo(f"the studio is at {address}; Ctrl-C ends it")
         if host not in HOME:
             typer.echo("note: whoever reaches this address can use it; there is no password", err=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            typer.echo("the studio is closed")
+        until_stopped()
+    typer.echo("the studio is closed")
 
 
 def _opened(name: str, opening: Opening, allow_code: bool) -> Opened:

@@ -97,9 +97,9 @@ def _slots(steps: gr.Slider) -> list[Fields]:
     for number in range(1, SLOTS + 1):
         with gr.Group():
             name = gr.Dropdown([""], value="", label=f"Adapter {number}", allow_custom_value=True)
-            scale = gr.Slider(-1, 2, 1, step=0.05, label="Scale")
+            scale = gr.Slider(-1, 2, 1, step=0.05, label="Scale, and the steps it is on")
             with gr.Row():
-                first = gr.Slider(0, MOST_STEPS, 0, step=1, label="on from", min_width=100)
+                first = gr.Slider(0, MOST_STEPS, 0, step=1, label="from", min_width=100)
                 last = gr.Slider(1, MOST_STEPS, MOST_STEPS, step=1, label="until", min_width=100)
         found.append([name, scale, first, last])
     ends = [field for _, _, *span in found for field in span]
@@ -136,7 +136,7 @@ def _adapters(desk: Desk, asked: Fields) -> tuple[list[Fields], gr.Markdown]:
                     cells = gr.Slider(1, MOST_CELLS, 4, step=1, label="Grid, from 0 to the scales in so many steps")
                     draw = gr.Button("Draw the grid")
                 with gr.Group():
-                    name = gr.Textbox(label="Mix, under the name", placeholder="pick-and-symmetry")
+                    name = gr.Textbox(label="Name of the mix", placeholder="pick-and-symmetry")
                     save = gr.Button("Save the mix")
             saved = gr.Markdown()
             sheet = gr.Image(label="grid of scales", format="png", visible=False, buttons=["download", "fullscreen"])

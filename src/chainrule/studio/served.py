@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 from chainrule.errors import UserError
+from chainrule.loop import stop_signals
 from chainrule.studio.desk import Desk
 
 HOME = ("127.0.0.1", "localhost", "::1")
@@ -58,11 +60,20 @@ def started(desk: Desk, host: str, port: int) -> Iterator[str]:
                 footer_links=[], app_kwargs={"middleware": _middleware(host)}, **LOOK,
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"cannot serve on {host}, port {port}: {str(error).splitlines()[0]}; choose another --port") from error
+            raise UserError(
+                f"port {port} of {host} is taken, or not of this machine; choose another --port, or 0 for any"
+            ) from error
         try:
             yield address
         finally:
             page.close(verbose=False)
+
+
+def until_stopped() -> None:
+    """Wait for Ctrl-C, SIGTERM or SIGHUP."""
+    with stop_signals() as asked:
+        while not asked():
+            time.sleep(0.2)
 
 
 def _middleware(host: str) -> list[Any]:
