@@ -11,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,9 @@ def test_the_command_serves_until_it_is_told_to_end_and_leaves_nothing(tmp_path:
     assert not list(tmp_path.glob("chainrule-*"))
 
 
-@pytest.mark.heavy
-def test_a_person_samples_with_an_adapter_and_steers_in_a_browser(address: str) -> None:
-    """In Debian's Chromium through Playwright; both are optional (`pip install playwright`, `apt install chromium`)."""
+@contextmanager
+def browsed(address: str) -> Iterator[Any]:
+    """The page in Debian's Chromium through Playwright, both optional. Nothing may fail in it, or come from elsewhere."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = Path("/usr/bin/chromium")
     if not chromium.is_file():
@@ -169,8 +170,20 @@ def test_a_person_samples_with_an_adapter_and_steers_in_a_browser(address: str) 
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(address)
         page.locator("#about", has_text="pixels").wait_for()
-        page.get_by_label("Adapter 2").fill("one")
-        page.get_by_role("option", name="one", exact=True).click()
+        yield page
+        browser.close()
+    assert not problems and {url.split("/")[2] for url in asked} == {address.split("/")[2]}
+
+
+def choose(page: Any, label: str, name: str) -> None:
+    page.get_by_label(label, exact=True).fill(name)
+    page.get_by_role("option", name=name, exact=True).click()
+
+
+@pytest.mark.heavy
+def test_a_person_samples_with_an_adapter_and_steers_in_a_browser(address: str) -> None:
+    with browsed(address) as page:
+        choose(page, "Adapter 2", "one")
         page.get_by_role("button", name="Sample", exact=True).click()
         page.locator(".shown img").nth(1).wait_for()
         page.get_by_role("tab", name="Steer one image").click()
@@ -184,9 +197,28 @@ def test_a_person_samples_with_an_adapter_and_steers_in_a_browser(address: str) 
         page.keyboard.press("Enter")
         page.get_by_role("button", name="Steer", exact=True).click()
         page.get_by_text("the reward '<i>x</i>.py:f' names code, which the page does not run").wait_for()
+
+
+@pytest.mark.heavy
+def test_a_person_follows_a_run_and_votes_in_a_browser(address: str, desk: Desk, tmp_path: Path) -> None:
+    make_study(desk, "base", ASKED, ["a fox"], 2, [BASE, "one"], "taste")
+    with browsed(address) as page:
         page.get_by_role("tab", name="Report").click()
-        page.get_by_label("Run", exact=True).fill("tuned")
-        page.get_by_role("option", name="tuned", exact=True).click()
-        page.frame_locator("iframe[title=report]").get_by_text("trained for symmetry").first.wait_for()
-        browser.close()
-    assert not problems and {url.split("/")[2] for url in asked} == {address.split("/")[2]}
+        choose(page, "Run", "tuned")
+        report = page.frame_locator("iframe[title=report]")
+        report.get_by_text("trained for symmetry").first.wait_for()
+        page.get_by_label("Follow a run under way").check()
+        (desk.shelf.folder / "tuned" / "plan.txt").write_text("a plan that came later ${6 * 7} {{6 * 7}} <b>")
+        report.get_by_text("a plan that came later ${6 * 7} {{6 * 7}} <b>").wait_for()  # no template, no HTML
+        page.get_by_role("tab", name="Vote").click()
+        choose(page, "Study", "taste")
+        pairs = page.frame_locator("iframe[title='pairs to vote on']")
+        pairs.locator("#left").click()
+        pairs.locator("#none").click()
+        with page.expect_download() as download:
+            pairs.locator("#save").click()
+        download.value.save_as(tmp_path / "votes.json")
+        page.locator("input[type=file]").set_input_files(tmp_path / "votes.json")
+        page.get_by_text("votes.json").first.wait_for()
+        page.get_by_role("button", name="Count the saved votes").click()
+        page.get_by_text("of 1 votes, 1 for neither, 1 person").wait_for()
