@@ -67,14 +67,8 @@ class Moment:
 
 
 def steered(
-    desk: Desk,
-    name: str | None,
-    asked: Asked,
-    parts: Sequence[Part],
-    wish: Wish,
-    stop: threading.Event,
-    keep: str | None = None,
-) -> Iterator[Moment]:
+    desk: Desk, name: str | None, asked: Asked, parts: Sequence[Part], wish: Wish, stop: threading.Event, keep: str | None = None
+) -> Iterator[Moment]:  # fmt: skip
     """Steer one image, and yield a moment after every update and one at the end. `stop` ends it after the update under way.
 
     Whoever stops listening stops the steering too. With `keep` it is a run of that name in the folder. Raises UserError for bad
@@ -84,11 +78,12 @@ def steered(
     if out and (changed := next((part for part in parts if part.partial or part.scale != 1), None)):
         raise UserError(f"a run says its adapters by name alone: put {changed.adapter} to scale 1 and all steps, or keep no run")
     told: queue.SimpleQueue[Moment | BaseException] = queue.SimpleQueue()
+    left = threading.Event()  # nobody listens any more; `stop` may be another steering's by then
     stop.clear()
 
     def watch(found: Steered) -> str | None:
         told.put(_moment(found, wish))
-        return STOPPED if stop.is_set() else None
+        return STOPPED if stop.is_set() or left.is_set() else None
 
     def work() -> None:
         try:
@@ -112,7 +107,7 @@ def steered(
             if said.over:
                 return
     finally:
-        stop.set()
+        left.set()
         worker.join()
 
 
