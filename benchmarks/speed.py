@@ -99,9 +99,9 @@ def page(found: Mapping[str, Sequence[float]], scope: Scope) -> str:
     command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
     about = (
         f"Made by `{command}` on {date.today().isoformat()}: {m['cpu']}, {m['threads']} CPU threads; {versions}. tiny-emoji, a "
-        f"batch of {scope.batch}, {scope.steps} steps, guided. A ratio is a time over that of diffusers' own pipeline without an adapter "
-        f"in the same round; median of {scope.rounds} rounds, with the least and the most. An update is the gradient with its "
-        "decoding and a reward without a network (symmetry), clipping and AdamW's step. "
+        f"batch of {scope.batch}, {scope.steps} steps, guided. A ratio is a time over that of diffusers' own pipeline without an "
+        f"adapter in the same round; median of {scope.rounds} rounds, with the least and the most. An update is the gradient with "
+        "its decoding and a reward without a network (symmetry), clipping and AdamW's step. "
         '"Wanted" is what the project set out to reach.'
     )
     table = markdown(("what", "time / diffusers' sampling", "least to most", "wanted"), rows(found))

@@ -87,9 +87,10 @@ MAY_IMPORT = {
     "learner analyze card",
     "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
+    "studio": "errors asked named settings runs loop adapters rewards models report steer analyze vote",
     "cli": "errors asked yaml_text files processes named size checked config plan runs settings methods adapters rewards guidance "
     "models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze experiments "
-    "push presets sampling album scores card",
+    "push presets sampling album scores card studio",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (
@@ -97,6 +98,7 @@ WITHOUT_TORCH = (
     "runs", "estimate", "plan", "methods", "prompts", "report", "album", "scores", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
+KNOWS_GRADIO = "chainrule.studio.page"
 KNOW_ACCELERATE = ("processes", "trackers", "offload")
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOT = Path(__file__).parents[1]
@@ -199,6 +201,12 @@ def test_only_models_and_tiny_know_diffusers(path):
 def test_only_these_rooms_know_accelerate(path):
     if room(module_of(path)) not in KNOW_ACCELERATE:
         assert not [name for name in imports(path, types=True) if name.split(".")[0] == "accelerate"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_one_file_knows_gradio_and_nobody_loads_it_unasked(path):
+    named = {name for name in imports(path, types=True) if name.split(".")[0] in ("gradio", "gradio_client")}
+    assert not named or module_of(path) == KNOWS_GRADIO
 
 
 def test_rooms_without_torch_can_be_entered_where_there_is_no_torch():

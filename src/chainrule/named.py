@@ -40,11 +40,16 @@ def is_place(text: str) -> bool:
     return ".py:" in text or text.endswith(".py")
 
 
+def runs_code(text: str) -> bool:
+    """Whether this text, a reward's say, names code to run: an object of a file, or a program."""
+    return is_place(text) or bool(PROGRAM.search(text))
+
+
 def refuse_code(values: Mapping[str, Any], where: str | Path, allowed: bool) -> None:
     """Raises UserError if a file's values name code, `path/to/file.py:name` or a program, and it is not `allowed` to be run."""
     for key, value in values.items():
         for text in _texts(value):
-            if (is_place(text) or PROGRAM.search(text)) and not allowed:
+            if runs_code(text) and not allowed:
                 raise UserError(f"{where} names code to run, {key}: {text}; read it, then pass --allow-code")
 
 

@@ -12,7 +12,19 @@ from typing import Any
 
 import typer
 
-from chainrule.cli import experimenting, looking, mixing, sampling, searching, sharing, steering, training, using, voting
+from chainrule.cli import (
+    experimenting,
+    looking,
+    mixing,
+    sampling,
+    searching,
+    sharing,
+    steering,
+    studio,
+    training,
+    using,
+    voting,
+)
 from chainrule.cli.app import app
 from chainrule.errors import Note, UserError
 
@@ -24,7 +36,7 @@ for name, command in {
     "report": using.report, "plan": looking.plan, "methods": looking.methods, "rewards": looking.rewards,
     "models": looking.models, "search": searching.search,
     "vote": voting.vote, "votes": voting.votes, "doctor": looking.doctor, "experiment": experimenting.experiment,
-    "push": sharing.push,
+    "push": sharing.push, "ui": studio.ui,
 }.items():  # fmt: skip
     app.command(name)(command)  # type: ignore[type-var]
 app.add_typer(looking.analyses, name="analyze")

@@ -16,7 +16,7 @@ from chainrule.asked import numbers, texts
 from chainrule.config import SteerConfig
 from chainrule.errors import UserError, unknown
 from chainrule.guidance import value_among
-from chainrule.loop import Row, complete, open_run, told
+from chainrule.loop import Listener, Row, complete, open_run, told
 from chainrule.models import Model
 from chainrule.processes import Processes
 from chainrule.rewards import AnyReward, Reward, as_reward, probe
@@ -53,7 +53,7 @@ def steer(
     model: Model, prompts: str | Sequence[str], reward: AnyReward, settings: Steering | None = None, *,
     seed: int = 0, seeds: int | Sequence[int] | None = None, images: Picture | Sequence[Picture] | None = None,
     out: str | Path | None = None, resume: bool = False, overwrite: bool = False,
-    on_update: Callable[[Row], None] | None = None, **options: Any,
+    on_update: Callable[[Row], None] | None = None, watch: Callable[[Steered], str | None] | None = None, **options: Any,
 ) -> Steered:  # fmt: skip
     """Optimize a latent, an embedding or controls of each image, or weights, by gradients of a reward through the chain.
 
@@ -62,6 +62,7 @@ def steer(
     `settings`, or `options` instead of it, are a `chainrule.settings.Steering`: over ("latent"), gradient ("sdo"),
     updates (50), lr, keep, bound, ... With `out`, a folder gets the images, the curve and a report; it must be new or empty,
     unless `resume` (continues, bit for bit) or `overwrite`. Ctrl-C, SIGTERM and SIGHUP keep the best so far and return.
+    `watch` gets what was found so far after every update; what it returns, if anything, is a reason to stop.
     An image does not depend on the others it is steered with, unless `patience` ends a batch or they share weights; then the
     adapter that is saved is the last update's, the images the best of any. With DPM-Solver++ a chain from the middle starts at
     first order.
@@ -82,8 +83,10 @@ def steer(
     place = open_run(out, config, processes, resume=resume, overwrite=overwrite) if out is not None else nullcontext()
     with place as run:
         task = SteerTask.start(model, reward, settings, over, batch, processes)
+        looking = (Listener(updated=lambda row: watch(task.result())),) if watch else ()
+        listeners = (*told(on_update), *looking)
         try:
-            complete(task, run, listeners=told(on_update), save_every=settings.save_every, resume=resume, processes=processes)
+            complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
         except BaseException:  # what was found before an error is kept
             if run and processes.main:
                 task.save(run.folder)
