@@ -45,7 +45,8 @@ format: $(VENV)/stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/stamp ## time ratios and memory; writes benchmarks/results.md
+bench: $(VENV)/stamp ## time ratios and memory; writes benchmarks/speed.md (needs a C++ compiler) and benchmarks/results.md
+	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.bench
 
 sizes: $(VENV)/stamp ## memory at the published sizes, counted where there is no GPU; resumable; writes docs/performance.md
