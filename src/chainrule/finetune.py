@@ -19,6 +19,7 @@ from chainrule.methods import Method, Pathwise, as_method, needs, spelled
 from chainrule.models import Model
 from chainrule.noise import derive
 from chainrule.processes import Processes
+from chainrule.prompts import other_half
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import report
 from chainrule.rewards import AnyReward, Reward, as_reward, probe
@@ -26,6 +27,8 @@ from chainrule.runs import Run
 from chainrule.settings import Finetuning, Opening, chosen
 from chainrule.trackers import tracker
 from chainrule.training import FinetuneTask, Stages, group_of
+
+WATCHED = 8  # prompts of a sample grid
 
 
 def finetune(
@@ -70,7 +73,8 @@ def finetune(
     task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
     try:
         with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
-            listeners = [*_shown(run, task, watched, watch), *sent, *told(on_update)]
+            shown = _shown(run, task, watched, watch, other_half(prompts))
+            listeners = [*shown, *sent, *told(on_update)]
             complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
     finally:
         task.remove()
@@ -90,18 +94,25 @@ def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
     return order
 
 
-def _shown(run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str] | None) -> list[Listener]:
+def _shown(
+    run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str] | None, unseen: Sequence[str]
+) -> list[Listener]:  # fmt: skip
     """What the folder shows: the plans, grids while the run trains, a report and a card at the end."""
     settings, main = task.settings, task.processes.main
     plans = [stage.plan(task.grid, Random(derive(settings.seed, "plan", i))) for stage in task.stages.methods for i in range(3)]
-    prompts = list(watch) if watch else task.prompts[:: max(1, len(task.prompts) // 8)][:8]
-    grids = SampleGrids(run, task, prompts, held_out)
+    prompts = list(watch) if watch else _spread(task.prompts)
+    grids = SampleGrids(run, task, prompts, held_out, _spread([prompt for prompt in unseen if prompt not in prompts]))
 
     def write_plans() -> None:
         run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
 
     def write_pages(reason: str) -> None:
-        report(run.folder)
         card.write(run, card.Base.of(task.model, settings.sample_steps))
+        report(run.folder)  # which shows how the card says to use the adapter
 
     return [grids.listener, *([Listener(started=write_plans, finished=write_pages)] if main else [])]
+
+
+def _spread(prompts: Sequence[str]) -> list[str]:
+    """Some of the prompts, from the whole list."""
+    return list(prompts[:: max(1, len(prompts) // WATCHED)][:WATCHED])
