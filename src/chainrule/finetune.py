@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import torch
 
 from chainrule import card
 from chainrule.chain import check_members
@@ -104,6 +107,7 @@ def _shown(
     grids = SampleGrids(run, task, prompts, held_out, _spread([prompt for prompt in unseen if prompt not in prompts]))
 
     def write_plans() -> None:
+        run.note({"device": _machine(task.model.device, task.processes.count)})
         run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
 
     def write_pages(reason: str) -> None:
@@ -111,6 +115,13 @@ def _shown(
         report(run.folder)  # which shows how the card says to use the adapter
 
     return [grids.listener, *([Listener(started=write_plans, finished=write_pages)] if main else [])]
+
+
+def _machine(device: torch.device, count: int) -> str:
+    """What the updates are made on, for the report."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = f"{os.cpu_count()} CPU cores" if device.type == "cpu" else name
+    return name if count == 1 else f"{count} processes, each on {name}"
 
 
 def _spread(prompts: Sequence[str]) -> list[str]:

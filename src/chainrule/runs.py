@@ -158,6 +158,11 @@ class Run:
             raise UserError(f"{path} is not readable JSON: {error}") from error
         return found if isinstance(found, dict) else {}
 
+    def note(self, values: Mapping[str, str]) -> None:
+        """Add to `environment.json` what is known only when the work begins. Raises UserError where it cannot be written."""
+        self.check_there()
+        self.write_text("environment.json", json.dumps({**self.environment, **values}, indent=2) + "\n")
+
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`, flushed to disk. Raises UserError where it cannot be written.
 
