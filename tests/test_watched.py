@@ -11,6 +11,7 @@ from tuned import PROMPTS, SMALL, Killed, gray, tuned
 
 import chainrule as cr
 from chainrule.appearance import STATISTICS
+from chainrule.config import FinetuneConfig
 from chainrule.prompts import other_half
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
@@ -68,3 +69,14 @@ def test_the_other_half_is_that_of_the_same_split_and_template() -> None:
     assert not set(other_half("animals:train")) & set(read_prompts("animals:train"))
     for source in ("animals", "animals:test", ["a fox"]):
         assert other_half(source) == []
+
+
+@pytest.mark.heavy
+def test_a_rate_that_is_too_high_is_told_from_the_demos(tmp_path: Path) -> None:
+    """The bundled model by ten times the demo's rate becomes confetti, which the bundled scorer likes and the report warns of."""
+    demo = FinetuneConfig.read(Path(__file__).parents[1] / "examples" / "demo.yaml")
+    model, options = cr.load(demo.model), {"method": "draft-lv", "prompts": demo.prompts, "held_out": "hpsv2:tiny"}
+    for lr, wanted in ((demo.settings.lr, False), (2e-2, True)):
+        settings = demo.settings.model_copy(update={"lr": lr})
+        run = cr.finetune(model, reward="pickscore:tiny", settings=settings, out=tmp_path / f"{lr}", **options)
+        assert ("It may be hacking its reward." in (run.folder / "report.html").read_text()) == wanted

@@ -98,8 +98,8 @@ def _verdict(gain: Bar, hacked: bool) -> str:
 
 
 def _changes(gains: dict[str, Bar]) -> str:
-    """How much each changed: "the trained reward +1.35 ± 0.53, hpsv2:tiny +0.028 ± 0.014"."""
-    return ", ".join(f"{name} {measured(*gain, signed=True)}" for name, gain in gains.items())
+    """How much each changed: "the trained reward +1.35 ± 0.53, hpsv2:tiny +0.028 ± 0.014 (95% intervals)"."""
+    return ", ".join(f"{name} {measured(*gain, signed=True)}" for name, gain in gains.items()) + " (95% intervals)"
 
 
 def _new(material: Material) -> bool | None:

@@ -110,7 +110,7 @@ def tiles(material: Material) -> list[Tile]:
     if any(values for _, values in material.measures):
         found += _evaluated(material)
     else:
-        found += _watched(material.watched) if material.watched else _trained(material.rows)
+        found += _watched(material.watched) if material.watched and len(material.watched.steps) > 1 else _trained(material.rows)
     ends = edges(series(material.rows, "held_out"))
     if ends and not any(tile.label.startswith("Held-out") for tile in found):
         found.append(_tile("Held-out reward", ends))

@@ -32,7 +32,7 @@ h1 {
 .answers pre { margin-top: .6rem; padding: .7rem 1rem; }
 .alarm { margin: 0 0 1.5rem; padding: .8rem 1rem; border-left: 4px solid var(--alarm); background: var(--wash); max-width: 56rem; }
 .alarm strong { color: var(--alarm); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 2rem; margin: 0 0 3.5rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 1.5rem; margin: 0 0 3.5rem; }
 .tiles div { border-top: 2px solid var(--ink); padding-top: .8rem; }
 .tiles div:first-child { border-color: var(--accent); }
 .tiles dt { font-size: .8125rem; color: var(--soft); overflow-wrap: anywhere; }
@@ -109,13 +109,15 @@ td { overflow-wrap: anywhere; }
 .numbers thead th { font-weight: 600; color: var(--ink); text-align: right; white-space: normal; }
 .numbers thead th:not(:first-child) { vertical-align: bottom; }
 .wide + h3 { margin-top: 2rem; }
+@media (max-width: 60rem) {
+  section { grid-template-columns: minmax(0, 1fr); gap: 1.1rem; }
+}
 @media (max-width: 44rem) {
   .answers div { grid-template-columns: minmax(0, 1fr); }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.5rem; }
   .tiles .after { font-size: 1.25rem; }
   figure:not(.strip figure) img { min-width: 38rem; }
   body { padding: 2.5rem 1.25rem 4rem; }
-  section { grid-template-columns: minmax(0, 1fr); gap: 1.1rem; }
   th { width: 9rem; }
 }
 @media print {
