@@ -115,7 +115,7 @@ def test_the_first_lines_answer_a_strangers_four_questions(tmp_path: Path) -> No
     first = "\n".join(Words(report(run.folder).read_text(encoding="utf-8")).lines[:12])
     for said in ("A LoRA adapter of rank 8 for tiny-emoji", "pickscore", "animals:train", "draft-lv"):
         assert said in first
-    assert re.search(r"Yes, it works\. On 8 prompts that it was not trained on, one image each: trained reward \+", first)
+    assert re.search(r"Yes, it works\. On 8 prompts that it was not trained on, one image each: the trained reward \+", first)
     assert "20 s of training: 10 updates of 8 images, 2 s each." in first and "chainrule sample pick --prompts" in first
     assert "chainrule eval pick --prompts animals:test" in first
     told = {
@@ -125,6 +125,11 @@ def test_the_first_lines_answer_a_strangers_four_questions(tmp_path: Path) -> No
     }
     run.write_text("evaluation.json", json.dumps(told))
     assert "Not shown: the change may be chance. On 2 prompts that it was not trained on" in report(run.folder).read_text()
+    told["gains"] = {"pickscore": {"mean": 0.3, "interval": 0.2}, "diversity": {"mean": -0.3, "interval": 0.2}}
+    run.write_text("evaluation.json", json.dumps(told))
+    assert "Its reward rose, but at a price: diversity fell. On 2" in report(run.folder).read_text()
+    run.write_text("evaluation.json", json.dumps({**told, "rows": [{"name": "after", "metrics": {"aesthetic": 4.0}}]}))
+    assert "The trained reward was not measured. On 2" in report(run.folder).read_text()
     run.write_text("evaluation.json", json.dumps({**told, "prompts": ["new 0", "prompt 1"]}))
     assert "Some of them were trained on" in report(run.folder).read_text()
 

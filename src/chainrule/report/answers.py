@@ -9,8 +9,8 @@ from shlex import quote
 
 from chainrule.config import DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.report.guard import alarm
-from chainrule.report.material import Bar, Material, address, seconds, trained_metrics
-from chainrule.report.watched import NAMES, Watched
+from chainrule.report.material import Bar, Material, address, is_diversity, named_metrics, seconds
+from chainrule.report.watched import Watched
 from chainrule.report.words import duration, measured, phrase
 
 FOX = "a painting of a fox"
@@ -63,23 +63,22 @@ def _worked(material: Material) -> str:
     """Of the evaluation, else of the pictures of unseen prompts, else that nothing is known."""
     if not isinstance(material.config, FinetuneConfig):
         return ""
-    hacked = alarm(material.watched) is not None
-    trained = [key for key in trained_metrics(material) if key in material.gains][:1]
-    if trained:
-        others = [key for key in material.gains if key not in trained]
-        gains = {"the trained reward": material.gains[trained[0]], **{key: material.gains[key] for key in others}}
-        count = len(material.prompts)
+    if material.gains:
+        named = [key for key in named_metrics(material) if key in material.gains]
+        rest = [key for key in material.gains if key not in named]
+        gains = {f"{key} (trained)": material.gains[key] for key in named}
+        gains |= {key if is_diversity(key) or not named else f"{key} (held out)": material.gains[key] for key in rest}
         new = _new(material)
-        where = f"{count} prompts{' that it was not trained on' * (new is True)}"
-        doubt = "" if new is not None else " The run does not say whether it was trained on them."
-        if new is False:
-            doubt = " Some of them were trained on, so this says little about others."
-        return f"{_verdict(material.gains[trained[0]], hacked)} On {where}: {_changes(gains)}.{doubt}"
-    if material.unseen and "reward" in material.unseen.names:
-        some = material.unseen
-        gains = {NAMES[name].lower(): _bar(some, name) for name in ("reward", "held_out", "diversity") if name in some.names}
-        where = f"On {len(some.prompts)} prompts that it was not trained on, one image each"
-        return f"{_verdict(_bar(some, 'reward'), hacked)} {where}: {_changes(gains)}."
+        doubt = {True: "", False: " Some of them were trained on, so this says little about others."}
+        unsure = " The run does not say whether it was trained on them."
+        where = f"{len(material.prompts)} prompts{' that it was not trained on' * (new is True)}"
+        return f"{_verdict(material, gains, bool(named))} On {where}: {_changes(gains)}.{unsure if new is None else doubt[new]}"
+    some = material.unseen
+    if some and "reward" in some.names:
+        names = {"reward": "the trained reward", "held_out": "the held-out reward", "diversity": "diversity"}
+        gains = {called: _bar(some, name) for name, called in names.items() if name in some.names}
+        where = f"{len(some.prompts)} prompts that it was not trained on, one image each"
+        return f"{_verdict(material, gains, True)} On {where}: {_changes(gains)}."
     return f"Not measured.{' The second command below does it.' * bool(_test(material.config.prompts))}"
 
 
@@ -88,13 +87,19 @@ def _bar(some: Watched, name: str) -> Bar:
     return found.mean, found.interval
 
 
-def _verdict(gain: Bar, hacked: bool) -> str:
-    mean, half = gain
-    if hacked and mean > 0:
-        return "Its reward rose there too, but see the warning."
+def _verdict(material: Material, gains: dict[str, Bar], trained: bool) -> str:
+    """Whether the trained reward, the first of the gains if `trained`, rose by more than chance, and nothing else fell by more."""
+    if not trained:
+        return "The trained reward was not measured."
+    (_, (mean, half)), *rest = gains.items()
+    fell = [name for name, (change, interval) in rest if interval and change < -interval]
     if not half or abs(mean) <= half:
         return "Not shown: the change may be chance."
-    return "Yes, it works." if mean > 0 else "No: the reward fell."
+    if mean < 0:
+        return "No: the reward fell."
+    if alarm(material.watched):
+        return "Its reward rose there too, but see the warning."
+    return f"Its reward rose, but at a price: {' and '.join(fell)} fell." if fell else "Yes, it works."
 
 
 def _changes(gains: dict[str, Bar]) -> str:

@@ -150,8 +150,12 @@ def edges(points: Sequence[tuple[float, float | None]]) -> tuple[Bar, Bar, int] 
 
 def trained_metrics(material: Material) -> list[str]:
     """The evaluated metrics that the config's reward names; if it names none of them, the first one."""
-    metrics = [key for key in _metrics(material) if not _is_diversity(key)]
-    return _named(material, metrics) or metrics[:1]
+    return named_metrics(material) or [key for key in _metrics(material) if not is_diversity(key)][:1]
+
+
+def named_metrics(material: Material) -> list[str]:
+    """The evaluated metrics that the config's reward names."""
+    return _named(material, [key for key in _metrics(material) if not is_diversity(key)])
 
 
 def title(material: Material) -> tuple[str, str]:
@@ -174,8 +178,8 @@ def _evaluated(material: Material) -> list[Tile]:
     first = rows[names.index("before") if "before" in names else 0]
     last = rows[names.index("after") if "after" in names else -1]
     trained = trained_metrics(material)
-    others = [key for key in _metrics(material) if key not in trained and not _is_diversity(key)]
-    diversities = [key for key in _metrics(material) if _is_diversity(key)]
+    others = [key for key in _metrics(material) if key not in trained and not is_diversity(key)]
+    diversities = [key for key in _metrics(material) if is_diversity(key)]
     other = "Held-out, " if _named(material, trained) else ""  # not known to be held out if the config names no metric
     labels = {key: f"Reward, {key}" for key in trained}
     found = []
@@ -249,7 +253,8 @@ def _mean(values: Sequence[float]) -> Bar:
     return found.mean, found.interval if math.isfinite(found.interval) else 0.0
 
 
-def _is_diversity(key: str) -> bool:
+def is_diversity(key: str) -> bool:
+    """Whether a metric is the diversity, which is no reward."""
     return key.lower().startswith("diversity")
 
 

@@ -89,12 +89,7 @@ def _number(value: object) -> float:
 
 def _sound(row: Mapping[str, Any]) -> bool:
     """Whether a row holds a list of numbers for each name, one for each prompt."""
-    prompts, values = row.get("prompts"), row.get("values")
-    if (
-        not isinstance(row.get("step"), int)
-        or not isinstance(row.get("extra", 0), int)
-        or not isinstance(prompts, list)
-        or not isinstance(values, dict)
-    ):
+    prompts, values, numbers = row.get("prompts"), row.get("values"), (row.get("step"), row.get("extra", 0))
+    if not all(isinstance(each, int) for each in numbers) or not isinstance(prompts, list) or not isinstance(values, dict):
         return False
     return bool(prompts) and all(isinstance(column, list) and len(column) == len(prompts) for column in values.values())
