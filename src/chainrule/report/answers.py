@@ -28,7 +28,9 @@ class Answer:
 def answers(material: Material) -> list[Answer]:
     """In the order in which they are asked. Those that the folder does not answer are left out."""
     found = [
-        Answer(question="What was trained", answer=_trained(material)),
+        Answer(
+            question="What was done" if isinstance(material.config, SteerConfig) else "What was trained", answer=_trained(material)
+        ),
         Answer(question="Did it work on new prompts", answer=_worked(material)),
         Answer(question="What it cost", answer=_cost(material)),
         _use(material),
@@ -48,7 +50,7 @@ def _trained(material: Material) -> str:
             return f"A student of {config.model} that makes images in {settings.student_steps} steps, on {_source(config.prompts)}."
         case SteerConfig(settings=settings):
             where = f"steered over their {settings.over} for {config.reward}"
-            return f"Nothing: images of {config.model} were {where}, on {_source(config.prompts)}."
+            return f"Images of {config.model} were {where}, on {_source(config.prompts)}."
         case _:
             return ""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from shlex import quote
 
+from chainrule.config import FinetuneConfig
 from chainrule.report import charts
 from chainrule.report.answers import FOX, answers
 from chainrule.report.curves import Curve, bands
@@ -142,8 +143,10 @@ def _reward(material: Material) -> str:
     names = dict.fromkeys(key for row in material.rows for key in _terms(row))
     small = [_curve(name, series(material.rows, "terms", name)) for name in names] if len(names) > 1 else []
     terms = f'<h3 class="terms">Its terms</h3>{beside(small)}' if any(small) else ""
-    said = "<p>Mean over the batch of each update: other prompts and seeds each time, so much is chance. Dashed: the start.</p>"
-    return f"{said}{chart}{terms}" if chart else terms
+    said = "Mean over the images of each update."
+    if isinstance(material.config, FinetuneConfig):
+        said = "Mean over the batch of each update: other prompts and seeds each time, so much is chance."
+    return f"<p>{said} Dashed: the start.</p>{chart}{terms}" if chart else terms
 
 
 def _training(material: Material) -> str:

@@ -105,7 +105,8 @@ th { width: 13rem; padding-right: 1.5rem; font-weight: 400; color: var(--soft); 
 td { overflow-wrap: anywhere; }
 .numbers { width: auto; min-width: 100%; font-size: .8125rem; }
 .numbers td, .numbers thead th { padding-left: .75rem; text-align: right; white-space: nowrap; }
-.numbers th { width: auto; min-width: 7rem; padding-right: .25rem; }
+.numbers th { width: auto; padding-right: 0; overflow-wrap: normal; }
+.numbers th:first-child { min-width: 7rem; padding-right: .25rem; }
 .numbers thead th { font-weight: 600; color: var(--ink); text-align: right; white-space: normal; }
 .numbers thead th:not(:first-child) { vertical-align: bottom; }
 .wide + h3 { margin-top: 2rem; }
