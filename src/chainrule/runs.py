@@ -194,7 +194,11 @@ class Run:
         rows.append(self.folder / WATCHED, row)
 
     def watched(self) -> list[dict[str, Any]]:
-        """The rows of `watched.jsonl`, oldest first: what was measured on the same prompts and seeds, `grids.measured` says how."""
+        """The rows of `watched.jsonl`, oldest first: what was measured on the same prompts and seeds, one row for each grid.
+
+        step, prompts, trained (whether each is among those of the run), extra (how many at the end are of the first and the last
+        grid alone), and values {name: a number for each prompt}: reward, held_out, and those of `appearance.STATISTICS`.
+        """
         return rows.read(self.folder / WATCHED)
 
     def truncate(self, step: int) -> None:
