@@ -12,6 +12,7 @@ from tuned import PROMPTS, SMALL, Killed, gray, tuned
 import chainrule as cr
 from chainrule.appearance import STATISTICS
 from chainrule.config import FinetuneConfig
+from chainrule.errors import UserError
 from chainrule.prompts import other_half
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
@@ -62,6 +63,14 @@ def test_prompts_of_the_other_half_are_shown_and_measured_before_and_after(tmp_p
     assert (run.samples / "unseen.png").is_file() and (run.samples / "unseen-before.png").is_file()
     Run.create(run.folder, run.config, overwrite=True)  # and they are known as a run's own files
     assert not run.watched() and not run.samples.exists()
+
+
+def test_watched_prompts_are_of_the_config_so_that_a_resumed_run_has_no_others(tmp_path: Path) -> None:
+    run = tuned(tmp_path / "run", watch=["an owl"], updates=2)
+    assert run.config == FinetuneConfig.read(run.folder / "config.yaml") and run.config.watch == ("an owl",)
+    assert run.watched()[0]["prompts"] == ["an owl"] and run.watched()[0]["trained"] == [False]
+    with pytest.raises(UserError, match="watch was"):
+        tuned(run.folder, updates=3, resume=True)
 
 
 def test_the_other_half_is_that_of_the_same_split_and_template() -> None:

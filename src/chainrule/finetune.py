@@ -37,7 +37,7 @@ WATCHED = 8  # prompts of a sample grid
 def finetune(
     model: Model, method: str | Method, reward: AnyReward, prompts: str | Sequence[str],
     settings: Finetuning | None = None, *, out: str | Path, held_out: AnyReward | None = None,
-    watch: Sequence[str] | None = None, resume: bool = False, overwrite: bool = False,
+    watch: str | Sequence[str] | None = None, resume: bool = False, overwrite: bool = False,
     on_update: Callable[[Row], None] | None = None, **options: Any,
 ) -> Run:  # fmt: skip
     """Fine-tune an adapter so that its images score higher, and return the run it left behind.
@@ -47,11 +47,13 @@ def finetune(
     `settings`, or `options` instead of it, are a `chainrule.settings.Finetuning`: updates (or steps), batch, lr, rank, seed,
     sample_steps, guidance, ...
     `held_out` is a reward that is only watched (and stops the run early with `patience`). `watch` are the prompts of the
-    sample grids. The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
+    sample grids, eight of those that are trained on by default.
+    The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
     Ctrl-C, SIGTERM and SIGHUP save what is there and return. Raises UserError for bad input before anything is written.
     """
     guidance, options = value_among(options)
     settings, texts = chosen(Finetuning, settings, options), read_prompts(prompts)
+    shown = tuple(read_prompts(watch)) if watch else ()
     model = model.guided(guidance or settings.guidance)
     method = as_method(method)
     scorer, watched = as_reward(reward), as_reward(held_out) if held_out else None
@@ -69,15 +71,15 @@ def finetune(
     config = FinetuneConfig(
         model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
-        prompts=prompts if isinstance(prompts, str) else tuple(texts),
+        prompts=prompts if isinstance(prompts, str) else tuple(texts), watch=shown,
         settings=settings.model_copy(update={"stage_steps": order.recorded, "guidance": model.guidance_spec}),
     )  # fmt: skip
     sent = [tracker(settings.tracker, config.values(), out, model.device)] if settings.tracker != "none" else []
     task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
     try:
         with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
-            shown = _shown(run, task, watched, watch, other_half(prompts))
-            listeners = [*shown, *sent, *told(on_update)]
+            looking = _shown(run, task, watched, shown, other_half(prompts))
+            listeners = [*looking, *sent, *told(on_update)]
             complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
     finally:
         task.remove()
@@ -98,7 +100,7 @@ def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
 
 
 def _shown(
-    run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str] | None, unseen: Sequence[str]
+    run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str], unseen: Sequence[str]
 ) -> list[Listener]:  # fmt: skip
     """What the folder shows: the plans, grids while the run trains, a report and a card at the end."""
     settings, main = task.settings, task.processes.main
