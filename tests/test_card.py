@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from functools import partial
@@ -89,6 +90,15 @@ def test_both_snippets_make_the_same_picture(family, method, tmp_path, monkeypat
     assert np.abs(found[0] - found[1]).max() <= 1
     alone = image_of(re.sub(r".*(load_lora_weights|attach\().*", "", plain), run, monkeypatch)
     assert np.abs(found[0] - alone).max() > 1
+
+
+def test_the_reports_code_is_the_cards_for_the_runs_own_folder(run, monkeypatch):
+    monkeypatch.chdir(run.folder.parent)
+    code = [html.unescape(each) for each in re.findall(r"<pre>(.*?)</pre>", cr.report(run.folder).read_text(), re.S)]
+    shown = [each.replace("path/to/base-model", "base") for each in code if 'adapter = "run/adapter"' in each]
+    made = [image_of(each, run, monkeypatch) for each in shown]
+    assert len(made) == 2 and all("huggingface_hub" not in each for each in shown)
+    assert np.abs(made[0] - image_of(snippets(run)[0], run, monkeypatch)).max() == 0 and np.abs(made[0] - made[1]).max() <= 1
 
 
 CONFIGS = {

@@ -175,7 +175,8 @@ def test_distill_train_sample_and_analyze_go_together(sd_folder, chainrule, tmp_
     made = ["README.md", "bands.json", "before_after.png", "lora1", "lora2"]
     assert found.code == 0 and sorted(p.name for p in Path("run/adapter").iterdir()) == made, found.err
     assert [row["stage"] for row in rows()] == [1, 1, 2, 2]
-    assert "chainrule.attach(pipe, &#x27;run&#x27;)" in Path("run/report.html").read_text()
+    page = Path("run/report.html").read_text()
+    assert "adapter = &quot;run/adapter&quot;" in page and "chainrule.attach(pipe, adapter)" in page
     assert chainrule(*words("sample run --prompts prompts.txt --out made")).code == 0
     model = cr.load(str(sd_folder))
     expected = model.using("run").sample(["a fox", "two bees"], [0, 0], 5, 2.0)  # the steps and guidance it was trained with

@@ -113,14 +113,13 @@ def test_a_full_page_is_self_contained(full: Run) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
-def test_a_learned_guidance_is_drawn_and_the_snippet_attaches_it(full: Run) -> None:
+def test_a_learned_guidance_is_drawn(full: Run) -> None:
     place = full.adapter / "learned" / "guidance"
     place.mkdir(parents=True)
     told = {"guidance": 7.5, "schedule": [[900.0, 7.0], [500.0, 8.25], [100.0, 6.5]]}
     (place / "guidance.json").write_text(json.dumps(told))
     page = report(full.folder).read_text(encoding="utf-8")
     assert "Guidance scale: 7" in page and "to 6.5" in page.partition("Guidance scale: ")[2][:40] and "over steps 1 to 3" in page
-    assert "chainrule.attach(pipe, &#x27;pick&#x27;)" in page and "load_lora_weights" not in page
     for damaged in ("[[1", "[]", '{"guidance": null, "schedule": [[1]]}', '{"guidance": {"scale": "x"}, "schedule": 3}'):
         (place / "guidance.json").write_text(damaged)
         assert "Guidance scale" not in report(full.folder).read_text(encoding="utf-8")
@@ -136,7 +135,7 @@ def test_a_full_page_shows_what_the_run_holds(full: Run) -> None:
     ):
         assert words in page
     assert "1.200 ± 0.050 →" in page and "change +0.500 ± 0.060" in page and "(45 in all)" in page
-    assert "load_lora_weights(&#x27;pick/adapter&#x27;)" in page and "chainrule sample" in page
+    assert "chainrule sample pick --prompts" in page and "load_lora_weights" not in page  # no card, and nothing made up
     assert "Step 0<" in page and "Step 390<" in page and "Seconds per step" in page
     assert "Learning rate" not in page and "Skipped" not in page
     assert page.index("Reward, pickscore:tiny") < page.index("Held-out, aesthetic")

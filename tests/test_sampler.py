@@ -88,7 +88,7 @@ def model() -> cr.Model:
 def test_a_run_that_learned_the_sampler_alone_is_used_like_any_other(tmp_path: Path) -> None:
     net = model()
     run = cr.finetune(net, "sdo", gray, PROMPTS, out=tmp_path / "run", **LEARN)
-    assert sorted(p.relative_to(run.adapter).as_posix() for p in run.adapter.rglob("*.*")) == [
+    assert sorted(p.relative_to(run.adapter).as_posix() for p in run.adapter.glob("learned/*/*.*")) == [
         f"learned/{name}/{name}.{end}" for name in ("guidance", "negative") for end in ("json", "safetensors")
     ]
     told = json.loads((run.adapter / "learned/guidance/guidance.json").read_text())

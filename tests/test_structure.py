@@ -32,10 +32,12 @@ MAY_IMPORT = {
     "config": "errors yaml_text named checked settings",
     "display": "",
     "presets": "errors config",
-    "runs": "errors environment files config display",
+    "rows": "errors files config",
+    "runs": "errors environment files config display rows",
     "estimate": "",
     "plan": "",
     "pictures": "",
+    "appearance": "",
     "processes": "errors settings",
     "methods": "errors named plan",
     "noise": "",
@@ -69,7 +71,7 @@ MAY_IMPORT = {
     "estimators learnable",
     "standins": "errors rewards models",
     "footprint": "errors standins settings methods meters offload adapters rewards denoise guidance cast models training",
-    "grids": "errors pictures files runs loop rewards models report training",
+    "grids": "errors files rows runs pictures appearance noise loop rewards models report training",
     "trackers": "errors loop",
     "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "
     "training grids trackers card",
@@ -95,7 +97,7 @@ MAY_IMPORT = {
 }
 WITHOUT_TORCH = (
     "errors", "asked", "environment", "files", "display", "presets", "yaml_text", "named", "size", "checked", "settings", "config",
-    "runs", "estimate", "plan", "methods", "prompts", "report", "album", "scores", "vote", "cli",
+    "rows", "runs", "estimate", "plan", "methods", "prompts", "report", "album", "scores", "vote", "cli",
 )  # fmt: skip
 KNOW_DIFFUSERS = ("models", "tiny")
 KNOWS_GRADIO = "chainrule.studio.page"

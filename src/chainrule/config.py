@@ -152,6 +152,10 @@ class FinetuneConfig(RunConfig):
     reward: str | None = Field(default=None, description='for example "10*pickscore + 2*hpsv2"; see `chainrule rewards`')
     held_out: str | None = Field(default=None, description="a reward that is measured along the way, but not trained")
     prompts: str | tuple[str, ...] = Field(default="animals:train", description="prompt set, file or dataset")
+    watch: Places = Field(
+        default=(),
+        description="a prompt, set or file that the sample grids show; may be repeated; default: eight it trains on",
+    )
     settings: Finetuning = Finetuning()
 
     @field_validator("student", mode="before")

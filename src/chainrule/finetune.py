@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import torch
 
 from chainrule import card
 from chainrule.chain import check_members
@@ -19,6 +22,7 @@ from chainrule.methods import Method, Pathwise, as_method, needs, spelled
 from chainrule.models import Model
 from chainrule.noise import derive
 from chainrule.processes import Processes
+from chainrule.prompts import other_half
 from chainrule.prompts import prompts as read_prompts
 from chainrule.report import report
 from chainrule.rewards import AnyReward, Reward, as_reward, probe
@@ -27,11 +31,13 @@ from chainrule.settings import Finetuning, Opening, chosen
 from chainrule.trackers import tracker
 from chainrule.training import FinetuneTask, Stages, group_of
 
+WATCHED = 8  # prompts of a sample grid
+
 
 def finetune(
     model: Model, method: str | Method, reward: AnyReward, prompts: str | Sequence[str],
     settings: Finetuning | None = None, *, out: str | Path, held_out: AnyReward | None = None,
-    watch: Sequence[str] | None = None, resume: bool = False, overwrite: bool = False,
+    watch: str | Sequence[str] | None = None, resume: bool = False, overwrite: bool = False,
     on_update: Callable[[Row], None] | None = None, **options: Any,
 ) -> Run:  # fmt: skip
     """Fine-tune an adapter so that its images score higher, and return the run it left behind.
@@ -41,11 +47,13 @@ def finetune(
     `settings`, or `options` instead of it, are a `chainrule.settings.Finetuning`: updates (or steps), batch, lr, rank, seed,
     sample_steps, guidance, ...
     `held_out` is a reward that is only watched (and stops the run early with `patience`). `watch` are the prompts of the
-    sample grids. The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
+    sample grids, eight of those that are trained on by default.
+    The folder `out` must be new or empty, unless `resume` (continues, bit for bit) or `overwrite`.
     Ctrl-C, SIGTERM and SIGHUP save what is there and return. Raises UserError for bad input before anything is written.
     """
     guidance, options = value_among(options)
     settings, texts = chosen(Finetuning, settings, options), read_prompts(prompts)
+    shown = tuple(read_prompts(watch)) if watch else ()
     model = model.guided(guidance or settings.guidance)
     method = as_method(method)
     scorer, watched = as_reward(reward), as_reward(held_out) if held_out else None
@@ -63,14 +71,15 @@ def finetune(
     config = FinetuneConfig(
         model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
-        prompts=prompts if isinstance(prompts, str) else tuple(texts),
+        prompts=prompts if isinstance(prompts, str) else tuple(texts), watch=shown,
         settings=settings.model_copy(update={"stage_steps": order.recorded, "guidance": model.guidance_spec}),
     )  # fmt: skip
     sent = [tracker(settings.tracker, config.values(), out, model.device)] if settings.tracker != "none" else []
     task = FinetuneTask.start(model, method, scorer, texts, settings, processes)
     try:
         with open_run(out, config, processes, resume=resume, overwrite=overwrite) as run:
-            listeners = [*_shown(run, task, watched, watch), *sent, *told(on_update)]
+            looking = _shown(run, task, watched, shown, other_half(prompts))
+            listeners = [*looking, *sent, *told(on_update)]
             complete(task, run, listeners=listeners, save_every=settings.save_every, resume=resume, processes=processes)
     finally:
         task.remove()
@@ -90,18 +99,33 @@ def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
     return order
 
 
-def _shown(run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str] | None) -> list[Listener]:
+def _shown(
+    run: Run, task: FinetuneTask, held_out: Reward | None, watch: Sequence[str], unseen: Sequence[str]
+) -> list[Listener]:  # fmt: skip
     """What the folder shows: the plans, grids while the run trains, a report and a card at the end."""
     settings, main = task.settings, task.processes.main
     plans = [stage.plan(task.grid, Random(derive(settings.seed, "plan", i))) for stage in task.stages.methods for i in range(3)]
-    prompts = list(watch) if watch else task.prompts[:: max(1, len(task.prompts) // 8)][:8]
-    grids = SampleGrids(run, task, prompts, held_out)
+    prompts = list(watch) if watch else _spread(task.prompts)
+    grids = SampleGrids(run, task, prompts, held_out, _spread([prompt for prompt in unseen if prompt not in prompts]))
 
     def write_plans() -> None:
+        run.note({"device": _machine(task.model.device, task.processes.count)})
         run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
 
     def write_pages(reason: str) -> None:
-        report(run.folder)
         card.write(run, card.Base.of(task.model, settings.sample_steps))
+        report(run.folder)  # which shows how the card says to use the adapter
 
     return [grids.listener, *([Listener(started=write_plans, finished=write_pages)] if main else [])]
+
+
+def _machine(device: torch.device, count: int) -> str:
+    """What the updates are made on, for the report."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = f"{os.cpu_count()} CPU cores" if device.type == "cpu" else name
+    return name if count == 1 else f"{count} processes, each on {name}"
+
+
+def _spread(prompts: Sequence[str]) -> list[str]:
+    """Some of the prompts, from the whole list."""
+    return list(prompts[:: max(1, len(prompts) // WATCHED)][:WATCHED])

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: pictures of the same prompts and seeds, and the held-out reward on them."""
+"""What a run shows while it trains: pictures of the same prompts and seeds, and what is measured on them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from chainrule.appearance import STATISTICS
 from chainrule.errors import Note
 from chainrule.files import make_folder, write_picture
 from chainrule.loop import Listener, Row
+from chainrule.noise import derive, drawing
 from chainrule.pictures import pictures
 from chainrule.report import before_after, cells, grid
-from chainrule.rewards import Reward
-from chainrule.runs import Run, rounded
+from chainrule.rewards import Reward, checked
+from chainrule.rows import rounded
+from chainrule.runs import Run
 from chainrule.training import FinetuneTask
 
 COLUMNS = 4
+Values = dict[str, list[float]]
 
 
 @dataclass(slots=True)
 class SampleGrids:
     """Grids in the run's `samples`: before, every so many updates, and after. Every process makes its share of the images.
 
-    With a held-out reward `best` gets the adapter of the best grid, and the run stops after `settings.patience` grids
-    without a better one.
+    What is measured on the images of each goes into `watched.jsonl`. With a held-out reward `best` gets the adapter of the best
+    grid, and the run stops after `settings.patience` grids without a better one. `unseen` are prompts that it does not train on:
+    they are shown and measured before and after.
     """
 
     run: Run
     task: FinetuneTask
     prompts: Sequence[str]
     held_out: Reward | None
+    unseen: Sequence[str] = ()
     seen: list[float] = field(default_factory=list)  # held-out rewards, as the rows of the metrics have them
 
     @property
@@ -55,19 +61,22 @@ class SampleGrids:
             place = self.run.folder / "metrics.jsonl"
             warnings.warn(Note(f"{place} has lost held-out rewards; the best adapter is chosen without them"), stacklevel=2)
         if not self.task.step:
-            self._save(self._images(), "before")
+            images, unseen = self._images(self.prompts), self._images(self.unseen)
+            self._save(images, "before")
+            self._save(unseen, "unseen-before")
+            self._watch(images, unseen)
 
     def during(self, row: Row) -> str | None:
         """Make a grid every few updates."""
         s, step = self.task.settings, row["step"]
         if not s.sample_every or step % s.sample_every or step >= s.updates:
             return None
-        images = self._images()
+        images = self._images(self.prompts)
         self._save(images, f"step-{step:06d}")
-        if not self.held_out:
+        found = self._watch(images).get("held_out")
+        if not found:
             return None
-        with torch.no_grad():
-            row["held_out"] = rounded(float(self.held_out(images.to(self.task.model.device), self.prompts).mean()))
+        row["held_out"] = rounded(float(torch.tensor(found).mean()))
         if row["held_out"] is None:  # not finite
             return None
         self.seen.append(row["held_out"])
@@ -79,25 +88,69 @@ class SampleGrids:
         """Make the last grids."""
         if reason == "interrupted":
             return
-        images = self._images()
+        images, unseen = self._images(self.prompts), self._images(self.unseen)
         self._save(images, "after")
-        place, after = self.run.samples / "before.png", pictures(images)
-        if not self.task.processes.main:
+        self._watch(images, unseen)
+        self._pair("before", images, "before_after")
+        self._pair("unseen-before", unseen, "unseen")
+
+    def _pair(self, name: str, images: Tensor, both: str) -> None:
+        """The picture `both` of a sheet that is there and these images."""
+        place, after = self.run.samples / f"{name}.png", pictures(images)
+        if not len(images) or not self.task.processes.main:
             return
         try:
             with Image.open(place) as sheet:
                 before = cells(sheet, after, COLUMNS, captioned=True)
         except (OSError, SyntaxError, ValueError) as error:
-            warnings.warn(Note(f"{place} cannot be read ({error}), so there is no before_after.png"), stacklevel=2)
+            warnings.warn(Note(f"{place} cannot be read ({error}), so there is no {both}.png"), stacklevel=2)
         else:
-            write_picture(self.run.samples / "before_after.png", before_after(before, after, self.prompts))
+            write_picture(self.run.samples / f"{both}.png", before_after(before, after, self._prompts(name)))
 
-    def _images(self) -> Tensor:
+    def _watch(self, images: Tensor, unseen: Tensor | None = None) -> Values:
+        """Measure the images, write it down, and return it for the watched prompts."""
+        found, prompts = self._measured(images, self.prompts), [*self.prompts]
+        if unseen is None or not len(unseen):
+            values, more = found, 0
+        else:
+            others, more = self._measured(unseen, self.unseen), len(unseen)
+            values = {name: [*found[name], *others[name]] for name in found}
+            prompts += self.unseen
+        if self.task.processes.main:
+            trained = set(self.task.prompts)
+            row = {"step": self.task.step, "prompts": prompts, "trained": [prompt in trained for prompt in prompts], "extra": more}
+            self.run.watch({**row, "values": values})
+        return found
+
+    @torch.no_grad()
+    def _measured(self, images: Tensor, prompts: Sequence[str]) -> Values:
+        """The trained reward, the held-out one and what the images look like, a number for each image."""
+        task, batch = self.task, self.task.settings.micro_batch or 8
+        rewards = {"reward": task.reward, **({"held_out": self.held_out} if self.held_out else {})}
+        found: Values = {name: [] for name in rewards}
+        with drawing(derive(task.seed, "watched", task.step)):
+            for name, reward in rewards.items():
+                for i in range(0, len(images), batch):
+                    some = images[i : i + batch].to(task.model.device)
+                    found[name] += checked(reward, some, prompts[i : i + batch]).float().tolist()
+        sound = images.clamp(0, 1).nan_to_num(0)
+        return found | {name: measure(sound).tolist() for name, measure in STATISTICS.items()}
+
+    def _images(self, prompts: Sequence[str]) -> Tensor:
+        """An image for each of the prompts, by what is saved: the averaged adapter. The seeds are 0, 1, 2, ..."""
         s, task = self.task.settings, self.task
-        seeds, batch = range(len(self.prompts)), s.micro_batch or 8
-        return task.model.render(self.prompts, seeds, s.sample_steps, batch=batch, processes=task.processes)
+        if not prompts:
+            return torch.zeros(0, 3, *task.model.size)
+        with task.learner.averaged():
+            return task.model.render(
+                prompts, range(len(prompts)), s.sample_steps, batch=s.micro_batch or 8, processes=task.processes
+            )
 
     def _save(self, images: Tensor, name: str) -> None:
-        if self.task.processes.main:
+        if len(images) and self.task.processes.main:
             make_folder(self.run.samples)
-            write_picture(self.run.samples / f"{name}.png", grid(pictures(images), COLUMNS, self.prompts))
+            write_picture(self.run.samples / f"{name}.png", grid(pictures(images), COLUMNS, self._prompts(name)))
+
+    def _prompts(self, name: str) -> Sequence[str]:
+        """The prompts of a sheet."""
+        return self.unseen if name.startswith("unseen") else self.prompts

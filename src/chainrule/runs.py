@@ -1,6 +1,6 @@
 """A run is a folder: its config, environment, metrics, samples, checkpoints, adapter and report. No torch here.
 
-    config.yaml  environment.json  metrics.jsonl  plan.txt  report.html
+    config.yaml  environment.json  metrics.jsonl  watched.jsonl  plan.txt  report.html
     evaluation.json  scores.jsonl  scores.csv
     adapter/  checkpoints/step-000123/  samples/
 
@@ -11,7 +11,6 @@ is known by name (`WRITES`), so that replacing a run deletes nothing else.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import tempfile
@@ -22,21 +21,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from chainrule import display
-from chainrule.config import AnyConfig, RunConfig, difference, plain, read_config
+from chainrule import display, rows
+from chainrule.config import AnyConfig, RunConfig, difference, read_config
 from chainrule.environment import environment
 from chainrule.errors import UserError
-from chainrule.files import append_text, write_text
+from chainrule.files import write_text
 
-DIGITS = 6  # significant digits of a float in metrics.jsonl
+METRICS, WATCHED = "metrics.jsonl", "watched.jsonl"
 LOCK = ".lock"
 PART = re.compile(r"(.*/)?\.[^/]+\.part")  # what a kill left of a file
 WRITES = re.compile(
-    r"""(config\.yaml | environment\.json | metrics\.jsonl | plan\.txt | stopped\.txt | report\.html | evaluation\.json
-    | scores\.(jsonl|csv) | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
+    r"""(config\.yaml | environment\.json | (metrics|watched)\.jsonl | plan\.txt | stopped\.txt | (report|compared)\.html
+    | evaluation\.json | scores\.(jsonl|csv) | experiment\.yaml | steered\.json | best\.png | shortcut\.(md|png) | \.lock
     | (adapter|best|learned)/(learned/)?([\w.-]+/)?[\w-]+\.(safetensors|json) | (adapter|best)/(README\.md|before_after\.png)
     | checkpoints/step-\d+/state\.(safetensors|json)
-    | samples/(before|after|before_after|step-\d+)\.png | images/\d+(-before)?\.png
+    | samples/(before|after|before_after|unseen|unseen-before|step-\d+)\.png | images/\d+(-before)?\.png
     | trackers/.*)""",
     re.X,
 )
@@ -160,20 +159,22 @@ class Run:
             raise UserError(f"{path} is not readable JSON: {error}") from error
         return found if isinstance(found, dict) else {}
 
+    def note(self, values: Mapping[str, str]) -> None:
+        """Add to `environment.json` what is known only when the work begins. Raises UserError where it cannot be written."""
+        self.check_there()
+        self.write_text("environment.json", json.dumps({**self.environment, **values}, indent=2) + "\n")
+
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl`, flushed to disk. Raises UserError where it cannot be written.
 
         Floats keep 6 significant digits; NaN and infinities become null.
         """
-        path = self.folder / "metrics.jsonl"
         self.check_there()
-        if _ends_in_a_torn_line(path):
-            self.write_metrics(self.metrics())
-        append_text(path, _line(row))
+        rows.append(self.folder / METRICS, row)
 
-    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write_metrics(self, found: Sequence[Mapping[str, Any]]) -> None:
         """Put these rows in the place of those in `metrics.jsonl`, in one move."""
-        write_text(self.folder / "metrics.jsonl", "".join(map(_line, rows)))
+        rows.write(self.folder / METRICS, found)
 
     def check_there(self) -> None:
         """Raises UserError if the folder is no longer the run it was, so that nothing is written into another or a new one."""
@@ -184,26 +185,27 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`, oldest first. A last line torn by a kill is left out."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        rows = []
-        for index, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
-                if index == len(lines) - 1:
-                    break
-                raise UserError(f"{path}: line {index + 1} is not a JSON object; delete that line") from error
-        return rows
+        return rows.read(self.folder / METRICS)
+
+    def watch(self, row: Mapping[str, Any]) -> None:
+        """Append one line to `watched.jsonl`, or put it in the place of that of the same step. As `log`."""
+        self.check_there()
+        if any(other.get("step") == row["step"] for other in self.watched()):
+            rows.keep_to(self.folder / WATCHED, row["step"] - 1)
+        rows.append(self.folder / WATCHED, row)
+
+    def watched(self) -> list[dict[str, Any]]:
+        """The rows of `watched.jsonl`, oldest first: what was measured on the same prompts and seeds, one row for each grid.
+
+        step, prompts, trained (whether each is among those of the run), extra (how many at the end are of the first and the last
+        grid alone), and values {name: a number for each prompt}: reward, held_out, and those of `appearance.STATISTICS`.
+        """
+        return rows.read(self.folder / WATCHED)
 
     def truncate(self, step: int) -> None:
-        """Drop the metrics of later steps, so that a resumed run holds each step once."""
-        if (self.folder / "metrics.jsonl").is_file():
-            self.write_metrics([row for row in self.metrics() if row.get("step", 0) <= step])
+        """Drop the metrics of later steps, and what was watched there, so that a resumed run holds each step once."""
+        for name in (METRICS, WATCHED):
+            rows.keep_to(self.folder / name, step)
 
     def checkpoint(self, step: int) -> Path:
         """The folder of one step's checkpoint. Write `state.json` into it last: that marks it complete."""
@@ -276,24 +278,3 @@ def _check_writable(place: Path, folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another out") from error
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(rounded(plain(row, "metrics")), allow_nan=False) + "\n"
-
-
-def rounded(value: Any) -> Any:
-    """A value as a row of the metrics holds it: floats to 6 significant digits, null for NaN and infinities."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
-def _ends_in_a_torn_line(path: Path) -> bool:
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"

@@ -2,6 +2,6 @@
 
 from chainrule.card.base import Base
 from chainrule.card.page import CARD, PICTURE, refresh, write
-from chainrule.card.usage import HERE
+from chainrule.report.snippets import HERE
 
 __all__ = ["CARD", "HERE", "PICTURE", "Base", "refresh", "write"]

@@ -22,7 +22,7 @@ from chainrule.runs import Run
 CARD, PICTURE = "README.md", "before_after.png"
 BEGIN, END = "<!-- what was measured -->", "<!-- end of what was measured -->"
 MOST_PROMPTS = 8
-ELSEWHERE = ("kind", "prompts", "model", "adapter")  # said in sentences, not in the table of settings
+ELSEWHERE = ("kind", "prompts", "model", "adapter", "watch")  # said in sentences or not at all, not in the table of settings
 
 
 def write(run: Run, base: Base) -> None:

@@ -9,8 +9,8 @@ from chainrule.adapters.files import BANDS, LEARNED
 from chainrule.card.base import CLASSES, TAGS, Base, shown
 from chainrule.config import AnyConfig, DistillConfig
 from chainrule.models import BUNDLED
+from chainrule.report.snippets import FETCH, HERE, fetched
 
-HERE = "OWNER/NAME"  # stands for the repository until the adapter is pushed to one
 PROMPT = '"a painting of a fox"'
 
 
@@ -86,6 +86,5 @@ def _told(config: AnyConfig, base: Base) -> str:
 
 def _code(imports: list[str], body: list[str]) -> str:
     plain = sorted([line for line in imports if line.startswith("import")])
-    rest = sorted([*(line for line in imports if not line.startswith("import")), "from huggingface_hub import snapshot_download"])
-    get = f'adapter = snapshot_download("{HERE}")  # or the folder of this file'
-    return "\n".join(["```python", *plain, *rest, "", get, *body, "```"])
+    rest = sorted([*(line for line in imports if not line.startswith("import")), FETCH])
+    return "\n".join(["```python", *plain, *rest, "", fetched(HERE), *body, "```"])

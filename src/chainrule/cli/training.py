@@ -9,7 +9,7 @@ import typer
 
 from chainrule import methods, presets
 from chainrule.cli.app import Options
-from chainrule.cli.arguments import AllowCode, check_code, is_config, method_of, place_of
+from chainrule.cli.arguments import AllowCode, check_code, is_config, method_of, place_of, prompts_of
 from chainrule.cli.opened import Source, check_adapter, check_guidance, is_run, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import DistillConfig, FinetuneConfig
@@ -52,6 +52,7 @@ def train(
     check_tracker(read.settings.tracker)
     method = method_of(read.method, method_option)
     read_prompts(read.prompts)
+    watch = prompts_of(read.watch)
     if is_run(read.model):
         raise UserError(f"{read.model} is a run; give its model, and the run as --adapter to train on top of it")
     out = place_of(read, resume=resume, overwrite=overwrite)
@@ -65,7 +66,7 @@ def train(
     model = Source(read.model, source.opening, read.adapter).load()
     run = finetune(
         model.with_student(read.student) if student else model, method, reward, read.prompts, read.settings, out=out,
-        held_out=held_out, resume=resume, overwrite=overwrite,
+        held_out=held_out, watch=watch, resume=resume, overwrite=overwrite,
     )  # fmt: skip
     typer.echo(f"adapter: {run.adapter}")
 

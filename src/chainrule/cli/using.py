@@ -197,8 +197,8 @@ def _labels(runs: list[Path]) -> list[str]:
     return names if len({"before", *names}) > len(names) else list(map(str, runs))
 
 
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write one self-contained HTML page about a run."""
+def report(runs: Annotated[list[Path], typer.Argument(help="A run folder, or several to put side by side.")]) -> None:
+    """Write one self-contained HTML page about a run; of several, one that compares them, into the first one's folder."""
     from chainrule.report import report as write
 
-    typer.echo(str(write(run)))
+    typer.echo(str(write(*runs)))

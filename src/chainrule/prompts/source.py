@@ -115,6 +115,20 @@ def split(texts: Sequence[str], share: float = 0.8, seed: int = 0) -> tuple[list
     return [p for i, p in enumerate(texts) if i in chosen], [p for i, p in enumerate(texts) if i not in chosen]
 
 
+def other_half(source: str | Path | Sequence[str]) -> list[str]:
+    """The prompts of `NAME:test` for the source `NAME:train`; none for any other source."""
+    if not isinstance(source, (str, Path)):
+        return []
+    parsed = Source.parse(str(source))
+    if parsed.half != "train":
+        return []
+    rest = f" as {parsed.template}" if parsed.template else ""
+    try:
+        return prompts(f"{parsed.name}:test@{parsed.seed}{rest}")
+    except UserError:  # so few that there is no other half
+        return []
+
+
 def fill(template: str, subject: str) -> str:
     """Put the subject for every {} of a template. An article before {} is made to fit: "a {}" gives "an ant"."""
 

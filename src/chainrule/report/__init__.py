@@ -1,4 +1,4 @@
-"""Writes a self-contained HTML page about a run. Needs no torch.
+"""Writes a self-contained HTML page about a run, or one about several. Needs no torch.
 
 The page leaves out what the run folder does not hold.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from chainrule.errors import UserError
+from chainrule.report.compare import compared
 from chainrule.report.material import gather
 from chainrule.report.page import render
 from chainrule.report.pictures import before_after, cells, grid
@@ -15,10 +17,15 @@ from chainrule.runs import Run
 __all__ = ["before_after", "cells", "grid", "report"]
 
 
-def report(folder: str | Path) -> Path:
-    """Write `report.html` into a run folder and return its path.
+def report(folder: str | Path, *others: str | Path) -> Path:
+    """Write `report.html` into a run folder, or with `others` `compared.html` about all of them, and return its path.
 
-    Raises UserError if there is nothing of a run in the folder, or a file of it cannot be read.
+    Raises UserError if there is nothing of a run in a folder, a file of it cannot be read, or a run is given twice.
     """
-    run = Run(Path(folder))
-    return run.write_text("report.html", render(gather(run)))
+    runs = [Run(Path(each)) for each in (folder, *others)]
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise UserError(f"a run is given twice: {', '.join(str(run.folder) for run in runs)}")
+    found = [gather(run) for run in runs]
+    if others:
+        return runs[0].write_text("compared.html", compared(found))
+    return runs[0].write_text("report.html", render(found[0]))

@@ -12,6 +12,7 @@ import numpy as np
 from chainrule.report.words import measured, number
 
 MOST_POINTS = 800  # a longer raw line is thinned: the chart has no more pixels
+MOST_ENLARGED = 1.25  # how much larger than drawn a chart is shown, so that its letters stay letters
 CHARACTER = 6.6  # width of a digit at the charts' font size
 
 
@@ -73,14 +74,14 @@ def line(
         return ""
     xs, ys = [x for x, _ in kept], [y for _, y in kept]
     mean = smooth(ys) if smoothed and len(ys) >= 12 else ys
-    low, high = _range([*ys, *([reference] if reference is not None else [])])
+    low, high = widened([*ys, *([reference] if reference is not None else [])])
     heights = ticks(low, high, 4 if height > 200 else 3)
-    left = 14 + CHARACTER * max(len(label) for label in _labels(heights))
+    left = 14 + CHARACTER * max(len(label) for label in tick_labels(heights))
     end = number(mean[-1])
     right = width - 12 - CHARACTER * len(end)
     across = Scale(low=min(xs), high=max(xs) if max(xs) > min(xs) else min(xs) + 1, start=left, end=right)
     up = Scale(low=low, high=high, start=height - 30, end=10)
-    elements = _axes(across, up, heights, width)
+    elements = axes(across, up, heights, width)
     if reference is not None:
         y, label = up(reference), escape(reference_label)
         elements.append(f'<line class="reference" x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -91,7 +92,7 @@ def line(
     x, y = across(xs[-1]), up(mean[-1])
     elements.append(f'<circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
     elements.append(f'<text class="value" x="{x + 8:.1f}" y="{y + 4:.1f}">{end}</text>')
-    return _svg(elements, width, height, f"{title}: {number(mean[0])} to {end} over steps {xs[0]:g} to {xs[-1]:g}")
+    return svg(elements, width, height, f"{title}: {number(mean[0])} to {end} over steps {xs[0]:g} to {xs[-1]:g}")
 
 
 def intervals(
@@ -112,7 +113,7 @@ def intervals(
     top = 0.0
     for metric in metrics:
         shown = [(name, *values[metric]) for name, values in rows if metric in values]
-        low, high = _range([mean + sign * half for _, mean, half in shown for sign in (-1, 1)])
+        low, high = widened([mean + sign * half for _, mean, half in shown for sign in (-1, 1)])
         across = Scale(low=low, high=high, start=left, end=width - 130)
         elements.append(f'<text class="name" x="0" y="{top + 18:.1f}">{escape(metric)}</text>')
         gain = (gains or {}).get(metric)
@@ -123,7 +124,7 @@ def intervals(
             style = "after" if name == rows[-1][0] and len(rows) > 1 else "before"
             elements += _bar(name, mean, half, across, top + 44 + 26 * index, width, style)
         top += 44 + 26 * len(shown) + 14
-    return _svg(elements, width, top - 14, "; ".join(_spoken(metric, rows) for metric in metrics))
+    return svg(elements, width, top - 14, "; ".join(_spoken(metric, rows) for metric in metrics))
 
 
 def _bar(name: str, mean: float, half: float, across: Scale, y: float, width: int, style: str) -> list[str]:
@@ -138,9 +139,10 @@ def _bar(name: str, mean: float, half: float, across: Scale, y: float, width: in
     ]
 
 
-def _axes(across: Scale, up: Scale, heights: Sequence[float], width: int) -> list[str]:
+def axes(across: Scale, up: Scale, heights: Sequence[float], width: int) -> list[str]:
+    """Horizontal lines with their labels at the left, and whole numbers below."""
     elements = []
-    for value, label in zip(heights, _labels(heights), strict=True):
+    for value, label in zip(heights, tick_labels(heights), strict=True):
         y = up(value)
         elements.append(f'<line class="grid" x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         elements.append(f'<text class="tick" x="{across.start - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
@@ -150,7 +152,7 @@ def _axes(across: Scale, up: Scale, heights: Sequence[float], width: int) -> lis
     return elements
 
 
-def _labels(values: Sequence[float]) -> list[str]:
+def tick_labels(values: Sequence[float]) -> list[str]:
     """All ticks of one axis with the same number of decimals."""
     step = values[1] - values[0] if len(values) > 1 else abs(values[0]) or 1.0
     if step < 1e-4 or max(abs(value) for value in values) >= 1e6:
@@ -159,7 +161,7 @@ def _labels(values: Sequence[float]) -> list[str]:
     return [f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}") for value in values]
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def widened(values: Sequence[float]) -> tuple[float, float]:
     """The range of the values, a little widened; never empty."""
     low, high = min(values), max(values)
     air = (high - low) * 0.06 or abs(high) * 0.1 or 0.5
@@ -176,6 +178,8 @@ def _spoken(metric: str, rows: Sequence[tuple[str, Mapping[str, tuple[float, flo
     return f"{metric}: " + ", ".join(f"{name} {measured(*values[metric])}" for name, values in rows if metric in values)
 
 
-def _svg(elements: Sequence[str], width: float, height: float, label: str) -> str:
-    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}">'
+def svg(elements: Sequence[str], width: float, height: float, label: str) -> str:
+    """The drawing, with its description for who cannot see it."""
+    frame = f'viewBox="0 0 {width:g} {height:g}" style="max-width: {width * MOST_ENLARGED:.0f}px"'
+    head = f'<svg {frame} role="img" aria-label="{escape(label, quote=True)}">'
     return "\n".join([head, *elements, "</svg>"])

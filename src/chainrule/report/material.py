@@ -13,8 +13,10 @@ from typing import Any
 from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
-from chainrule.report.words import duration, measured, phrase
-from chainrule.runs import Run
+from chainrule.report.snippets import snippets
+from chainrule.report.watched import NAMES, Watched, watched_of
+from chainrule.report.words import duration, measured, number, phrase
+from chainrule.runs import METRICS, WATCHED, Run
 
 Row = Mapping[str, Any]
 Bar = tuple[float, float]  # a mean and the half-width of its 95% interval; 0 where there is none, so that it can be drawn
@@ -35,6 +37,9 @@ class Material:
     prompts: Sequence[str]
     schedule: Sequence[float] = ()  # the learned guidance scale of each sampling step
     guidance: float | None = None  # what it was before
+    watched: Watched | None = None  # the same prompts and seeds at every grid
+    unseen: Watched | None = None  # prompts that it was not trained on, before and after
+    snippets: Sequence[tuple[str, str]] = ()  # what is said above each, and the code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +56,12 @@ def gather(run: Run) -> Material:
     """Read the run folder. Raises UserError if nothing of a run is in it."""
     if not run.folder.is_dir():
         raise UserError(f"no run folder at {run.folder}")
-    known = ("config.yaml", "metrics.jsonl", "evaluation.json", "plan.txt", "samples")
+    known = ("config.yaml", METRICS, WATCHED, "evaluation.json", "plan.txt", "samples")
     if not any((run.folder / name).exists() for name in known):
         raise UserError(f"{run.folder} holds nothing of a run: none of {', '.join(known)}")
     evaluation = _evaluation(run.folder / "evaluation.json")
     plan = run.folder / "plan.txt"
+    watched, unseen = watched_of(run.watched())
     schedule, before = _schedule(run.folder / "adapter" / "learned" / "guidance" / "guidance.json")
     return Material(
         folder=run.folder,
@@ -68,7 +74,23 @@ def gather(run: Run) -> Material:
         prompts=[str(prompt) for prompt in evaluation.get("prompts", [])],
         schedule=schedule,
         guidance=before,
+        watched=watched,
+        unseen=unseen,
+        snippets=snippets(run.adapter / "README.md", f"{address(run.folder)}/adapter"),
     )
+
+
+def address(folder: Path) -> str:
+    """The folder's path relative to the current directory; its name alone if it lies elsewhere."""
+    whole = folder.resolve()
+    near = whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else Path(whole.name)
+    return near.as_posix() if near.parts else whole.name
+
+
+def seconds(rows: Sequence[Row]) -> float | None:
+    """How long all updates took together; None where no row says it."""
+    found = [value for _, value in series(rows, "seconds") if value is not None]
+    return sum(found) if found else None
 
 
 def _schedule(path: Path) -> tuple[list[float], float | None]:
@@ -88,15 +110,15 @@ def tiles(material: Material) -> list[Tile]:
     if any(values for _, values in material.measures):
         found += _evaluated(material)
     else:
-        found += _trained(material.rows)
+        found += _watched(material.watched) if material.watched and len(material.watched.steps) > 1 else _trained(material.rows)
     ends = edges(series(material.rows, "held_out"))
     if ends and not any(tile.label.startswith("Held-out") for tile in found):
         found.append(_tile("Held-out reward", ends))
-    seconds = [value for _, value in series(material.rows, "seconds") if value is not None]
-    if seconds:
+    spent = seconds(material.rows)
+    if spent is not None:
         skipped = sum(int(value or 0) for _, value in series(material.rows, "skipped"))
         note = f"{len(material.rows)} steps" + (f", {skipped} skipped" if skipped else "")
-        found = [*found[: MOST_TILES - 1], Tile(label="Training", after=duration(sum(seconds)), note=note)]
+        found = [*found[: MOST_TILES - 1], Tile(label="Training", after=duration(spent), note=note)]
     return found[:MOST_TILES]
 
 
@@ -128,23 +150,26 @@ def edges(points: Sequence[tuple[float, float | None]]) -> tuple[Bar, Bar, int] 
 
 def trained_metrics(material: Material) -> list[str]:
     """The evaluated metrics that the config's reward names; if it names none of them, the first one."""
-    metrics = [key for key in _metrics(material) if not _is_diversity(key)]
-    return _named(material, metrics) or metrics[:1]
+    return named_metrics(material) or [key for key in _metrics(material) if not is_diversity(key)][:1]
+
+
+def named_metrics(material: Material) -> list[str]:
+    """The evaluated metrics that the config's reward names."""
+    return _named(material, [key for key in _metrics(material) if not is_diversity(key)])
 
 
 def title(material: Material) -> tuple[str, str]:
-    """The page's title, the method, and the line under it: what was trained, for which reward."""
+    """The page's title, the model and for which reward it was trained, and the line under it, how."""
     config = material.config
     match config:
-        case FinetuneConfig():
-            name, goal = phrase(config.method), f"trained for {config.reward}" if config.reward else ""
-        case SteerConfig(settings=settings):
-            name, goal = f"{settings.gradient} over {settings.over}", f"steered for {config.reward}"
+        case FinetuneConfig(reward=reward) if reward:
+            return f"{config.model}, trained for {reward}", f"by {phrase(config.method)}"
+        case SteerConfig(settings=settings, reward=reward):
+            return f"{config.model}, steered for {reward}", f"{settings.gradient} over {settings.over}"
         case DistillConfig(settings=settings):
-            name, goal = material.folder.resolve().name, f"distilled into {settings.student_steps} steps"
+            return f"{config.model}, distilled into {settings.student_steps} steps", material.folder.resolve().name
         case _:
             return material.folder.resolve().name, ""
-    return name, ", ".join(text for text in (config.model, goal) if text)
 
 
 def _evaluated(material: Material) -> list[Tile]:
@@ -153,8 +178,8 @@ def _evaluated(material: Material) -> list[Tile]:
     first = rows[names.index("before") if "before" in names else 0]
     last = rows[names.index("after") if "after" in names else -1]
     trained = trained_metrics(material)
-    others = [key for key in _metrics(material) if key not in trained and not _is_diversity(key)]
-    diversities = [key for key in _metrics(material) if _is_diversity(key)]
+    others = [key for key in _metrics(material) if key not in trained and not is_diversity(key)]
+    diversities = [key for key in _metrics(material) if is_diversity(key)]
     other = "Held-out, " if _named(material, trained) else ""  # not known to be held out if the config names no metric
     labels = {key: f"Reward, {key}" for key in trained}
     found = []
@@ -166,6 +191,17 @@ def _evaluated(material: Material) -> list[Tile]:
         gain = material.gains.get(key)
         note = f"change {measured(*gain, signed=True)}" if gain else ""
         found.append(Tile(label=label, before=before, after=measured(*last[1][key]), note=note))
+    return found
+
+
+def _watched(watched: Watched) -> list[Tile]:
+    found = []
+    for name in ("reward", "held_out", "diversity"):
+        if name in watched.names:
+            before, after = number(watched.mean(name, 0)), number(watched.mean(name, -1))
+            gain = watched.change(name)
+            note = f"change {measured(gain.mean, gain.interval, signed=True)}, {len(watched.prompts)} watched prompts"
+            found.append(Tile(label=NAMES[name], before=before, after=after, note=note))
     return found
 
 
@@ -217,7 +253,8 @@ def _mean(values: Sequence[float]) -> Bar:
     return found.mean, found.interval if math.isfinite(found.interval) else 0.0
 
 
-def _is_diversity(key: str) -> bool:
+def is_diversity(key: str) -> bool:
+    """Whether a metric is the diversity, which is no reward."""
     return key.lower().startswith("diversity")
 
 

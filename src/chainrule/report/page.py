@@ -2,65 +2,57 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from shlex import quote
 
-from PIL import Image
-
+from chainrule.config import FinetuneConfig
 from chainrule.report import charts
-from chainrule.report.material import Material, Tile, edges, series, tiles, title
-from chainrule.report.style import STYLE
-from chainrule.report.words import flat, phrase
-
-PICTURE_BYTES = 1_500_000  # a larger picture file is shrunk before it is put into the page
-PICTURE_SIDE, THUMBNAIL_SIDE = 1800, 520
-MOST_FRAMES = 12  # of the filmstrip
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+from chainrule.report.answers import FOX, answers
+from chainrule.report.curves import Curve, bands
+from chainrule.report.embedded import figure, strip
+from chainrule.report.guard import alarm
+from chainrule.report.layout import beside, columns, document, header, section, table, titled, warning
+from chainrule.report.material import Material, Tile, address, edges, series, tiles, title
+from chainrule.report.watched import NAMES, Watched
+from chainrule.report.words import flat, measured, number, phrase, signed
 
 
 def render(material: Material) -> str:
     """The whole page as one string."""
     name, under = title(material)
     sections = [
-        _section("Pictures", _pictures(material.folder / "samples")),
-        _section("Evaluation", _evaluation(material)),
-        _section("Reward", _reward(material)),
-        _section("Training", _training(material)),
-        _section("Guidance", _guidance(material)),
-        _section("Plan", f"<pre>{escape(material.plan)}</pre>" if material.plan else ""),
-        _section("Use it", _use(material)),
-        _section("Config", _table(flat(material.config.values()) if material.config else {})),
-        _section("Environment", _environment(material.environment)),
+        section("Pictures", _pictures(material)),
+        section("Same prompts and seeds", _watched(material)),
+        section("Evaluation", _evaluation(material)),
+        section("By prompt", _prompts(material)),
+        section("Reward", _reward(material)),
+        section("Training", _training(material)),
+        section("Guidance", _guidance(material)),
+        section("Plan", f"<pre>{escape(material.plan)}</pre>" if material.plan else ""),
+        section("Use it", _use(material)),
+        section("Settings", table(flat(material.config.values()) if material.config else {})),
+        section("Environment", _environment(material.environment)),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(name)}{escape(f": {under}" if under else "")}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-{_header(material, name, under)}
-{_tiles(tiles(material))}
-<main>
-{"".join(sections)}</main>
-</body>
-</html>
-"""
+    body = f"{_header(material, name, under)}\n{_answers(material)}\n{_tiles(tiles(material))}\n<main>\n{''.join(sections)}</main>"
+    return document(f"{name}: {under}" if under else name, body)
 
 
 def _header(material: Material, name: str, under: str) -> str:
     date = str(material.environment.get("date", ""))[:10]
     over = " · ".join(text for text in ("chainrule", material.folder.resolve().name, date) if text)
-    below = f"<p>{escape(under)}</p>" if under else ""
-    return f'<header><p class="over">{escape(over)}</p><h1>{escape(name)}</h1>{below}</header>'
+    return header(over, name, under)
+
+
+def _answers(material: Material) -> str:
+    """The first lines of the page, and the alarm, if there is one."""
+    rows = ""
+    for each in answers(material):
+        code = f"<pre>{escape(each.code)}</pre>" if each.code else ""
+        rows += f"<div><dt>{escape(each.question)}</dt><dd>{escape(each.answer)}{code}</dd></div>"
+    found = alarm(material.watched)
+    first = warning("It may be hacking its reward.", str(found)) if found else ""
+    return f'{first}<dl class="answers">{rows}</dl>' if rows or first else ""
 
 
 def _tiles(shown: Sequence[Tile]) -> str:
@@ -78,60 +70,61 @@ def _tiles(shown: Sequence[Tile]) -> str:
     return f'<dl class="tiles">{"".join(elements)}</dl>'
 
 
-def _section(name: str, body: str) -> str:
-    return f"<section><h2>{escape(name)}</h2><div>{body}</div></section>\n" if body else ""
-
-
-def _pictures(folder: Path) -> str:
-    """The picture of before and after, in one or in two; then the pictures of the steps in a row."""
-    both = _figure(folder / "before_after.png", "The same prompts and seeds, before and after")
+def _pictures(material: Material) -> str:
+    """Prompts that were not trained on, then the watched ones before and after, then the updates in a row."""
+    folder = material.folder / "samples"
+    unseen = figure(folder / "unseen.png", "Prompts that it was not trained on, the same seeds before and after")
+    both = figure(folder / "before_after.png", "The same prompts and seeds, before and after")
     if not both:
-        pair = [_figure(folder / f"{word}.png", word.capitalize()) for word in ("before", "after")]
+        pair = [figure(folder / f"{word}.png", word.capitalize()) for word in ("before", "after")]
         both = f'<div class="pair">{"".join(pair)}</div>' if any(pair) else ""
-    frames = []
-    for path in folder.glob("step-*.png"):
-        match = re.fullmatch(r"step-(\d+)", path.stem)
-        if match:
-            frames.append((int(match[1]), path))
-    strip = [_figure(path, f"Step {step}", THUMBNAIL_SIDE) for step, path in _spread(sorted(frames), MOST_FRAMES)]
-    return both + (f'<div class="strip">{"".join(strip)}</div>' if any(strip) else "")
+    return unseen + both + strip(folder)
 
 
-def _figure(path: Path, caption: str, side: int = PICTURE_SIDE) -> str:
-    """A picture inside the page; "" if the file is missing or is no picture."""
-    source = _embedded(path, side)
-    if not source:
+def _watched(material: Material) -> str:
+    """The main curves: the same prompts and seeds from the first update to the last."""
+    some = material.watched
+    if some is None or len(some.steps) < 2:
         return ""
-    text = escape(caption, quote=True)
-    return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    said = (
+        f"The same {len(some.prompts)} prompts and seeds at {len(some.steps)} updates. The band is the 95% interval of the change "
+        "since update 0. Each prompt is compared with itself, so that easy and hard prompts do not widen it. "
+        "Where the band leaves the dashed line, the change is more than chance."
+    )
+    charts = [
+        titled(NAMES.get(name, name), bands([Curve(points=some.curve(name))], title=NAMES.get(name, name))) for name in some.names
+    ]
+    return f"<p>{said}</p>{beside(charts)}"
 
 
-def _embedded(path: Path, side: int) -> str:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            small = max(image.size) <= side and path.stat().st_size <= PICTURE_BYTES
-            if small and image.format in ("PNG", "JPEG", "WEBP"):
-                kind, data = image.format.lower(), path.read_bytes()
-            else:
-                kind, data = "jpeg", _shrunk(image, side)
-    except (OSError, ValueError, SyntaxError):
-        return ""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+def _prompts(material: Material) -> str:
+    """Every watched prompt with its numbers before and after, the ones it was not trained on last."""
+    parts = [("Prompts of the grids", material.watched), ("Prompts that it was not trained on", material.unseen)]
+    return "".join(f"<h3>{escape(name)}</h3>{_by_prompt(some)}" for name, some in parts if some and len(some.steps) > 1)
 
 
-def _shrunk(image: Image.Image, side: int) -> bytes:
-    layers = image.convert("RGBA")
-    paper = Image.new("RGB", image.size, "white")
-    paper.paste(layers, mask=layers.getchannel("A"))
-    paper.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    paper.save(file, "JPEG", quality=90)
-    return file.getvalue()
+def _by_prompt(some: Watched) -> str:
+    names = [name for name in ("reward", "held_out", "diversity") if name in some.names]
+    head = [
+        "",
+        *(f"{NAMES[name]} before" if rest == "before" else rest for name in names for rest in ("before", "after", "change")),
+    ]
+    rows = []
+    for i, prompt in enumerate(some.prompts):
+        ends = [(some.values[name][0][i], some.values[name][-1][i]) for name in names]
+        rows.append([prompt, *(text for a, b in ends for text in (number(a), number(b), signed(b - a)))])
+    gains = [some.change(name) for name in names]
+    ends = [(some.mean(name, 0), some.mean(name, -1)) for name in names]
+    means = [
+        text
+        for (a, b), gain in zip(ends, gains, strict=True)
+        for text in (number(a), number(b), measured(gain.mean, gain.interval, signed=True))
+    ]
+    return columns(head, [*rows, ["mean over prompts", *means]])
 
 
 def _evaluation(material: Material) -> str:
-    chart = charts.intervals(material.measures, material.gains)
+    chart = charts.intervals(material.measures, material.gains, width=420)
     if not chart:
         return ""
     count = len(material.prompts)
@@ -146,37 +139,41 @@ def _reward(material: Material) -> str:
     points = series(material.rows, "reward")
     ends = edges(points)
     start = ends[0][0] if ends and len(points) > 1 else None
-    chart = charts.line(points, title="Reward", reference=start, reference_label="start")
+    chart = charts.line(points, title="Reward", width=420, height=210, reference=start)
     names = dict.fromkeys(key for row in material.rows for key in _terms(row))
-    small = [_small(name, series(material.rows, "terms", name)) for name in names] if len(names) > 1 else []
-    terms = f'<h3 class="terms">Its terms</h3><div class="small">{"".join(small)}</div>' if any(small) else ""
-    return f"<h3>Mean over the batch, each step</h3>{chart}{terms}" if chart else terms
+    small = [_curve(name, series(material.rows, "terms", name)) for name in names] if len(names) > 1 else []
+    terms = f'<h3 class="terms">Its terms</h3>{beside(small)}' if any(small) else ""
+    said = "Mean over the images of each update."
+    if isinstance(material.config, FinetuneConfig):
+        said = "Mean over the batch of each update: other prompts and seeds each time, so much is chance."
+    return f"<p>{said} Dashed: the start.</p>{chart}{terms}" if chart else terms
 
 
 def _training(material: Material) -> str:
     names = {"held_out": "Held-out reward", "loss": "Loss", "grad_norm": "Gradient norm", "lr": "Learning rate"}
     names |= {"seconds": "Seconds per step", "skipped": "Skipped updates"}
     small = []
+    if material.watched:
+        del names["held_out"]  # one of the main curves
     for key, name in names.items():
         points = series(material.rows, key)
         still = len({value for _, value in points}) < 2
         if not (key in ("lr", "skipped") and still):  # a constant rate and no skips say nothing as a curve
-            small.append(_small(name, points))
-    return f'<div class="small">{"".join(small)}</div>' if any(small) else ""
+            small.append(_curve(name, points))
+    return beside(small)
 
 
 def _guidance(material: Material) -> str:
     """The learned guidance scale of each sampling step (as arXiv:2309.17400, Fig. 33)."""
     points: list[tuple[float, float | None]] = [(i, scale) for i, scale in enumerate(material.schedule, 1)]
     chart = charts.line(
-        points, title="Guidance scale", reference=material.guidance, reference_label="before", smoothed=False, height=220
+        points, title="Guidance scale", width=420, reference=material.guidance, reference_label="before", smoothed=False, height=220
     )
     return f"<h3>The learned scale of each sampling step, from the noisiest to the last</h3>{chart}" if chart else ""
 
 
-def _small(name: str, points: Sequence[tuple[float, float | None]]) -> str:
-    chart = charts.line(points, title=name, width=360, height=170)
-    return f"<div><h3>{escape(name)}</h3>{chart}</div>" if chart else ""
+def _curve(name: str, points: Sequence[tuple[float, float | None]]) -> str:
+    return titled(name, charts.line(points, title=name, width=420, height=190))
 
 
 def _terms(row: Mapping[str, object]) -> Mapping[str, object]:
@@ -185,33 +182,13 @@ def _terms(row: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _use(material: Material) -> str:
-    """How to load the adapter: plain diffusers, then chainrule's own command."""
+    """How to load the adapter, as its card says; then chainrule's own command."""
     if not (material.folder / "adapter").exists():
         return ""
-    model = material.config.model if material.config else "the/base-model"
-    where = _address(material.folder)
-    hub = "/" in model or "\\" in model
-    load = (
-        f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({model!r})"
-        if hub
-        else f"import chainrule\n\npipe = chainrule.load({model!r}).pipe"
-    )
-    prompt = material.prompts[0] if material.prompts else "a painting of a fox"
-    own = [material.folder / "adapter" / name for name in ("bands.json", "learned")]
-    if any(path.exists() for path in own):  # adapters by level and a learned sampler, which diffusers cannot load
-        on = f"{load}\nattached = chainrule.attach(pipe, {where!r})".replace("from diffusers", "import chainrule\nfrom diffusers")
-    else:
-        on = f"{load}\npipe.load_lora_weights({f'{where}/adapter'!r})"
-    code = f"{on}\nimage = pipe({prompt!r}).images[0]"
-    command = f"chainrule sample {quote(where)} --prompts {quote(prompt)}"
-    return f"<h3>With diffusers alone</h3><pre>{escape(code)}</pre><h3>With chainrule</h3><pre>{escape(command)}</pre>"
-
-
-def _address(folder: Path) -> str:
-    """The folder's path relative to the current directory; its name alone if it lies elsewhere."""
-    whole = folder.resolve()
-    near = whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else Path(whole.name)
-    return near.as_posix() if near.parts else whole.name
+    prompt = material.prompts[0] if material.prompts else FOX
+    command = f"chainrule sample {quote(address(material.folder))} --prompts {quote(prompt)}"
+    blocks = [*material.snippets, ("On the command line", command)]
+    return "".join(f"<h3>{escape(said)}</h3><pre>{escape(code)}</pre>" for said, code in blocks)
 
 
 def _environment(environment: Mapping[str, object]) -> str:
@@ -221,18 +198,4 @@ def _environment(environment: Mapping[str, object]) -> str:
     if isinstance(resumed, list):
         dates = [str(entry.get("date", "")) for entry in resumed if isinstance(entry, Mapping)]
         rows["resumed"] = phrase(dates)
-    return _table(rows)
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    if not rows:
-        return ""
-    body = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(text)}</td></tr>' for key, text in rows.items())
-    return f"<table>{body}</table>"
-
-
-def _spread(items: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
-    """At most `most` of the items, evenly spaced, with the first and the last."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+    return table(rows)

@@ -35,6 +35,12 @@ def measured(mean: float | None, interval: float | None = None, *, signed: bool 
     return text.replace("-", MINUS)
 
 
+def signed(value: float | None) -> str:
+    """A number as `number` writes it, with its sign."""
+    text = number(value)
+    return f"+{text}" if value is not None and value > 0 else text
+
+
 def duration(seconds: float) -> str:
     """A duration in seconds as text: "42 s", "12 min", "3 h 20 min"."""
     if seconds < 90:
