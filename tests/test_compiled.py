@@ -1,4 +1,4 @@
-"""Compiled blocks give eager's images and gradients to rounding, and are compiled once for all scales, levels and prompts."""
+"""Compiled networks give eager's images and gradients to rounding, and are compiled once for all scales, levels and prompts."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def test_compiled_blocks_answer_as_eager_ones_and_are_compiled_once(name: str) -
         found = looked(model, case, memory)
         torch.testing.assert_close(found[0], images, rtol=0, atol=2e-5)
         torch.testing.assert_close(found[1], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
-    model.active["mine"] = Band(0.5)  # a second scale makes scales numbers that are read and not built in
-    model.render(said(case), SEEDS, 3, case.guidances[-1])
+    for scale in (0.5, 0.6):  # the second scale that a graph sees makes scales numbers that are read and not built in
+        model.active["mine"] = Band(scale)
+        model.render(said(case), SEEDS, 3, case.guidances[-1])
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     for scale, seeds, steps in ((0.7, [5, 6], 3), (-1.25, [7, 8], 4)):

@@ -70,7 +70,7 @@ class Opening(Checked):
         exclude=True,
         description="where the network's blocks are; cpu: moved to a small card one by one",
     )
-    compile: bool = Field(default=False, exclude=True, description="compile the network's blocks: slower to start, then faster")
+    compile: bool = Field(default=False, exclude=True, description="compile the network: slower to start, then faster")
     prompt_cache: str | None = Field(
         default=None,
         exclude=True,

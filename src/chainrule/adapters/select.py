@@ -15,6 +15,7 @@ from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -107,6 +108,8 @@ def selected(network: nn.Module, weights: Mapping[str, float]) -> Iterator[None]
                 layer.scaling.update({name: scale for name, scale in scaling.items() if name in layer.scaling})
 
 
+# What is made again is not part of a compiled network: its second pass has to find these adapters.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Checkpoint `function`; its second forward, in the backward pass, sees the adapters of the first.
 

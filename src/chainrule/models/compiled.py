@@ -1,4 +1,4 @@
-"""How a network is laid out and compiled to be faster: its repeated blocks, which is much sooner done than the whole."""
+"""How a network is laid out and compiled to be faster."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ def check_compiler(device: str) -> None:
 
 
 def compiled(model: Model, backend: str = "inductor") -> Model:
-    """The model, whose network's repeated blocks are compiled in place when they first answer.
+    """The model, whose network is compiled in place when it first answers: a transformer by its repeated blocks, a UNet whole.
 
-    What was compiled is found again by the next process, in torch's own cache on disk. Raises UserError for a network that names
-    no blocks.
+    A UNet's blocks are of as many shapes as there are, so that compiling them one by one saves nothing and leaves more between
+    them. What was compiled is found again by the next process, in torch's own cache on disk. Raises UserError for a network that
+    names no blocks.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 8 * GRAPHS)
-    for block in blocks_of(model.network):
-        block.compile(backend=backend)
+    blocks = blocks_of(model.network)
+    for part in [model.network] if model.component == "unet" else blocks:
+        part.compile(backend=backend)
     return model
 
 

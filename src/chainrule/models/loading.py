@@ -116,7 +116,7 @@ def load(
     `text_encoders="cpu"` leaves those of a pipeline that is opened here on the CPU and moves their layers to the device one
     after the other while they are asked; then `model.pipe` by itself cannot be called. `network="cpu"` does the same with the
     blocks of the network, for cards that are too small for it; a gradient then wants `memory="blocks"`. `compile` lets
-    torch.compile make the network's repeated blocks faster, a minute or more after the first call of a kind. `prompt_cache` is a
+    torch.compile make the network faster, a minute or more after the first call of a kind. `prompt_cache` is a
     folder where `embedded` keeps the embeddings of prompts. Only safetensors are read. UNets are opened in the channels-last
     layout, which convolutions are faster in.
     Raises UserError in one line before anything heavy is loaded.

@@ -117,7 +117,7 @@ def tiles(material: Material) -> list[Tile]:
     spent = seconds(material.rows)
     if spent is not None:
         skipped = sum(int(value or 0) for _, value in series(material.rows, "skipped"))
-        note = f"{len(material.rows)} steps" + (f", {skipped} skipped" if skipped else "")
+        note = f"{len(material.rows)} updates" + (f", {skipped} skipped" if skipped else "")
         found = [*found[: MOST_TILES - 1], Tile(label="Training", after=duration(spent), note=note)]
     return found[:MOST_TILES]
 
