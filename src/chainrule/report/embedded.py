@@ -31,7 +31,7 @@ def strip(folder: Path) -> str:
         match = re.fullmatch(r"step-(\d+)", path.stem)
         if match:
             frames.append((int(match[1]), path))
-    shown = [figure(path, f"Step {step}", THUMBNAIL_SIDE) for step, path in _spread(sorted(frames), MOST_FRAMES)]
+    shown = [figure(path, f"After {step} updates", THUMBNAIL_SIDE) for step, path in _spread(sorted(frames), MOST_FRAMES)]
     return f'<div class="strip">{"".join(shown)}</div>' if any(shown) else ""
 
 

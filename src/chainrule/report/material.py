@@ -163,7 +163,7 @@ def title(material: Material) -> tuple[str, str]:
     config = material.config
     match config:
         case FinetuneConfig(reward=reward) if reward:
-            return f"{config.model}, trained for {reward}", f"by {phrase(config.method)}"
+            return f"{config.model}, trained for {reward}", f"by the method {phrase(config.method)}"
         case SteerConfig(settings=settings, reward=reward):
             return f"{config.model}, steered for {reward}", f"{settings.gradient} over {settings.over}"
         case DistillConfig(settings=settings):

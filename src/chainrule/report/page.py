@@ -74,7 +74,7 @@ def _pictures(material: Material) -> str:
     """Prompts that were not trained on, then the watched ones before and after, then the updates in a row."""
     folder = material.folder / "samples"
     unseen = figure(folder / "unseen.png", "Prompts that it was not trained on, the same seeds before and after")
-    both = figure(folder / "before_after.png", "The same prompts and seeds, before and after")
+    both = figure(folder / "before_after.png", "The watched prompts and seeds, before and after")
     if not both:
         pair = [figure(folder / f"{word}.png", word.capitalize()) for word in ("before", "after")]
         both = f'<div class="pair">{"".join(pair)}</div>' if any(pair) else ""
@@ -99,7 +99,7 @@ def _watched(material: Material) -> str:
 
 def _prompts(material: Material) -> str:
     """Every watched prompt with its numbers before and after, the ones it was not trained on last."""
-    parts = [("Prompts of the grids", material.watched), ("Prompts that it was not trained on", material.unseen)]
+    parts = [("The watched prompts", material.watched), ("Prompts that it was not trained on", material.unseen)]
     return "".join(f"<h3>{escape(name)}</h3>{_by_prompt(some)}" for name, some in parts if some and len(some.steps) > 1)
 
 
