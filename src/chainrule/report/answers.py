@@ -44,7 +44,8 @@ def _trained(material: Material) -> str:
         case FinetuneConfig(settings=settings):
             what = {"adapter": f"a LoRA adapter of rank {settings.rank}", "guidance": "a guidance scale for every sampling step"}
             parts = [what.get(name, "negative embeddings") for name in settings.learned]
-            text = f"{' and '.join(parts)} for {config.model}, by the method {phrase(config.method)}, to raise the reward {config.reward}"
+            how = f"by the method {phrase(config.method)}, to raise the reward {config.reward}"
+            text = f"{' and '.join(parts)} for {config.model}, {how}"
             return f"{text[0].upper()}{text[1:]}, on {_source(config.prompts)}."
         case DistillConfig(settings=settings):
             return f"A student of {config.model} that makes images in {settings.student_steps} steps, on {_source(config.prompts)}."
