@@ -50,8 +50,6 @@ def test_what_is_forecast_is_what_is_taken(name: str, memory: str) -> None:
     """Within a few kilobytes, which are much of what models of a few thousand weights take."""
     case: Case = CASES[name]
     model = loaded(case)
-    if memory == "blocks" and not hasattr(model.network, "enable_gradient_checkpointing"):
-        pytest.skip("a network without blocks")
     found = count(outline_of(model), methods.DRaFT(1), bright, Finetuning(**SETTINGS, memory=memory), (1, 3))
     real = {batch: measured(model, methods.DRaFT(1), batch, memory) for batch in (1, 3)}
     assert {batch: peak / real[batch] for batch, peak in found.peaks.items()} == pytest.approx({1: 1.0, 3: 1.0}, rel=0.05)

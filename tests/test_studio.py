@@ -161,7 +161,7 @@ def test_the_shelf_lists_the_folder_and_what_was_named_and_nothing_outside(desk:
     named = Shelf(folder, (str(folder / "tuned"), str(tmp_path / "outside"), "owner/name"))
     assert list(named.adapters()) == [str(folder / "tuned"), str(tmp_path / "outside")]
     assert list(named.models())[:3] == [*named.adapters(), "owner/name"] and "base" in named.models()
-    for name in ("../x", "/tmp/x", "a/b", "", None, ".hidden", "..", "x" * 101):
+    for name in ("../x", "/x", "a/b", "", None, ".hidden", "..", "x" * 101):
         with pytest.raises(cr.UserError, match="the name is"):
             desk.shelf.free(name)
     for name in ("link", "../outside", str(tmp_path / "outside"), "tuned/../tuned", None):

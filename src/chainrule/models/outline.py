@@ -22,7 +22,7 @@ from chainrule.models.bundled import BUNDLED
 from chainrule.models.families import FAMILIES, class_of, index
 from chainrule.models.loading import build, check, defaults_in
 from chainrule.models.model import Model
-from chainrule.models.pipeline import call_default
+from chainrule.models.pipeline import call_default, weight_type
 from chainrule.models.published import refusal
 from chainrule.offload import blocks_of, lend
 from chainrule.size import Size
@@ -73,14 +73,9 @@ def outline_of(model: Model) -> Model:
     """The outline of a live model, with its settings and with the adapters of nobody."""
     names = {"vae": model.pipe.components.get("vae"), "scheduler": model.pipe.scheduler, model.component: model.network}
     parts = {name: (type(part), dict(part.config)) for name, part in names.items() if part is not None}
-    pipe = of_parts(model.family, parts, weight_dtype(model))
+    pipe = of_parts(model.family, parts, weight_type(model.network))
     made = build(model.name, pipe, model.defaults, model.size, None)
     return replace(outlined(made, model.quantize), sampler=model.sampler, asked=model.asked)
-
-
-def weight_dtype(model: Model) -> torch.dtype:
-    """The type a model computes in."""
-    return getattr(torch, model.opening["dtype"])
 
 
 def of_parts(family: str, parts: Parts, dtype: torch.dtype, device: torch.device = META) -> Any:
@@ -118,7 +113,7 @@ def outlined(model: Model, quantize: str | None = None) -> Model:
     model.network.requires_grad_(False)
     if quantize:
         hold(model.network, *BITS[quantize])
-    shape, kind, device = _words(model.pipe, model.network), weight_dtype(model), model.device
+    shape, kind, device = _words(model.pipe, model.network), weight_type(model.network), model.device
 
     def words(count: int) -> PromptEmbedding:
         if shape is None:
