@@ -76,7 +76,7 @@ MAY_IMPORT = {
     "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "
     "training grids trackers card",
     "scores": "files",
-    "evaluate": "errors scores asked files display processes estimate rewards guidance models prompts",
+    "evaluate": "errors appearance scores asked files display processes estimate rewards guidance models prompts",
     "vote": "errors estimate files",
     "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
     "sampling": "processes rewards guidance models album baselines",

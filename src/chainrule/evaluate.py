@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chainrule import display
+from chainrule.appearance import apart
 from chainrule.asked import numbers
 from chainrule.errors import UserError
 from chainrule.estimate import Estimate
@@ -132,17 +132,10 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def distances(images: Tensor) -> Tensor:
-    """Each image's mean distance to the others, (n,), of (n, 3, h, w): root mean square over 16x16 averaged pixels.
-
-    It is 0 where all are the same picture. Raises UserError for a single image.
-    """
+    """Each image's mean distance to the others, (n,), of (n, 3, h, w). Raises UserError for a single image."""
     if len(images) < 2:
         raise UserError("diversity needs at least two seeds per prompt")
-    small = F.adaptive_avg_pool2d(images.float(), 16).flatten(1)
-    first, second = torch.triu_indices(len(small), len(small), offset=1)
-    apart = small.new_zeros(len(small), len(small))
-    apart[first, second] = torch.pdist(small) / small.shape[1] ** 0.5
-    return (apart + apart.T).sum(1) / (len(small) - 1)
+    return apart(images)
 
 
 def diversity(images: Tensor) -> float:
