@@ -20,6 +20,7 @@ from chainrule.adapters import Weights
 from chainrule.denoise import guidance_is_input
 from chainrule.guidance import CFG
 from chainrule.models import PUBLISHED, loras
+from chainrule.models.published import HUB
 from chainrule.models.published import local
 
 LOADERS = ("sd", "lcm", "sdxl", "sd3", "flux")
@@ -97,7 +98,7 @@ FAMILY = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", HUB)
 def test_a_published_adapter_is_sampled_as_its_authors_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their scheduler, scale, steps and guidance in the plain pipeline; random weights, and a hub of one file."""
     known = PUBLISHED[name]

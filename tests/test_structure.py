@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "denoise": "",
     "guidance": "errors named denoise",
     "cast": "adapters denoise guidance",
-    "chain": "errors plan noise half solve denoise cast",
+    "taken": "errors plan solve",
+    "chain": "errors plan noise half solve taken denoise cast",
     "learned": "errors files tensors guidance cast chain",
     "objective": "plan half solve rewards denoise cast",
     "models": "errors asked pictures files tensors offload processes size plan noise solve adapters denoise guidance cast chain "
@@ -60,7 +61,7 @@ MAY_IMPORT = {
     "report": "errors config estimate plan runs",
     "card": "errors files config runs report methods adapters models",
     "push": "errors files runs adapters card",
-    "gradient": "asked plan rewards guidance chain objective models",
+    "gradient": "asked plan rewards guidance taken chain objective models",
     "tiny": "errors rewards",
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
     "album": "errors files size runs report",
@@ -87,7 +88,7 @@ MAY_IMPORT = {
     "doctor": "errors meters adapters methods rewards models gradient looked",
     "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
     "learner analyze card",
-    "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
+    "experiments": "errors appearance yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
     "prompts report evaluate baselines finetune steer",
     "studio": "errors asked named settings runs loop adapters rewards models report steer analyze vote",
     "cli": "errors asked yaml_text files processes named size checked config plan runs settings methods adapters rewards guidance "

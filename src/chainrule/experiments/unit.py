@@ -25,7 +25,7 @@ from chainrule.settings import Finetuning, Steering
 
 VERSIONS = ("chainrule", "torch", "diffusers", "transformers", "peft")
 RESULT = "evaluation.json"
-OPENING = {"model": "tiny-emoji", "tunes": "model", "solver": None}  # the solver is that of training
+OPENING = {"model": "tiny-emoji", "adapter": None, "solver": None}  # the solver is that of training
 OWN: dict[str, Values] = {  # what a task takes besides the library's settings, and what stands for what is not given
     "finetune": {**OPENING, "student": None, "method": "draft-lv", "reward": None, "prompts": "animals:train"},
     "steer": {**OPENING, "reward": None, "prompts": [""], "seeds": None, "images": None, "unit": "one", "counts": None,

@@ -204,20 +204,19 @@ class Model:
     ) -> Model:  # fmt: skip
         """This model with a saved adapter (a run, a folder, a file, OWNER/NAME:FILE on the hub) on top, at `scale`.
 
-        What a run learned besides, guidance weights and negative embeddings, comes along as it is.
-        A name of `chainrule.models.PUBLISHED` (hyper-sd15-4, lcm-sdxl, ...) is downloaded, and sampled as its authors say.
-        `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
-        excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model, which stays as it is. The adapter
-        is taken out again when nothing is left that can switch it on: no model, member or chain.
+        What a run learned besides comes along. A student of `distill` and a name of `chainrule.models.PUBLISHED` (hyper-sd15-4,
+        tiny-emoji-4, ...) are sampled in their own few steps. `adapter_steps=(first, last)` switches it on for those of `steps`
+        sampling steps only, first included, last excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model,
+        which stays as it is. The adapter is taken out again when no model, member or chain is left that can switch it on.
         """
-        known = published.find(source, self.family)
+        known = students.known(source, self.family)
         files = {} if isinstance(source, adapters.Weights) else adapters.adapter_files(published.local(source))
         spans: Levels | None = None
         if adapter_steps:
             grid, (first, last) = self.grid(steps), adapter_steps
             if not 0 <= first < last <= len(grid) - 1:
                 raise UserError(f"adapter_steps is {adapter_steps}, but must satisfy 0 <= first < last <= {len(grid) - 1}")
-            if any(own is not None for own in files.values()):
+            if any(files.values()):
                 raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
             spans = ((grid[last], grid[first]),)
         loaded = [(loras.read(file, self.family, getattr(self.network, "config", None)), own) for file, own in files.items()]
@@ -231,7 +230,8 @@ class Model:
         if not known:
             return model
         defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)
-        return replace(model.solving(known.solver, known.settings), defaults=defaults, asked=None)
+        sampler = students.sampler(known, model.solving(known.solver, known.settings).sampler)
+        return replace(model, sampler=sampler, defaults=defaults, asked=None)
 
     def with_student(self, source: str | Path | None = None) -> Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).
