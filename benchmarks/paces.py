@@ -2,9 +2,10 @@
 
     python -m benchmarks.paces [--rounds 6] [--seconds 60]
 
-Prints for each method: the processor seconds of an update (one thread, activations kept, in turns with all others, the middle one of the
-rounds after one that warms up; a random plan is drawn anew in each), the updates that fit into the given seconds, and the peak MiB of
-one gradient of a batch above the weights, kept and recomputed. A method's stages count equally; its bytes are the largest stage's.
+Prints for each method: the processor seconds of an update (one thread, activations kept, in turns with all others, the middle
+one of the rounds after one that warms up; a random plan is drawn anew in each), the updates that fit into the given seconds, and
+the peak MiB of one gradient of a batch above the weights, kept and recomputed. A method's stages count equally; its bytes are the
+largest stage's.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ import chainrule as cr
 from chainrule.estimators import Batch
 from chainrule.experiments.table import Table, read
 from chainrule.meters import peak_bytes
-from chainrule.methods import Method, needs
+from chainrule.methods import Method, needs, stages
 from chainrule.methods import read as read_method
-from chainrule.methods import stages
 from chainrule.rewards import parse
 from chainrule.settings import Finetuning
 from chainrule.training import FinetuneTask

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 import chainrule as cr
+from chainrule.cli.arguments import scale_of
 from chainrule.models import bundled
 from chainrule.models.students import facts
 
@@ -62,3 +63,25 @@ def test_it_is_trained_through_its_own_chain(base: cr.Model, tmp_path: Path) -> 
     assert tuned.grid() == student.grid()
     before, after = student.render(PROMPTS, SEEDS), tuned.render(PROMPTS, SEEDS)
     assert float(after.mean()) < float(before.mean())
+
+
+def test_a_scale_may_change_from_noise_to_image(base: cr.Model) -> None:
+    """At every level the adapter answers as at the number that the straight line between the two scales has there."""
+    student = bundled.student("tiny-emoji")
+    ramp = base.using(student, scale=(0.2, 1.0))
+    (band,) = ramp.active.values()
+    assert [round(band.at(level), 9) for level in (1000, 750, 500, 0)] == [0.2, 0.4, 0.6, 1.0]
+    x = ramp.noise(SEEDS)
+    for level in ramp.grid()[:-1]:
+        fixed = base.using(student, scale=0.2 + 0.8 * (1 - level / 1000))
+        answers = [model.cast()["base"](x, level, model.embed(PROMPTS)) for model in (ramp, fixed)]
+        assert torch.allclose(*answers, atol=1e-6)
+    constant = base.using(student, scale=(0.7, 0.7)).render(PROMPTS, SEEDS)
+    torch.testing.assert_close(constant, base.using(student, scale=0.7).render(PROMPTS, SEEDS), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("text", ["", "strong", "1:2:3", "nan", "0:inf"])
+def test_a_scale_on_the_command_line_is_one_number_or_two(text: str) -> None:
+    assert scale_of("0.7") == 0.7 and scale_of("0:1") == (0.0, 1.0)
+    with pytest.raises(cr.UserError, match="must be a finite number, or two as in 0:1"):
+        scale_of(text)

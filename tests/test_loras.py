@@ -20,8 +20,7 @@ from chainrule.adapters import Weights
 from chainrule.denoise import guidance_is_input
 from chainrule.guidance import CFG
 from chainrule.models import PUBLISHED, loras
-from chainrule.models.published import HUB
-from chainrule.models.published import local
+from chainrule.models.published import HUB, local
 
 LOADERS = ("sd", "lcm", "sdxl", "sd3", "flux")
 

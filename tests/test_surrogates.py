@@ -177,7 +177,7 @@ def test_a_quadrature_is_exact_for_polynomials_of_lower_degree() -> None:
 
 
 def test_the_order_1_of_lagrange_is_leapalign() -> None:
-    model, adapter = prepared("flow")
+    model, _ = prepared("flow")
     lagrange = FlowBPLagrange(order=1, samples=1, share=0.3).plan(model.grid(STEPS), Random(2))
     first, second = (i for i, jump in enumerate(lagrange.jumps) if jump.lands is not None)
     plans = {str(LeapAlign(share=0.3).plan(model.grid(STEPS), Random(seed))): seed for seed in range(200)}

@@ -37,10 +37,9 @@ def taken(solver: Solver, path: Path, moves: Sequence[Step]) -> list[Taken]:
     over, leaps, steps = passed_over(path), _leaps(solver, path), []
     for i, (jump, move) in enumerate(zip(path, moves, strict=True)):
         leap = leaps.get(i)
+        back: Step | None = leap[1] if leap else move
         if i in over:  # the leap's own start carries the state
             back = Step(1.0, leap[1].b) if leap and jump.grad is not Grad.NONE else None
-        else:
-            back = leap[1] if leap else move
         steps.append(Taken(jump, move, back, leap))
     return steps
 

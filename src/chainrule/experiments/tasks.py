@@ -5,7 +5,6 @@ Every task leaves `evaluation.json` in its folder, last: with it there, the run 
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import time

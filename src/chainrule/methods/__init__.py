@@ -14,7 +14,7 @@ from chainrule.methods.shortft import ShortFT
 from chainrule.methods.surrogates import FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign
 
 __all__ = [
-    "DDPO", "DPG", "GRPO", "REGISTRY", "SDO", "AlignProp", "Critic", "DRTune", "DRaFT", "DRaFTLV", "Estimator",
-    "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "LikelihoodRatio", "Method", "Needs", "Pathwise", "ReFL", "ShortFT",
-    "as_method", "describe", "make", "needs", "read", "spelled", "stages",
+    "DDPO", "DPG", "GRPO", "REGISTRY", "SDO", "AlignProp", "Critic", "DRTune", "DRaFT", "DRaFTLV", "Estimator", "FlowBPBridge",
+    "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "LikelihoodRatio", "Method", "Needs", "Pathwise", "ReFL", "ShortFT", "as_method",
+    "describe", "make", "needs", "read", "spelled", "stages",
 ]  # fmt: skip

@@ -154,9 +154,9 @@ class FlowBPLagrange:
     """Two leaps, each of several calls' answers with the weights of a quadrature, two of which are live. `-[=..=...+=..]`
 
     arXiv:2606.11075: `order` calls of each leap, evenly apart, are taken for a polynomial of the answer, which is integrated. The
-    first `samples` of them are live; `gain` multiplies the weights of all but a leap's own. The second leap's first call lets `share`
-    of its input's gradient through. `concentration` is Dirichlet's of the steps before, in and after the first leap, and `deviation`
-    as in `LeapAlign`, which is the order 1. The paper's names no nodes and no gain: these are its authors' published settings.
+    first `samples` of them are live; `gain` multiplies the weights of all but a leap's own. The second leap's first call lets
+    `share` of its input's gradient through. `concentration` is Dirichlet's of the steps before, in and after the first leap, and
+    `deviation` as in `LeapAlign`, which is the order 1. The nodes, the gain and the share are its authors' published settings.
     """
 
     order: int = 3
@@ -187,7 +187,9 @@ class FlowBPLagrange:
         path = walk(grid)
         before, between, _ = drawn_parts(len(path), self.concentration, (0, 1, 1), rng)
         first, second = before, before + between
-        found = self._leap(self._leap(path, first, second, Grad.WEIGHTS), second, len(path), Grad.FULL if self.share else Grad.WEIGHTS)
+        found = self._leap(
+            self._leap(path, first, second, Grad.WEIGHTS), second, len(path), Grad.FULL if self.share else Grad.WEIGHTS
+        )
         found = (*found[:second], replace(found[second], share=self.share), *found[second + 1 :])
         return Plan(found[:first], (found[first:],), deviation=self.deviation)
 

@@ -199,15 +199,15 @@ class Model:
         adapter.remove()
 
     def using(
-        self, source: str | Path | adapters.Weights, *, scale: float = 1.0,
+        self, source: str | Path | adapters.Weights, *, scale: adapters.Scale = 1.0,
         adapter_steps: tuple[int, int] | None = None, steps: int | None = None,
     ) -> Model:  # fmt: skip
         """This model with a saved adapter (a run, a folder, a file, OWNER/NAME:FILE on the hub) on top, at `scale`.
 
-        What a run learned besides comes along. A student of `distill` and a name of `chainrule.models.PUBLISHED` (hyper-sd15-4,
-        tiny-emoji-4, ...) are sampled in their own few steps. `adapter_steps=(first, last)` switches it on for those of `steps`
-        sampling steps only, first included, last excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model,
-        which stays as it is. The adapter is taken out again when no model, member or chain is left that can switch it on.
+        Two scales, (0, 1) say, are those at noise and image, linear in the level. What a run learned besides comes along.
+        A student of `distill` and a name of `chainrule.models.PUBLISHED` (hyper-sd15-4, tiny-emoji-4, ...) are sampled in their own
+        few steps. `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
+        excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared, and go when nothing is left that can switch them on.
         """
         known = students.known(source, self.family)
         files = {} if isinstance(source, adapters.Weights) else adapters.adapter_files(published.local(source))
@@ -224,7 +224,7 @@ class Model:
         for weights, own in [(source, None)] if isinstance(source, adapters.Weights) else loaded:
             name = adapters.unused_name(self.network, "loaded")
             lease = adapters.lease(self.network, name, weights)
-            active[name] = Band(scale * (known.scale if known else 1.0), own or spans, lease)
+            active[name] = Band(scale, own or spans, lease, known.scale if known else 1.0)
         learned = {} if isinstance(source, adapters.Weights) else load_learned(adapters.learned_folders(source))
         model = replace(self, active=active, learned={**self.learned, **learned}, base_adapters=(*self.base_adapters, str(source)))
         if not known:

@@ -19,9 +19,9 @@ from chainrule.errors import UserError
 from chainrule.guidance import Embedded, of_number
 from chainrule.models import bundled, loras, published
 from chainrule.models.families import FAMILIES, family_of
+from chainrule.models.pipeline import weight_type
 from chainrule.models.solvers import Sampler
 from chainrule.plan import Grid, segment_ends
-from chainrule.models.pipeline import weight_type
 
 # What two networks must have in common for one to answer for the other, as far as their kind has it.
 SHARED = ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "caption_channels", "sample_size")
@@ -77,6 +77,11 @@ def _read(path: Path) -> dict[str, Any]:
 def facts(place: str | Path) -> dict[str, Any]:
     """What `distill` wrote about a student: its base, steps and prediction; {} for others."""
     return _read(Path(place) / "adapter" / "student.json") or _read(Path(place) / "student.json")
+
+
+def few_steps(source: str | Path) -> bool:
+    """Whether an adapter says itself in how many steps it is sampled."""
+    return str(source) in published.PUBLISHED or bool(facts(source))
 
 
 def known(source: object, family: str) -> published.Published | None:
