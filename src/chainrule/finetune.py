@@ -57,8 +57,8 @@ def finetune(
     model = model.guided(guidance or settings.guidance)
     method = as_method(method)
     scorer, watched = as_reward(reward), as_reward(held_out) if held_out else None
-    if settings.patience and not watched:
-        raise UserError("patience needs a held-out reward to watch; pass held_out")
+    if settings.patience and not watched and settings.best == "held_out":
+        raise UserError("patience needs a held-out reward to watch; pass held_out, or let best name something else")
     order = _order(model, method, settings)
     processes = Processes.here(model.device, settings.timeout)
     processes.check_batch(settings.batch, settings.accumulate)

@@ -197,8 +197,12 @@ class Finetuning(Together):
     seed: Seed = Field(default=0, description="seed of the adapter, the plans, the prompts and the noise")
     sample_every: int = Field(default=50, ge=0, description="updates between sample grids; 0: only before and after")
     save_every: int = Field(default=50, ge=0, description="updates between checkpoints; 0: only at the end")
+    best: Literal["held_out", "sound", "diversity", "edges", "colors", "brightness", "saturation", "sharpness"] = Field(
+        default="held_out",
+        description="what the adapter in best/ is the best by; sound: the trained reward while the report raises no alarm",
+    )
     patience: int = Field(
-        default=0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never stop"
+        default=0, ge=0, description="stop after this many sample grids without a better one by what best names; 0: never stop"
     )
     stage_steps: list[int] | None = Field(
         default=None, description="updates of a stage of a staged method, given once per stage; default: equal shares"
