@@ -129,8 +129,8 @@ def _save_hpsv3(folder: Path) -> None:
     words = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     marks = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=marks[0], extra_special_tokens=marks[1:])
-    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=marks[0])
+    tokenizer.add_tokens(marks[1:], special_tokens=True)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     places = {"type": "mrope", "mrope_section": [1, 1, 2]}
