@@ -66,10 +66,11 @@ MAY_IMPORT = {
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
     "album": "errors files size runs report",
     "learner": "learned",
+    "balance": "errors settings processes noise chain rewards objective models",
     "estimators": "errors plan processes methods noise half solve adapters rewards chain objective models gradient learner",
     "learnable": "errors settings guidance learned models",
-    "training": "errors plan settings processes loop methods noise adapters rewards learned models objective gradient learner "
-    "estimators learnable",
+    "training": "errors balance plan settings processes loop methods noise adapters rewards learned models objective gradient "
+    "learner estimators learnable",
     "standins": "errors rewards models",
     "footprint": "errors standins settings methods meters offload adapters rewards denoise guidance cast models training",
     "grids": "errors files rows runs pictures appearance noise loop rewards models report training",

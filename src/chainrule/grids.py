@@ -140,7 +140,7 @@ class SampleGrids:
     def _measured(self, images: Tensor, prompts: Sequence[str]) -> Values:
         """The trained reward, the held-out one and what the images look like, a number for each image."""
         task, batch = self.task, self.task.settings.micro_batch or 8
-        rewards = {"reward": task.reward, **({"held_out": self.held_out} if self.held_out else {})}
+        rewards = {"reward": task.raised, **({"held_out": self.held_out} if self.held_out else {})}
         found: Values = {name: [] for name in rewards}
         with drawing(derive(task.seed, "watched", task.step)):
             for name, reward in rewards.items():

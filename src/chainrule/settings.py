@@ -182,6 +182,14 @@ class Finetuning(Together):
         description="what is trained: adapter, guidance (a scale per step), negative; with commas between",
     )
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
+    balance: Literal["none", "deviation", "gradient"] = Field(
+        default="none",
+        description="what a sum's rewards are divided by before their weights count: their deviation over first images, or the "
+        "norm of their gradient there",
+    )
+    balance_batches: int = Field(
+        default=8, ge=1, le=10_000, description="batches that balance measures, those of the first updates"
+    )
     kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last trained call")
     flat: float = Field(
         default=0.0, ge=0, le=1, description="RSA-FT's radius: gradients of nearby worse weights and images, twice the time; 0: off"
