@@ -50,7 +50,8 @@ def test_the_sound_best_is_the_last_that_rose_before_the_alarm(tmp_path: Path) -
 def test_patience_counts_by_what_best_names(tmp_path: Path) -> None:
     """It ends at the second grid in a row that is not the brightest so far, as the same run without patience shows."""
     found = means(tuned(tmp_path / "whole", **EVERY), "brightness")
-    ends = next(step for step in found if step > 2 and max(found[step], found[step - 1]) <= max(found[k] for k in range(1, step - 1)))
+    worse = lambda step: max(found[step], found[step - 1]) <= max(found[k] for k in range(1, step - 1))
+    ends = next(step for step in found if step > 2 and worse(step))
     run = tuned(tmp_path / "run", best="brightness", patience=2, **EVERY)
     assert len(run.metrics()) == ends and "brightness stopped rising" in (run.folder / "stopped.txt").read_text()
     with pytest.raises(cr.UserError, match="or let best name something else"):
