@@ -38,7 +38,7 @@ def test_a_config_is_read_by_the_class_that_wrote_it(config, tmp_path):
     assert read_config(path) == config
     assert type(config).read(path) == config
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    here_only = ("out", "device", "timeout", "text_encoders", "network", "compile", "prompt_cache")
+    here_only = ("out", "device", "timeout", "text_encoders", "network", "shards", "compile", "prompt_cache")
     assert list(written) == [name for name in config.flat_fields() if name not in here_only]
 
 

@@ -89,7 +89,9 @@ def test_what_lending_saves_is_counted(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_lent_is_said() -> None:
-    with pytest.raises(cr.UserError, match="a UNet2DModel names no blocks that could stay on the CPU; leave network on the device"):
+    with pytest.raises(
+        cr.UserError, match="a UNet2DModel names no blocks, which alone could be elsewhere; leave network on the device"
+    ):
         blocks_of(loaded(CASES["ddpm"]).network)
     with pytest.raises(cr.UserError, match="unknown network 'gpu'"):
         cr.load("tiny-emoji", network="gpu")

@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "half": "",
     "meters": "",
     "offload": "errors",
+    "shards": "errors processes",
     "solve": "plan noise",
     "adapters": "errors files tensors",
     "rewards": "errors named pictures offload",
@@ -56,7 +57,7 @@ MAY_IMPORT = {
     "chain": "errors plan noise half solve taken denoise cast",
     "learned": "errors files tensors guidance cast chain",
     "objective": "plan half solve rewards denoise cast",
-    "models": "errors asked pictures files tensors offload processes size plan noise solve adapters denoise guidance cast chain "
+    "models": "errors asked pictures files tensors offload processes shards size plan noise solve adapters denoise guidance cast chain "
     "learned",
     "report": "errors config estimate plan runs",
     "card": "errors files config runs report methods adapters models",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chainrule.asked import numbers, pairs, texts
 from chainrule.errors import UserError
-from chainrule.evaluate import Renderer, Table, evaluate
+from chainrule.evaluate import Renderer, Table, evaluate, sharded
 from chainrule.files import write_text
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
@@ -59,6 +59,11 @@ class BestOf:
         """Where the network is."""
         return self.model.device
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the network is in shards."""
+        return self.model.sharded
+
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
         on_call: Callable[[], None] = lambda: None,
@@ -80,9 +85,10 @@ class BestOf:
     ) -> Iterator[Finished]:  # fmt: skip
         """The best image of each prompt and seed that is not `done`, one at a time, with the seed that it has."""
         prompts, seeds = pairs(prompts, seeds)
-        for at in processes.batches(len(prompts), 1, done):
-            best = [self._best(prompts[k], seeds[k], steps, guidance, batch, on_call) for k in at]
-            yield Finished(at, [each.seed for each in best], torch.stack([each.image for each in best]) if best else NONE)
+        for each in processes.rounds(len(prompts), 1, done):
+            made = [self._best(prompts[k], seeds[k], steps, guidance, batch, on_call) for k in each.along(self.sharded)]
+            best = made[: len(each.own)]
+            yield Finished(each.own, [one.seed for one in best], torch.stack([one.image for one in best]) if best else NONE)
 
     @torch.no_grad()
     def _best(
@@ -114,6 +120,11 @@ class Templated:
     def device(self) -> torch.device:
         """Where the network is."""
         return self.model.device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the network is in shards."""
+        return sharded(self.model)
 
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,

@@ -199,11 +199,13 @@ def distill(
             )
             if processes.main:
                 card.write(run, card.Base.of(model))
-            if reason == "finished" and processes.main:
+            if reason == "finished" and (processes.main or model.sharded):
                 shown = said[:: max(1, len(said) // 6)][:6]
                 taught = model.with_member("student", task.student)
                 with task.learner.averaged():
-                    save(shortcut(taught, shown, student_steps=settings.student_steps), run.folder)
+                    found = shortcut(taught, shown, student_steps=settings.student_steps)
+                if processes.main:
+                    save(found, run.folder)
         finally:
             task.remove()
     return run

@@ -21,7 +21,7 @@ from chainrule.estimate import Estimate
 from chainrule.files import write_text
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
-from chainrule.processes import ALONE, Processes
+from chainrule.processes import ALONE, Processes, Round
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import AnyReward, Reward, as_rewards, checked
 from chainrule.scores import Score, Scores
@@ -145,12 +145,17 @@ def diversity(images: Tensor) -> float:
 
 def shares(prompts: int, seeds: int, batch: int = 16, processes: Processes = ALONE, done: Container[int] = ()) -> list[int]:
     """How many images of a row this process makes at a time, for a progress bar; the prompts that are `done` are left out."""
-    return [len(at) * seeds for at in _shares(prompts, seeds, batch, processes, done)]
+    return [len(each.own) * seeds for each in _shares(prompts, seeds, batch, processes, done)]
 
 
-def _shares(prompts: int, seeds: int, batch: int, processes: Processes, done: Container[int]) -> Iterator[range]:
+def _shares(prompts: int, seeds: int, batch: int, processes: Processes, done: Container[int]) -> Iterator[Round]:
     """The prompts whose images are made at a time: diversity needs all images of one together."""
-    return processes.batches(prompts, max(1, batch // seeds), done)
+    return processes.rounds(prompts, max(1, batch // seeds), done)
+
+
+def sharded(model: Renderer) -> bool:
+    """Whether every process has to make the same calls of it; not of one that does not say."""
+    return bool(getattr(model, "sharded", False))
 
 
 @torch.no_grad()
@@ -190,20 +195,34 @@ def evaluate(
         found = processes.of_main(scores.there(name, prompts, seeds, columns) if scores and processes.main else {})
         for reward in chosen:
             reward.to(model.device)
-        for at in _shares(len(prompts), len(seeds), batch, processes, found):
-            said = [prompts[k] for k in at for _ in seeds]
-            images = model.render(said, seeds * len(at), steps, guidance, batch, on_call) if at else None
+        for each in _shares(len(prompts), len(seeds), batch, processes, found):
+            images, said = _rendered(model, prompts, seeds, each, steps, guidance, batch, on_call)
             mine = [] if images is None else _scored(name, images, said, seeds, chosen, batch, model.device)
-            made = processes.gather([list(zip(at, mine, strict=True))])
+            made = processes.gather([list(zip(each.own, mine, strict=True))])
             found |= {k: same for share in made for k, same in share}
             if scores and processes.main:
-                scores.extend([each for share in made for _, same in share for each in same], seeds)
+                scores.extend([one for share in made for _, same in share for one in same], seeds)
         own = [found[k] for k in range(len(prompts))]
         per_prompt[name] = {c: torch.tensor([[each.values[c] for each in same] for same in own]).mean(1).tolist() for c in columns}
         every += [each for same in own for each in same]
     if scores:
         processes.main_does(lambda: scores.finish(every, seeds))
     return Table.of(prompts, per_prompt, every)
+
+
+def _rendered(
+    model: Renderer, prompts: Sequence[str], seeds: list[int], each: Round, steps: int | None, guidance: AnyGuidance, batch: int,
+    on_call: Callable[[], None],
+) -> tuple[Tensor | None, list[str]]:  # fmt: skip
+    """The images of a round's own prompts, None where there are none, and the prompt of each image.
+
+    Where all processes make the same calls one with fewer prompts adds others, whose images do not count.
+    """
+    added = range(each.most - len(each.own) if sharded(model) else 0)
+    said = [prompts[k] for k in (*each.own, *added) for _ in seeds]
+    images = model.render(said, seeds * (len(said) // len(seeds)), steps, guidance, batch, on_call) if said else None
+    own = len(each.own) * len(seeds)
+    return (None if images is None or not own else images[:own]), said[:own]
 
 
 def columns_of(rewards: Sequence[Reward], seeds: int) -> list[str]:

@@ -36,7 +36,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     named = [module for module in network.modules() if type(module).__name__ in names and module is not network]
     inner = [module for module in named if not any(type(part).__name__ in names for part in list(module.modules())[1:])]
     if not inner:
-        raise UserError(f"a {type(network).__name__} names no blocks that could stay on the CPU; leave network on the device")
+        raise UserError(f"a {type(network).__name__} names no blocks, which alone could be elsewhere; leave network on the device")
     return inner
 
 

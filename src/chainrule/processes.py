@@ -24,6 +24,18 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """What one process makes while each makes its own: the numbers of `own` things, and how many the one with the `most` has."""
+
+    own: range
+    most: int
+
+    def along(self, together: bool) -> range:
+        """The things to go through: its own; without any, where all go `together`, the first ones, which do not count."""
+        return self.own or range(self.most if together else 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Processes:
     """This process among those that run the same program: number `index` of `count`, counted from 0."""
 
@@ -31,7 +43,7 @@ class Processes:
     count: int = 1
 
     @classmethod
-    def here(cls, device: torch.device | None = None, timeout: float = TIMEOUT) -> Self:
+    def here(cls, device: torch.device | str | None = None, timeout: float = TIMEOUT) -> Self:
         """The processes this program was launched as; one, where it was not launched as several.
 
         `device` is where the tensors are that will be averaged (default: the GPU if there is one). A process waits `timeout`
@@ -41,8 +53,8 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        cpu = device.type == "cpu" if device else not torch.cuda.is_available()
-        with _answered():
+        cpu = torch.device(device).type == "cpu" if device else not torch.cuda.is_available()
+        with answered():
             state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
         return cls(state.process_index, state.num_processes)
 
@@ -55,17 +67,22 @@ class Processes:
         """This process's part of what all have together: every `count`-th item."""
         return list(items[self.index :: self.count])
 
-    def batches(self, count: int, batch: int, done: Container[int] = ()) -> Iterator[range]:
+    def rounds(self, count: int, batch: int, done: Container[int] = ()) -> Iterator[Round]:
         """This process's share of the batches of `count` things; a batch whose things are all `done` is left out.
 
         A batch holds the same things whatever is done, and on any number of processes that have a whole batch each. Every
-        process is given equally many, at last an empty one where there are not enough, so that all can meet after each.
+        process is given equally many rounds, the last perhaps without a batch of its own, so that all can meet after each.
         """
         size = max(1, min(batch, -(-count // self.count)))
         every = (range(start, min(start + size, count)) for start in range(0, count, size))
         left = [some for some in every if any(number not in done for number in some)]
         for start in range(0, len(left), self.count):
-            yield left[start + self.index] if start + self.index < len(left) else range(0)
+            now = left[start : start + self.count]
+            yield Round(now[self.index] if self.index < len(now) else range(0), max(map(len, now)))
+
+    def batches(self, count: int, batch: int, done: Container[int] = ()) -> Iterator[range]:
+        """The own batch of each of the `rounds`, perhaps an empty one."""
+        return (each.own for each in self.rounds(count, batch, done))
 
     def of_main(self, mine: T) -> T:
         """What the main process has; every process gets it."""
@@ -83,7 +100,7 @@ class Processes:
         from accelerate.utils import reduce
 
         # In float64 the order of the sum, which differs with the number of processes, is not seen in float32.
-        with _answered():
+        with answered():
             total: Tensor = reduce(tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64), "sum")
         return (total / self.count).to(tensor)
 
@@ -97,7 +114,7 @@ class Processes:
             return list(mine)
         from accelerate.utils import gather_object
 
-        with _answered():
+        with answered():
             shares: list[list[T]] = gather_object([list(mine)])
         return [shares[i % self.count][i // self.count] for i in range(sum(map(len, shares)))]
 
@@ -110,7 +127,7 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            with _answered():
+            with answered():
                 PartialState().wait_for_everyone()
 
     def main_does(self, work: Callable[[], object]) -> None:
@@ -129,7 +146,7 @@ ALONE = Processes()
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
+def answered() -> Iterator[None]:
     """What torch says when another process does not answer, as a UserError."""
     try:
         yield

@@ -65,10 +65,16 @@ class Opening(Checked):
         exclude=True,
         description="where text encoders are; cpu: moved to the device layer by layer while they are asked",
     )
-    network: Literal["cpu", "device"] = Field(
+    network: Literal["cpu", "device", "shard"] = Field(
         default="device",
         exclude=True,
-        description="where the network's blocks are; cpu: moved to a small card one by one",
+        description="where the network's blocks are; cpu: moved to a small card one by one, shard: in parts over all processes",
+    )
+    shards: int | None = Field(
+        default=None,
+        ge=2,
+        exclude=True,
+        description="processes that hold one copy of the network between them, with network shard; default: all",
     )
     compile: bool = Field(default=False, exclude=True, description="compile the network: slower to start, then faster")
     prompt_cache: str | None = Field(
@@ -81,6 +87,12 @@ class Opening(Checked):
     @classmethod
     def _size(cls, value: Any) -> int | str | None:
         return None if value is None else config_size(size_of(value))
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.shards and self.network != "shard":
+            raise ValueError(f"shards is {self.shards}, but network is {self.network!r}; take network shard with it")
+        return self
 
 
 class Sampling(Checked):

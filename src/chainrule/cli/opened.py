@@ -11,7 +11,7 @@ from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConf
 from chainrule.errors import UserError
 from chainrule.files import digest
 from chainrule.named import refuse_code
-from chainrule.settings import Opening, Sampling, merged
+from chainrule.settings import TIMEOUT, Opening, Sampling, merged
 
 if TYPE_CHECKING:
     from chainrule.adapters import Scale
@@ -40,10 +40,13 @@ class Source:
 
         return "tiny" if self.model in BUNDLED else None
 
-    def load(self) -> Model:
-        """The model, with its guidance and with its adapters on."""
+    def load(self, timeout: float = TIMEOUT) -> Model:
+        """The model, with its guidance and with its adapters on. Processes that hold it together wait `timeout` seconds."""
         from chainrule.models.loading import load
+        from chainrule.processes import Processes, default_device
 
+        if self.opening.network == "shard":  # which needs the others to load it: the first to reach them says how long to wait
+            Processes.here(self.opening.device or default_device(), timeout)
         model = load(self.model, **dict(self.opening)).guided(self.guidance)
         for place in self.adapters:
             model = model.using(place)

@@ -59,7 +59,7 @@ def steer(
     places = (*([source.run] if source.run else []), *config.adapter)
     for place in places:
         check_adapter(place, source.model, config.opening.solver)
-    model = replace(source, adapters=(*source.adapters, *places)).load()
+    model = replace(source, adapters=(*source.adapters, *places)).load(config.settings.timeout)
     from chainrule.processes import Processes
     from chainrule.steer import steer as steered
 

@@ -36,6 +36,8 @@ def ui(
     """
     if find_spec("gradio") is None:
         raise UserError("the studio needs gradio; pip install 'chainrule[ui]'")
+    if opening.network == "shard":
+        raise UserError("network is 'shard', but the studio is one process; take network device or cpu")
     from chainrule.runs import check_folder
 
     check_folder(folder)

@@ -63,7 +63,7 @@ def train(
     student = _student(read, method)
     from chainrule.finetune import finetune
 
-    model = Source(read.model, source.opening, read.adapter).load()
+    model = Source(read.model, source.opening, read.adapter).load(read.settings.timeout)
     run = finetune(
         model.with_student(read.student) if student else model, method, reward, read.prompts, read.settings, out=out,
         held_out=held_out, watch=watch, resume=resume, overwrite=overwrite,
@@ -109,5 +109,7 @@ def distill(
     check_guidance(config.settings.guidance)
     from chainrule.distill import distill as distilled
 
-    run = distilled(source.load(), config.settings, out=out, prompts=config.prompts, resume=resume, overwrite=overwrite)
+    run = distilled(
+        source.load(config.settings.timeout), config.settings, out=out, prompts=config.prompts, resume=resume, overwrite=overwrite
+    )
     typer.echo(f"student: {run.adapter}\nhow faithful it is: {run.folder / 'shortcut.md'}, {run.folder / 'shortcut.png'}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from chainrule.denoise import Condition, PromptEmbedding
 from chainrule.errors import Note
 from chainrule.files import make_folder, whole
-from chainrule.offload import away, is_lent, streamed, weights_of
+from chainrule.offload import away, streamed, weights_of
 from chainrule.tensors import read_tensors, write_tensors
 
 TOGETHER = 4  # prompts embedded at a time, always as many, so that no row depends on which others there are
@@ -179,12 +179,14 @@ def text_encoders(pipe: Any, component: str) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module) and name not in (component, "vae")}
 
 
-def place(pipe: Any, component: str, device: str, encoders: str = "device") -> None:
-    """Move a pipeline to the device. Text encoders may stay on the "cpu": their layers go there one by one while they are asked."""
+def place(pipe: Any, component: str, device: str, encoders: str = "device", stay: Sequence[nn.Module] = ()) -> None:
+    """Move a pipeline to the device, but for what is to `stay` of its network.
+
+    Text encoders may stay on the "cpu": their layers go to the device one by one while they are asked.
+    """
     of_text = text_encoders(pipe, component) if encoders == "cpu" and device != "cpu" else {}
     for name, part in pipe.components.items():
         if name in of_text:
             streamed(part, device)
         elif isinstance(part, nn.Module):
-            stay = [] if name != component else [module for module in part.modules() if is_lent(module)]
-            away(part, device, stay)
+            away(part, device, stay if name == component else ())

@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from chainrule.adapters.files import COMPONENTS
 from chainrule.errors import UserError, unknown
@@ -28,14 +30,13 @@ from chainrule.models.quantize import quantization
 from chainrule.models.solvers import check as check_solver
 from chainrule.models.solvers import check_scheduler
 from chainrule.offload import blocks_of, lend
+from chainrule.processes import ALONE, Processes, default_device
+from chainrule.shards import holders, shard
 from chainrule.size import Size, size_of
-
-if TYPE_CHECKING:
-    import torch
 
 UNUSED = ("safety_checker", "feature_extractor")  # components that are not asked for anything and may be absent
 SETTINGS = "chainrule.json"  # how a model is best sampled, in its folder
-PLACES = ("device", "cpu")
+PLACES = {"text_encoders": ("device", "cpu"), "network": ("device", "cpu", "shard")}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
 
@@ -105,7 +106,7 @@ def defaults_in(folder: Path) -> Defaults | None:
 def load(
     source: Any, *, dtype: str | torch.dtype = "float32", device: str | None = None, solver: str | None = None,
     size: int | str | Sequence[int] | None = None, quantize: str | None = None, text_encoders: str = "device",
-    network: str = "device", compile: bool = False, prompt_cache: str | Path | None = None,
+    network: str = "device", shards: int | None = None, compile: bool = False, prompt_cache: str | Path | None = None,
 ) -> Model:  # fmt: skip
     """A model from a name (`tiny-emoji`), a local diffusers folder, a hub id (`owner/name`) or a pipeline object.
 
@@ -115,19 +116,22 @@ def load(
     denoiser's weights in fewer bits: int8 (torchao), 8bit or 4bit (bitsandbytes, on a GPU); adapters stay in float32.
     `text_encoders="cpu"` leaves those of a pipeline that is opened here on the CPU and moves their layers to the device one
     after the other while they are asked; then `model.pipe` by itself cannot be called. `network="cpu"` does the same with the
-    blocks of the network, for cards that are too small for it; a gradient then wants `memory="blocks"`. `compile` lets
-    torch.compile make the network faster, a minute or more after the first call of a kind. `prompt_cache` is a
+    blocks of the network, for cards that are too small for it; a gradient then wants `memory="blocks"`.
+    `network="shard"` shares them out over the processes that were launched (`chainrule.shards`), or over every `shards` of them.
+    `compile` lets torch.compile make the network faster, a minute or more after the first call of a kind. `prompt_cache` is a
     folder where `embedded` keeps the embeddings of prompts. Only safetensors are read. UNets are opened in the channels-last
     layout, which convolutions are faster in.
     Raises UserError in one line before anything heavy is loaded.
     """
-    dtype = _checked(dtype, solver, quantize, text_encoders, network, compile)
+    dtype = _checked(dtype, solver, quantize, text_encoders, network, shards, compile)
     pixels = None if size is None else size_of(size)
     device = _device(device)
     if compile:
         check_compiler(device)
     cache = None if prompt_cache is None else check_cache(prompt_cache)
     if not isinstance(source, (str, Path)):
+        if network == "shard":
+            raise UserError("network is 'shard', but a pipeline object is used as it is; give its folder or hub id")
         _family(type(source).__name__)
         prepare(source, FAMILIES[type(source).__name__].network)
         made = build(type(source).__name__, source, None, pixels, solver)
@@ -139,21 +143,18 @@ def load(
     if name in BUNDLED and not (Path(source) / SETTINGS).is_file():
         raise UserError(f"the bundled model {name} is missing from this installation; reinstall chainrule")
     defaults = defaults_in(Path(source))
+    processes = holders(torch.device(device), shards) if network == "shard" else ALONE
     pipe = _open(Path(source), name, dtype, quantize)
     _family(type(pipe).__name__)
     pipe.set_progress_bar_config(disable=True)
-    component = FAMILIES[type(pipe).__name__].network
-    if component == "unet":
-        channels_last(pipe.unet)
-    if network == "cpu":
-        lend(blocks_of(getattr(pipe, component)), device)
-    place(pipe, component, device, text_encoders)
+    _put(pipe, device, text_encoders, network, processes, shards)
     made = build(name, pipe, defaults, pixels, solver)
     return replace(compiled(made) if compile else made, quantize=quantize, prompt_cache=cache)
 
 
 def _checked(
-    dtype: str | torch.dtype, solver: str | None, quantize: str | None, text_encoders: str, network: str, compile: bool
+    dtype: str | torch.dtype, solver: str | None, quantize: str | None, text_encoders: str, network: str, shards: int | None,
+    compile: bool,
 ) -> str:  # fmt: skip
     """The type by its name. Raises UserError for an option that is not known, or does not go with another."""
     word = str(dtype).removeprefix("torch.")
@@ -163,13 +164,32 @@ def _checked(
     check_solver(solver)
     check_quantization(quantize)
     for key, where in (("text_encoders", text_encoders), ("network", network)):
-        if where not in PLACES:
-            raise unknown(key, where, PLACES)
-    if network == "cpu" and compile:
-        raise UserError("network is 'cpu' and compile is on, which does not go together; take one of the two")
+        if where not in PLACES[key]:
+            raise unknown(key, where, PLACES[key])
+    if network != "device" and compile:
+        raise UserError(f"network is {network!r} and compile is on, which does not go together; take one of the two")
     if network == "cpu" and quantize in ("8bit", "4bit"):
         raise UserError(f"network is 'cpu' and quantize {quantize!r}, whose weights cannot be moved; take int8, or one of the two")
+    if network == "shard" and quantize:
+        raise UserError(f"network is 'shard' and quantize {quantize!r}, whose weights cannot be parted; take one of the two")
+    if shards is not None and (network != "shard" or shards < 2):
+        wanted = "must be at least 2" if network == "shard" else f"network is {network!r}; take network shard with it"
+        raise UserError(f"shards is {shards}, but {wanted}")
     return word
+
+
+def _put(pipe: Any, device: str, text_encoders: str, network: str, processes: Processes, shards: int | None) -> None:
+    """Lay a pipeline out, and put its parts where they are to be."""
+    component = FAMILIES[type(pipe).__name__].network
+    denoiser = getattr(pipe, component)
+    if component == "unet":
+        channels_last(denoiser)
+    blocks = [] if network == "device" else blocks_of(denoiser)
+    if network == "cpu":
+        lend(blocks, device)
+    place(pipe, component, device, text_encoders, blocks)
+    if network == "shard":
+        shard(denoiser, blocks, torch.device(device), processes, shards)
 
 
 def build(name: str, pipe: Any, defaults: Defaults | None, size: Size | None, solver: str | None) -> Model:
@@ -181,10 +201,6 @@ def build(name: str, pipe: Any, defaults: Defaults | None, size: Size | None, so
 
 def _device(name: str | None) -> str:
     """The device by name, or the GPU if there is one. Raises UserError for one that is not there."""
-    import torch
-
-    from chainrule.processes import default_device
-
     if name is None:
         return default_device()
     try:
@@ -201,7 +217,6 @@ def _half_only(folder: Path) -> bool:
 
 
 def _open(source: Path, name: str, dtype: str, quantize: str | None) -> Any:
-    import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -36,6 +36,7 @@ from chainrule.noise import Noise
 from chainrule.pictures import Finished, pictures
 from chainrule.plan import Grid, Levels, walk
 from chainrule.processes import ALONE, Processes
+from chainrule.shards import is_sharded
 from chainrule.size import Size, config_size
 from chainrule.solve import Solver
 
@@ -68,6 +69,11 @@ class Model:
     def network(self) -> nn.Module:
         """The module that denoises."""
         return self.denoiser.network
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its network is in shards, so that every process has to make the same calls."""
+        return is_sharded(self.network)
 
     @property
     def size(self) -> Size:
@@ -137,9 +143,8 @@ class Model:
         """
         if guidance is None:
             return self
-        asked = read(self.denoiser, guidance)
         learned = {name: part for name, part in self.learned.items() if not (isinstance(part, GuidanceWeights) and part.frozen)}
-        return replace(self, active=dict(self.active), asked=asked, learned=learned)
+        return replace(self, active=dict(self.active), asked=read(self.denoiser, guidance), learned=learned)
 
     def with_member(self, name: str, member: Answerer) -> Model:
         """This model with a member `(x, level, condition) -> answer` that plans call by this name (`Jump(..., via=name)`)."""
@@ -182,8 +187,6 @@ class Model:
         if memory is not Memory.BLOCKS:
             return nullcontext()
         return recomputed(networks_of(self.cast()), [self.codec.network] if self.codec.network is not None else [])
-
-    # Adapters
 
     def adapt(
         self, name: str = "default", *, rank: int = 8, alpha: float | None = None, seed: int = 0, levels: Levels | None = None,
@@ -229,9 +232,10 @@ class Model:
         model = replace(self, active=active, learned={**self.learned, **learned}, base_adapters=(*self.base_adapters, str(source)))
         if not known:
             return model
-        defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)
         sampler = students.sampler(known, model.solving(known.solver, known.settings).sampler)
-        return replace(model, sampler=sampler, defaults=defaults, asked=None)
+        return replace(
+            model, sampler=sampler, defaults=replace(self.defaults, steps=known.steps, guidance=known.guidance), asked=None
+        )
 
     def with_student(self, source: str | Path | None = None) -> Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).
@@ -252,8 +256,6 @@ class Model:
         """
         sampler = solvers.sampler_of(self.pipe.scheduler, solver, self.sampler.spacing, settings)
         return replace(self, active=dict(self.active), sampler=sampler)
-
-    # Sampling
 
     def states(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None,
@@ -277,7 +279,7 @@ class Model:
         Each of several `processes` makes its share, its last batch perhaps empty. A batch is left out if all of it is `done`.
         """
         states = partial(self.states, steps=steps, guidance=guidance, on_call=on_call)
-        return finished(states, self.codec, prompts, seeds, batch, processes, done)
+        return finished(states, self.codec, prompts, seeds, batch, processes, done, self.sharded)
 
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None,
