@@ -57,8 +57,8 @@ MAY_IMPORT = {
     "chain": "errors plan noise half solve taken denoise cast",
     "learned": "errors files tensors guidance cast chain",
     "objective": "plan half solve rewards denoise cast",
-    "models": "errors asked pictures files tensors offload processes shards size plan noise solve adapters denoise guidance cast chain "
-    "learned",
+    "models": "errors asked pictures files tensors offload processes shards size plan noise solve adapters denoise guidance cast "
+    "chain learned",
     "report": "errors config estimate plan runs",
     "card": "errors files config runs report methods adapters models",
     "push": "errors files runs adapters card",
@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "training": "errors balance plan settings processes loop methods noise adapters rewards learned models objective gradient "
     "learner estimators learnable",
     "standins": "errors rewards models",
-    "footprint": "errors standins settings methods meters offload adapters rewards denoise guidance cast models training",
+    "footprint": "errors standins settings methods meters offload shards adapters rewards denoise guidance cast models training",
     "grids": "errors files rows runs pictures appearance noise loop rewards models report training",
     "trackers": "errors loop",
     "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "

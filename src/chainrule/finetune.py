@@ -15,7 +15,7 @@ from chainrule import card
 from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import Note, UserError
-from chainrule.footprint import fitted
+from chainrule.footprint import POLICIES, fitted
 from chainrule.grids import SampleGrids
 from chainrule.guidance import value_among
 from chainrule.loop import Listener, Row, complete, open_run, told
@@ -68,7 +68,7 @@ def finetune(
     probe(scorer.to(model.device), model.size, count=together, gradient=isinstance(estimator, Pathwise))
     if watched:
         probe(watched.to(model.device), model.size, gradient=False)
-    settings = fitted(model, order.methods, scorer, settings, settings.batch // (processes.count * settings.accumulate))
+    settings = _fitted(model, order, scorer, settings, processes)
     config = FinetuneConfig(
         model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
@@ -85,6 +85,13 @@ def finetune(
     finally:
         task.remove()
     return run
+
+
+def _fitted(model: Model, order: Stages, reward: Reward, settings: Finetuning, processes: Processes) -> Finetuning:
+    """Settings with a memory policy that fits every process: the smallest that any of them chose, so that all call alike."""
+    share = settings.batch // (processes.count * settings.accumulate)
+    chosen = processes.gather([fitted(model, order.methods, reward, settings, share).memory])
+    return settings.model_copy(update={"memory": max(chosen, key=POLICIES.index)})
 
 
 def _order(model: Model, method: Method, reward: Reward, settings: Finetuning) -> Stages:

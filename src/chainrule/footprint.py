@@ -30,15 +30,17 @@ from chainrule.meters import LiveBytes, peak_bytes
 from chainrule.methods import Method, needs
 from chainrule.models import Model
 from chainrule.models.outline import META, outline_of
-from chainrule.offload import is_lent
+from chainrule.offload import blocks_of, is_lent
 from chainrule.rewards import Reward
 from chainrule.rewards.base import FunctionReward
 from chainrule.settings import Finetuning
+from chainrule.shards import is_sharded
 from chainrule.standins import holding
 from chainrule.training import FinetuneTask
 
 BATCHES = (1, 2, 8, 32)  # that are counted
 USABLE = 0.9  # of a card
+GATHERED = 3  # blocks of a network in shards, at the most: one that answers, the next one, and what this one comes in
 POLICIES = ("keep", "recompute", "blocks")  # from the fastest to the smallest
 
 
@@ -100,6 +102,18 @@ def count(
             task.remove()
 
 
+def in_shards(found: Footprint, network: nn.Module, shards: int) -> Footprint:
+    """What is left of a footprint where so many processes hold one copy of the network's blocks between them."""
+    sizes = _block_bytes(network)
+    kept = found.fixed["network"] - sum(sizes) + math.ceil(sum(sizes) / shards)
+    gathered = GATHERED * max(sizes)
+    return Footprint({**found.fixed, "network": kept}, {batch: peak + gathered for batch, peak in found.peaks.items()})
+
+
+def _block_bytes(network: nn.Module) -> list[int]:
+    return [sum(weight.nbytes for weight in block.parameters()) for block in blocks_of(network)]
+
+
 def fixed_bytes(task: FinetuneTask, reward: Reward) -> dict[str, int]:
     """What a task holds between updates: the weights of its parts, and its adapters with all that the optimizer keeps of them."""
     loras = {id(weight) for weight in task.learner.named_parameters().values()}
@@ -127,10 +141,11 @@ def fitted(model: Model, methods: Sequence[Method], reward: Reward, settings: Fi
     bare, room = outline_of(model), USABLE * free_bytes(model.device)
     micro = min(share, settings.micro_batch or model.micro_batch)
     scored, peaks = holding(_scoring(model, reward, micro)), {}
+    gathered = GATHERED * max(_block_bytes(bare.network)) if is_sharded(model.network) else 0
     for policy in POLICIES if hasattr(model.network, "enable_gradient_checkpointing") else POLICIES[:2]:
         own = settings.model_copy(update={"memory": policy})
         found = [count(bare, method, scored, own, (1, share)) for method in methods]
-        taken = {n: max(each.fixed["adapters"] + each.peaks[n] for each in found) for n in (1, share)}
+        taken = {n: gathered + max(each.fixed["adapters"] + each.peaks[n] for each in found) for n in (1, share)}
         if taken[share] <= room:
             said = f"an update takes about {gigabytes(taken[share])} of {gigabytes(room / USABLE)} that are free"
             warnings.warn(Note(f"memory: {policy}; {said}"), stacklevel=3)

@@ -29,13 +29,15 @@ def forecast(config: FinetuneConfig, method: Method, card: float) -> None:
     """
     from chainrule.cli.opened import Source
     from chainrule.evaluate import aligned
-    from chainrule.footprint import BATCHES, POLICIES, USABLE, count, gigabytes
+    from chainrule.footprint import BATCHES, POLICIES, USABLE, count, gigabytes, in_shards
     from chainrule.models.outline import outline
     from chainrule.rewards import parse
     from chainrule.size import size_of
     from chainrule.standins import stand_in
 
     opening, own = config.opening, config.settings
+    if opening.network == "shard" and not opening.shards:
+        raise UserError("network is 'shard', of which plan has to know the processes that hold one copy; pass --shards")
     reward = stand_in(parse(config.reward or "pickscore", Source(config.model).reward_source))
     size = None if opening.size is None else size_of(opening.size)
     model = outline(
@@ -49,6 +51,8 @@ def forecast(config: FinetuneConfig, method: Method, card: float) -> None:
         for policy in policies:
             settings = own.model_copy(update={"memory": policy})
             found[policy] = [count(model, turn, reward, settings, on_batch=advance) for turn in turns]
+            if opening.shards:
+                found[policy] = [in_shards(each, model.network, opening.shards) for each in found[policy]]
     taken = {policy: max(each.total(1) for each in of) for policy, of in found.items()}
     largest = {policy: min(each.largest(USABLE * card, MOST) for each in of) for policy, of in found.items()}
     fixed = next(iter(found.values()))[0].fixed
@@ -59,7 +63,7 @@ def forecast(config: FinetuneConfig, method: Method, card: float) -> None:
     fits = [policy for policy in found if largest[policy]]
     if not fits:
         least = min(taken.values()) / USABLE
-        advice = "--dtype bfloat16, --quantize 4bit and --network cpu take less, and so does a smaller --size"
+        advice = "--dtype bfloat16, --quantize 4bit, --network cpu or shard take less, and so does a smaller --size"
         raise UserError(f"{gigabytes(card)} are too few even so; {gigabytes(least)} would do for one image; {advice}")
     batch = f"a batch of up to {_batch(largest[fits[0]])}"
     typer.echo(f"{gigabytes(card)}, {USABLE:.0%} of it used: --memory {fits[0]} and {batch}; text encoders stay on the CPU")
