@@ -79,17 +79,17 @@ MAY_IMPORT = {
     "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "
     "training grids trackers card",
     "scores": "files",
-    "evaluate": "errors appearance scores asked files display processes estimate rewards guidance models prompts",
+    "evaluate": "errors appearance scores asked files display processes shards estimate rewards guidance models prompts",
     "vote": "errors estimate files",
-    "baselines": "errors asked pictures files processes rewards guidance models prompts evaluate",
+    "baselines": "errors asked pictures files processes shards rewards guidance models prompts evaluate",
     "sampling": "processes rewards guidance models album baselines",
     "analyze": "errors pictures files estimate plan methods rewards guidance chain objective models gradient prompts report",
     "steer": "errors asked pictures files tensors size config plan runs processes loop settings noise half solve adapters rewards "
     "denoise guidance cast chain learned objective models report card",
     "looked": "models tiny",
-    "doctor": "errors meters adapters methods rewards models gradient looked",
-    "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
-    "learner analyze card",
+    "doctor": "errors meters shards adapters methods rewards models gradient looked",
+    "distill": "errors files config plan runs settings processes shards loop noise half adapters guidance cast objective models "
+    "prompts learner analyze card",
     "experiments": "errors appearance yaml_text estimate plan runs loop settings methods meters rewards chain objective models "
     "gradient prompts report evaluate baselines finetune steer",
     "studio": "errors asked named settings runs loop adapters rewards models report steer analyze vote",

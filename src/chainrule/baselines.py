@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chainrule.asked import numbers, pairs, texts
 from chainrule.errors import UserError
-from chainrule.evaluate import Renderer, Table, evaluate, sharded
+from chainrule.evaluate import Renderer, Table, evaluate
 from chainrule.files import write_text
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
@@ -21,6 +21,7 @@ from chainrule.pictures import Finished, pictures
 from chainrule.processes import ALONE, Processes
 from chainrule.prompts import TEMPLATES, fill
 from chainrule.rewards import AnyReward, Reward, as_reward, checked
+from chainrule.shards import is_sharded
 
 NONE = torch.empty(0, 3, 1, 1, dtype=torch.float32)  # no image
 
@@ -59,11 +60,6 @@ class BestOf:
         """Where the network is."""
         return self.model.device
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the network is in shards."""
-        return self.model.sharded
-
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,
         on_call: Callable[[], None] = lambda: None,
@@ -86,7 +82,10 @@ class BestOf:
         """The best image of each prompt and seed that is not `done`, one at a time, with the seed that it has."""
         prompts, seeds = pairs(prompts, seeds)
         for each in processes.rounds(len(prompts), 1, done):
-            made = [self._best(prompts[k], seeds[k], steps, guidance, batch, on_call) for k in each.along(self.sharded)]
+            made = [
+                self._best(prompts[k], seeds[k], steps, guidance, batch, on_call)
+                for k in each.along(is_sharded(self.model.network))
+            ]
             best = made[: len(each.own)]
             yield Finished(each.own, [one.seed for one in best], torch.stack([one.image for one in best]) if best else NONE)
 
@@ -120,11 +119,6 @@ class Templated:
     def device(self) -> torch.device:
         """Where the network is."""
         return self.model.device
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the network is in shards."""
-        return sharded(self.model)
 
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None, batch: int = 16,

@@ -37,6 +37,7 @@ from chainrule.processes import ALONE, Processes
 from chainrule.prompts import prompts as read_prompts
 from chainrule.runs import Run
 from chainrule.settings import Distillation, Opening, chosen
+from chainrule.shards import is_sharded
 
 
 @dataclass(slots=True)
@@ -199,7 +200,7 @@ def distill(
             )
             if processes.main:
                 card.write(run, card.Base.of(model))
-            if reason == "finished" and (processes.main or model.sharded):
+            if reason == "finished" and (processes.main or is_sharded(model.network)):
                 shown = said[:: max(1, len(said) // 6)][:6]
                 taught = model.with_member("student", task.student)
                 with task.learner.averaged():

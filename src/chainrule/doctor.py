@@ -179,8 +179,9 @@ def _moved(weights: Sequence[Tensor], slopes: Sequence[Tensor], by: float, value
 def _memory(model: Model, reward: Reward, prompts: Sequence[str]) -> Check:
     """The memory one image adds to what is there: the graph of a call with its guidance, and of decoding and scoring."""
     from chainrule.adapters import unused_name
+    from chainrule.shards import is_sharded
 
-    if model.sharded:  # a call's graph seems to hold blocks that are let go
+    if is_sharded(model.network):  # a call's graph seems to hold blocks that are let go
         return Check("memory", "not measured of a network in shards; chainrule plan --network shard --shards N counts it")
     adapter = model.adapt(unused_name(model.network, "doctor"), rank=8)
     try:

@@ -25,6 +25,7 @@ from chainrule.processes import ALONE, Processes, Round
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import AnyReward, Reward, as_rewards, checked
 from chainrule.scores import Score, Scores
+from chainrule.shards import is_sharded
 
 
 class Renderer(Protocol):
@@ -153,9 +154,9 @@ def _shares(prompts: int, seeds: int, batch: int, processes: Processes, done: Co
     return processes.rounds(prompts, max(1, batch // seeds), done)
 
 
-def sharded(model: Renderer) -> bool:
-    """Whether every process has to make the same calls of it; not of one that does not say."""
-    return bool(getattr(model, "sharded", False))
+def _sharded(maker: object) -> bool:
+    """Whether every process has to make the same calls: of a model, or of what has one as its `model`."""
+    return is_sharded(maker.network) if isinstance(maker, Model) else hasattr(maker, "model") and _sharded(maker.model)
 
 
 @torch.no_grad()
@@ -218,7 +219,7 @@ def _rendered(
 
     Where all processes make the same calls one with fewer prompts adds others, whose images do not count.
     """
-    added = range(each.most - len(each.own) if sharded(model) else 0)
+    added = range(each.most - len(each.own) if _sharded(model) else 0)
     said = [prompts[k] for k in (*each.own, *added) for _ in seeds]
     images = model.render(said, seeds * (len(said) // len(seeds)), steps, guidance, batch, on_call) if said else None
     own = len(each.own) * len(seeds)

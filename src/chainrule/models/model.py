@@ -71,11 +71,6 @@ class Model:
         return self.denoiser.network
 
     @property
-    def sharded(self) -> bool:
-        """Whether its network is in shards, so that every process has to make the same calls."""
-        return is_sharded(self.network)
-
-    @property
     def size(self) -> Size:
         """Height and width of its images, in pixels."""
         return self.codec.height, self.codec.width
@@ -188,6 +183,8 @@ class Model:
             return nullcontext()
         return recomputed(networks_of(self.cast()), [self.codec.network] if self.codec.network is not None else [])
 
+    # Adapters
+
     def adapt(
         self, name: str = "default", *, rank: int = 8, alpha: float | None = None, seed: int = 0, levels: Levels | None = None,
     ) -> Adapter:  # fmt: skip
@@ -232,10 +229,9 @@ class Model:
         model = replace(self, active=active, learned={**self.learned, **learned}, base_adapters=(*self.base_adapters, str(source)))
         if not known:
             return model
+        defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)
         sampler = students.sampler(known, model.solving(known.solver, known.settings).sampler)
-        return replace(
-            model, sampler=sampler, defaults=replace(self.defaults, steps=known.steps, guidance=known.guidance), asked=None
-        )
+        return replace(model, sampler=sampler, defaults=defaults, asked=None)
 
     def with_student(self, source: str | Path | None = None) -> Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).
@@ -256,6 +252,8 @@ class Model:
         """
         sampler = solvers.sampler_of(self.pipe.scheduler, solver, self.sampler.spacing, settings)
         return replace(self, active=dict(self.active), sampler=sampler)
+
+    # Sampling
 
     def states(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None,
@@ -279,7 +277,7 @@ class Model:
         Each of several `processes` makes its share, its last batch perhaps empty. A batch is left out if all of it is `done`.
         """
         states = partial(self.states, steps=steps, guidance=guidance, on_call=on_call)
-        return finished(states, self.codec, prompts, seeds, batch, processes, done, self.sharded)
+        return finished(states, self.codec, prompts, seeds, batch, processes, done, is_sharded(self.network))
 
     def render(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None, guidance: AnyGuidance = None,
