@@ -55,7 +55,7 @@ def gained(path: Path, strength: float) -> Path:
 def two_leaps(
     path: Path, first: int, second: int, share: float, deviation: float | None, order: int = 1, samples: int = 1, gain: float = 1.0
 ) -> Plan:  # fmt: skip
-    """The plan of a leap from one call to another and from there to the end; the second lets a share of its input's gradient through.
+    """The plan of a leap from one call to another, and from there to the end, which lets a share of its input's gradient through.
 
     A leap reads the answers of `order` calls, evenly apart. The first `samples` are live, with `gain` for all but its own.
     """
