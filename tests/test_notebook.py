@@ -87,10 +87,8 @@ def test_what_was_steered_shows_pairs(sd_folder):
 def test_reprs_are_short(sd_folder):
     model = cr.load(sd_folder)
     count = sum(weight.numel() for weight in model.network.parameters())
-    assert (
-        repr(model)
-        == f"Model({sd_folder}, StableDiffusionPipeline, UNet2DConditionModel with {count / 1000:.3g} thousand parameters, float32, cpu)"
-    )
+    told = f"UNet2DConditionModel with {count / 1000:.3g} thousand parameters"
+    assert repr(model) == f"Model({sd_folder}, StableDiffusionPipeline, {told}, float32, cpu)"
     adapter = model.adapt("mine", rank=2)
     assert repr(model).endswith("float32, cpu, with mine at 1)") and f"{count / 1000:.3g} thousand" in repr(model)
     layers, own = len(adapter.weights().targets), sum(weight.numel() for weight in adapter.parameters())
