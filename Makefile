@@ -53,27 +53,31 @@ sizes: $(VENV)/stamp ## memory at the published sizes, counted where there is no
 	$(BIN)/python -m benchmarks.sizes
 	$(BIN)/python -m benchmarks.sizes --write
 
+# Where results lie. Their numbers are kept in the repository (evaluation.json and experiment.yaml), so that pages can be written again.
+RESULTS := --root docs/results
+
 experiments: $(VENV)/stamp ## the methods compared; resumable, about an hour on two cores; writes docs/experiments.md
-	$(BIN)/chainrule experiment methods --jobs 2
-	$(BIN)/chainrule experiment methods --write docs/experiments.md
+	$(BIN)/chainrule experiment methods $(RESULTS) --jobs 2
+	$(BIN)/chainrule experiment methods $(RESULTS) --write docs/experiments.md
 
 STUDIES := sampler policy generalization tradeoff clipping rewards
 
 studies: $(VENV)/stamp ## the papers' further studies in miniature; resumable, about two hours on two cores; writes docs/further.md
-	$(BIN)/chainrule experiment $(STUDIES) --jobs 2
-	$(BIN)/chainrule experiment $(STUDIES) --write docs/further.md
-	$(BIN)/python docs/make_studies.py
+	$(BIN)/chainrule experiment $(STUDIES) $(RESULTS) --jobs 2
+	$(BIN)/chainrule experiment $(STUDIES) $(RESULTS) --write docs/further.md
+	$(BIN)/python docs/make_studies.py $(RESULTS)
 
 weights: $(VENV)/stamp ## train the bundled models again
 	$(BIN)/python -m chainrule.tiny all --out build
 	$(BIN)/chainrule distill tiny-emoji --updates 1000 --lr 4e-3 --teacher-steps 12 --starts 16 --out build/student --resume
 	mkdir -p src/chainrule/tiny/weights/student && cp build/student/adapter/* src/chainrule/tiny/weights/student/
 
-PAPERS := shortft-pickscore shortft-hpsv2 shortft-symmetry shortft-student shortft-rates sdo-1 sdo-2 sdo-3-pixel sdo-3-latent sdo-4 sdo-5
+PAPERS := all-methods all-methods-rates few-steps shortft-pickscore shortft-hpsv2 shortft-symmetry shortft-student shortft-rates \
+	sdo-1 sdo-2 sdo-3-pixel sdo-3-latent sdo-4 sdo-5
 
 papers: $(VENV)/stamp ## the papers' tables in miniature; resumable, about three hours on two cores; writes docs/papers.md
-	$(BIN)/chainrule experiment $(PAPERS) --jobs 2
-	$(BIN)/chainrule experiment $(PAPERS) --write docs/papers.md
+	$(BIN)/chainrule experiment $(PAPERS) $(RESULTS) --jobs 2
+	$(BIN)/chainrule experiment $(PAPERS) $(RESULTS) --write docs/papers.md
 
 clean:
 	rm -rf $(VENV) runs dist site .pytest_cache .mypy_cache .ruff_cache

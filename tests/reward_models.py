@@ -110,6 +110,48 @@ def _save_siglip(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+CHAT = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{% for part in turn.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _save_hpsv3(folder: Path) -> None:
+    """A random Qwen2-VL and head in the published file's format and names, with a tokenizer that knows bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    from chainrule.rewards.hpsv3 import reward_head
+
+    folder.mkdir(parents=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    marks = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=marks[0])
+    tokenizer.add_tokens(marks[1:], special_tokens=True)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    places = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    text = {**TOWER, "vocab_size": len(letters) + 8, "num_key_value_heads": 2, "rope_scaling": places, "num_hidden_layers": 2}
+    sees = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    config = Qwen2VLConfig(text_config={**text, "bos_token_id": 0, "eos_token_id": 1}, vision_config=sees, **ids)
+    config.save_pretrained(folder)
+    torch.manual_seed(17)
+    model = Qwen2VLForConditionalGeneration(config)
+    shaken(model, 3.0)
+    old = {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): v
+        for key, v in model.state_dict().items()
+    }
+    head = {f"rm_head.{key}": 3 * value for key, value in reward_head(TOWER["hidden_size"]).state_dict().items()}
+    body = {key: value.bfloat16().clone() for key, value in old.items()}
+    save_file({**body, **head}, folder / "HPSv3.safetensors")
+    (folder / "instruction.txt").write_text("\nIs it well made?\nAsked for - {text_prompt}\n\nMarks: <|Reward|>\n\nEND\n")
+
+
 def _save_detector(folder: Path, kind: str, side: int) -> None:
     import transformers
 
@@ -191,6 +233,7 @@ def save_all(root: Path) -> None:
     _save_open_clip(root / "hps21")
     _save_imagereward(root / "imagereward")
     _save_siglip(root / "siglip")
+    _save_hpsv3(root / "hpsv3")
     _save_detector(root / "detector", "OwlViT", SIZE)
     _save_detector(root / "owlv2", "Owlv2", SIZE)
     _save_nsfw(root / "nsfw")
@@ -208,6 +251,7 @@ ALL: dict[str, Make] = {
     "aesthetic": lambda root: rewards.Aesthetic(str(root / "aesthetic"), clip=str(root / "clip")),
     "hpsv2.1": lambda root: rewards.HPSv21(str(root / "hps21" / "HPS_v2.1_compressed.pt")),
     "imagereward": lambda root: rewards.ImageReward(str(root / "imagereward" / "ImageReward.pt")),
+    "hpsv3": lambda root: rewards.HPSv3(str(root / "hpsv3")),
     "siglip": lambda root: rewards.SigLIP(str(root / "siglip")),
     "detect": lambda root: rewards.Detection("a cat, small dogs", str(root / "detector")),
     "area": lambda root: rewards.DetectedArea("a cat", str(root / "owlv2")),
@@ -241,6 +285,7 @@ LEARNED = {
     "aesthetic": "clip",
     "hpsv2.1": "hps21/HPS_v2.1_compressed.pt",
     "imagereward": "imagereward/ImageReward.pt",
+    "hpsv3": "hpsv3",
     "siglip": "siglip",
     "detect": "detector",
     "area": "owlv2",

@@ -33,7 +33,7 @@ from chainrule.settings import Distillation, Finetuning, Opening, Steering
 Program = Callable[..., SimpleNamespace]
 STANDS_FOR = {
     "plan NAME": "plan sdo", "experiment NAME": "experiment tradeoff", "vote FILES": "vote vote/votes.json",
-    "--model ...": "--model tiny-emoji", " ...": "",
+    "--balance RULE": "--balance deviation", "--model ...": "--model tiny-emoji", " ...": "",
 }  # fmt: skip
 """What a reader puts in the place of these words."""
 IS_A_PART = {"train": {"--reward": "pickscore", "--out": "runs/new"}}

@@ -107,8 +107,8 @@ def test_the_frechet_distance_to_one_s_own_tiles_is_zero_and_to_a_shift_its_squa
 
 def test_the_student_as_the_model_starts_where_the_base_does_and_ends_with_its_segments():
     base, source = tasks._model({"model": "tiny-emoji"})
-    student, _ = tasks._model({"model": "tiny-emoji", "tunes": "student"})
-    assert source == "tiny" and student.grid(4) == (base.grid(50)[0], 750, 500, 250, 0)
+    student, _ = tasks._model({"model": "tiny-emoji", "adapter": "tiny-emoji-4"})
+    assert source == "tiny" and student.grid() == (base.grid(50)[0], 750, 500, 250, 0)
 
 
 def test_a_reward_in_units_of_before_is_one_in_size_before_steering():

@@ -19,7 +19,7 @@ import chainrule as cr
 from chainrule.denoise import guidance_is_input
 from chainrule.guidance import CFG
 from chainrule.models import PUBLISHED
-from chainrule.models.published import local
+from chainrule.models.published import HUB, local
 
 LOADERS = ("sd", "lcm", "sdxl", "sd3", "flux")
 
@@ -96,7 +96,7 @@ FAMILY = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", HUB)
 def test_a_published_adapter_is_sampled_as_its_authors_say(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their scheduler, scale, steps and guidance in the plain pipeline; random weights, and a hub of one file."""
     known = PUBLISHED[name]

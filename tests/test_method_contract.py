@@ -25,6 +25,7 @@ from chainrule.methods import (
     DRaFTLV,
     DRTune,
     FlowBPBridge,
+    FlowBPLagrange,
     FlowBPSparse,
     LeapAlign,
     Method,
@@ -41,7 +42,7 @@ METHODS: list[Method] = [
     DRaFT(), DRaFT(3), DRaFTLV(), DRaFTLV(n=1, reuse_reward_gradient=True), ReFL(m=4), ReFL(m=4, guided=False), AlignProp(),
     AlignProp(last_only=True), DRTune(k=3, m=2), SDO(), SDO(samples=3), ShortFT(), ShortFT(k=3, shared=True), ShortFT(k=3, stage=2),
     ShortFT(k=3, stage=3), ShortFT(k=2, depth=2), ShortFT(shortcuts=()), ShortFT(k=6), ShortFT(k=6, stage=2), DPG(), DDPO(),
-    FlowBPSparse(),    DDPO(reuse=4, calls=2), GRPO(group=3), FlowBPBridge(), LeapAlign(), SDO(samples=3, late=2),
+    FlowBPSparse(),    DDPO(reuse=4, calls=2), GRPO(group=3), FlowBPBridge(), FlowBPLagrange(), LeapAlign(), SDO(samples=3, late=2),
 ]  # fmt: skip
 GRIDS: dict[str, Grid] = {
     "sd50": leading(50),

@@ -115,6 +115,8 @@ def test_a_model_shows_what_it_is_and_what_is_on(sd_folder, tmp_path):
     high, low = tuned.grid(4)[0], tuned.grid(4)[2]
     assert rows["adapters on"] == f"loaded0 at 0.75, levels above {low} to {high}" and rows["adapters from"].endswith("<b>")
     assert rows["weights"] == "bfloat16" and rows["images"] == "16 x 16 pixels" and rows["device"] == "cpu" and "<b>" not in shown
+    sliding = model.using(tmp_path / "<b>", scale=(0.5, 1))
+    assert repr(sliding).endswith("with loaded1 at 0.5 at noise to 1 at the image)")
     assert "adapters on" not in model._repr_html_() and "learned" not in shown
 
 

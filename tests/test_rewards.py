@@ -22,6 +22,7 @@ from chainrule.rewards import checked, parse, probe, reward_of
 from chainrule.rewards.classifier import load_classifier
 from chainrule.rewards.clip import MEAN, STD, load_clip
 from chainrule.rewards.detect import load_owl
+from chainrule.rewards.hpsv3 import load_hpsv3
 from chainrule.rewards.imagereward import load_imagereward
 from chainrule.rewards.likeness import load_encoder
 from chainrule.rewards.loaded import release
@@ -106,6 +107,8 @@ def _networks(models: Path, name: str) -> list[nn.Module]:
     source = {name: str(models / folder) for name, folder in LEARNED.items()}[name]
     if name in ("siglip", "imagereward"):
         found = load_siglip(source)[:1] if name == "siglip" else (lambda b: (b.vision, b.text, b.head))(load_imagereward(source))
+    elif name == "hpsv3":
+        found = [load_hpsv3(source).model, load_hpsv3(source).head]
     elif name == "identity":
         found = [load_encoder(source).model]
     elif name in ("detect", "area"):

@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "denoise": "",
     "guidance": "errors named denoise",
     "cast": "adapters denoise guidance",
-    "chain": "errors plan noise half solve denoise cast",
+    "taken": "errors plan solve",
+    "chain": "errors plan noise half solve taken denoise cast",
     "learned": "errors files tensors guidance cast chain",
     "objective": "plan half solve rewards denoise cast",
     "models": "errors asked pictures files tensors display offload processes size plan noise solve adapters denoise guidance cast "
@@ -60,15 +61,16 @@ MAY_IMPORT = {
     "report": "errors config estimate plan runs",
     "card": "errors files config runs report methods adapters models",
     "push": "errors files runs adapters card",
-    "gradient": "asked plan rewards guidance chain objective models",
+    "gradient": "asked plan rewards guidance taken chain objective models",
     "tiny": "errors rewards",
     "prompts": "errors asked tiny",  # the names of what tiny-emoji can draw
     "album": "errors files size runs report",
     "learner": "learned",
+    "balance": "errors settings processes noise chain rewards objective models",
     "estimators": "errors plan processes methods noise half solve adapters rewards chain objective models gradient learner",
     "learnable": "errors settings guidance learned models",
-    "training": "errors plan settings processes loop methods noise adapters rewards learned models objective gradient learner "
-    "estimators learnable",
+    "training": "errors balance plan settings processes loop methods noise adapters rewards learned models objective gradient "
+    "learner estimators learnable",
     "standins": "errors rewards models",
     "footprint": "errors standins settings methods meters offload adapters rewards denoise guidance cast models training",
     "grids": "errors files rows runs pictures appearance noise loop rewards models report training",
@@ -87,8 +89,8 @@ MAY_IMPORT = {
     "doctor": "errors meters adapters methods rewards models gradient looked",
     "distill": "errors files config plan runs settings processes loop noise half adapters guidance cast objective models prompts "
     "learner analyze card",
-    "experiments": "errors yaml_text estimate plan runs loop settings methods meters rewards chain objective models gradient "
-    "prompts report evaluate baselines finetune steer",
+    "experiments": "errors appearance yaml_text estimate plan runs loop settings methods meters rewards chain objective models "
+    "gradient prompts report evaluate baselines finetune steer",
     "studio": "errors asked named settings runs loop adapters rewards models report steer analyze vote",
     "cli": "errors asked yaml_text files processes named size checked config plan runs settings methods adapters rewards guidance "
     "models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze experiments "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from exact import MODELS, prepared
@@ -14,14 +16,17 @@ from torch import Tensor
 
 import chainrule as cr
 from chainrule.learner import gradients
-from chainrule.methods import SDO, DRaFT, FlowBPBridge, FlowBPSparse, LeapAlign, Method
-from chainrule.methods.surrogates import drawn_late
+from chainrule.methods import SDO, DRaFT, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, Method
+from chainrule.methods.surrogates import drawn_late, drawn_parts, spread
 from chainrule.plan import Grad, Jump, Plan
+from chainrule.solve import DDIM, Prediction, Process, Step, quadrature
+from chainrule.taken import taken
 
 STEPS, PROMPTS, SEEDS = 6, ["a fox", "two bees"], [4, 9]
 METHODS: list[Method] = [
     FlowBPSparse(), FlowBPSparse(rescale=0.5), FlowBPBridge(samples=4), FlowBPBridge(samples=3, share=0.7, elsewhere=0.4),
     LeapAlign(), LeapAlign(share=0.3, deviation=None), LeapAlign(share=0.0, deviation=5.0), SDO(3, late=2),
+    FlowBPLagrange(), FlowBPLagrange(order=4, samples=3, gain=1.0, share=0.6), FlowBPLagrange(order=2, samples=1, deviation=3.0),
 ]  # fmt: skip
 
 
@@ -29,7 +34,8 @@ def surrogate(model: cr.Model, plan: Plan) -> Tensor:
     """The loss whose plain autograd gradient is the method's: the sampled values, with the graph of the other chain.
 
     A state is its sampled value plus what is differentiated less its own value. An input of which a share passes is
-    share x + (1 - share) sg(x). A leap goes from its start to where it lands in one step.
+    share x + (1 - share) sg(x). A leap goes from its start to where it lands in one step: of the predicted noise (of a flow,
+    the velocity) it integrates the polynomial through the calls that it reads, of which some are differentiated.
     """
     member, condition = model.cast()["base"], model.embed(PROMPTS)
     x = model.noise(SEEDS)
@@ -39,6 +45,11 @@ def surrogate(model: cr.Model, plan: Plan) -> Tensor:
             a, b = model.solver.process.coefficients(jump.start, jump.stop, jump.finish)
             values.append(a * values[-1] + b * member(values[-1], jump.start, condition))
     by_level = dict(zip((jump.start for jump in path), values, strict=False)) | {0: values[-1]}
+
+    def asked(jump: Jump) -> Tensor:
+        m = member(by_level[jump.start].detach(), jump.start, condition)
+        return m.detach() + jump.gain * (m - m.detach()) if jump.grad is Grad.WEIGHTS else m.detach()
+
     at, state, apart = len(plan.trunk), values[len(plan.trunk)], torch.zeros(len(SEEDS), dtype=torch.float64)
     while at < len(path):
         jump: Jump = path[at]
@@ -48,14 +59,43 @@ def surrogate(model: cr.Model, plan: Plan) -> Tensor:
         m = member(seen, jump.start, condition)
         m = m.detach() if jump.grad is Grad.NONE else m
         a, b = model.solver.process.coefficients(jump.start, stop, stop == 0)
-        moved = a * state + b * (m.detach() + jump.gain * (m - m.detach()))
+        answer = m.detach() + jump.gain * (m - m.detach())
+        moved = a * state + b * answer
+        if jump.reads:
+            others = [next(other for other in path if other.start == level) for level in jump.reads]
+            moved = integrated(model, state, answer, jump, stop, [(by_level[o.start], asked(o)) for o in others])
         state = by_level[stop] + moved - moved.detach()
         if jump.lands is not None and plan.deviation is not None:
-            landed = a * by_level[jump.start] + b * m.detach()
+            landed = moved.detach()
             apart = apart + (landed - by_level[stop]).flatten(1).abs().mean(1).clamp(min=plan.deviation)
         at = next(i for i in range(at + 1, len(path) + 1) if i == len(path) or path[i].start == stop)
     rewards = score(model.codec.decode(state), PROMPTS)
     return -(rewards / (apart if plan.deviation is not None else 1.0)).mean()
+
+
+def integrated(model: cr.Model, x: Tensor, m: Tensor, jump: Jump, stop: float, others: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Where the leap lands, by the integral of numpy's interpolating polynomial."""
+    process = model.solver.process
+    levels = [jump.start, *jump.reads]
+    scales, (alpha, sigma) = [process.schedule(level) for level in levels], process.schedule(stop, stop == 0)
+    answers, states = [m, *(answer for _, answer in others)], [x, *(state for state, _ in others)]
+    if process.prediction is Prediction.FLOW:
+        places, end, values, carried, scale = [s for _, s in scales], sigma, answers, x, 1.0
+    else:
+        places, end, scale = [s / a for a, s in scales], sigma / alpha, alpha
+        cleans = [
+            (lambda c: c[0] * state + c[1] * answer)(process.coefficients(level, 0))
+            for level, state, answer in zip(levels, states, answers, strict=True)
+        ]
+        values = [(state - a * clean) / s for state, clean, (a, s) in zip(states, cleans, scales, strict=True)]
+        carried = x * alpha / scales[0][0]
+    landed = carried
+    for i, value in enumerate(values):
+        roots = [place for j, place in enumerate(places) if j != i]
+        basis = np.polynomial.Polynomial.fromroots(roots) if roots else np.polynomial.Polynomial([1.0])
+        whole = (basis / basis(places[i])).integ()
+        landed = landed + scale * float(whole(end) - whole(places[0])) * value
+    return landed
 
 
 @pytest.mark.parametrize(
@@ -106,6 +146,59 @@ def test_the_identities_between_methods(name: str) -> None:
     close(expected, found)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_leap_of_order_1_is_the_solvers_own_step_and_every_order_sums_to_it(name: str) -> None:
+    """Where the answers are those of one noise and one image, a leap of any order lands where one step does."""
+    model = MODELS[name]()
+    grid, solver = model.grid(STEPS), model.solver
+    assert isinstance(solver, DDIM)
+    for start, stop in pairwise(grid):  # with order 1 and all calls live, the chain is Euler's
+        assert [(step.a, step.b) for step in solver.leap((start,), stop, stop == 0)] == [
+            solver.process.coefficients(start, stop, stop == 0)
+        ]
+    noise, image = 0.7, -0.3
+    for order in (1, 2, 3, STEPS):
+        landed, levels = 0.0, [grid[i] for i in spread(0, STEPS, order)]
+        for step, level in zip(solver.leap(levels, 0, True), levels, strict=True):
+            alpha, sigma = solver.process.schedule(level)
+            x = alpha * image + sigma * noise
+            answer = {"epsilon": noise, "velocity": alpha * noise - sigma * image, "sample": image, "flow": noise - image}[name]
+            landed += step.a * x + step.b * answer
+        alpha, sigma = solver.process.schedule(0, True)
+        assert landed == pytest.approx(alpha * image + sigma * noise, abs=1e-9), order
+
+
+def test_a_quadrature_is_exact_for_polynomials_of_lower_degree() -> None:
+    places = [1.0, 0.8, 0.45, 0.3, -0.2]
+    for degree in range(4):
+        exact = (places[-1] ** (degree + 1) - 1.0) / (degree + 1)
+        found = sum(weight * place**degree for weight, place in zip(quadrature(places), places, strict=False))
+        assert found == pytest.approx(exact, abs=1e-12)
+
+
+def test_the_order_1_of_lagrange_is_leapalign() -> None:
+    model, _ = prepared("flow")
+    lagrange = FlowBPLagrange(order=1, samples=1, share=0.3).plan(model.grid(STEPS), Random(2))
+    first, second = (i for i, jump in enumerate(lagrange.jumps) if jump.lands is not None)
+    plans = {str(LeapAlign(share=0.3).plan(model.grid(STEPS), Random(seed))): seed for seed in range(200)}
+    assert second > first and LeapAlign(share=0.3).plan(model.grid(STEPS), Random(plans[str(lagrange)])) == lagrange
+
+
+def test_lagranges_parts_follow_dirichlet_and_its_nodes_lie_evenly() -> None:
+    rng, concentration = Random(0), (2.0, 6.0, 2.5)
+    drawn = [drawn_parts(1000, concentration, (0, 1, 1), rng) for _ in range(4000)]
+    assert all(sum(parts) == 1000 for parts in drawn)
+    for i, alpha in enumerate(concentration):
+        whole = sum(concentration)
+        mean, variance = alpha / whole, alpha * (whole - alpha) / whole**2 / (whole + 1)
+        assert abs(sum(parts[i] for parts in drawn) / 4e6 - mean) < 5 * (variance / 4000) ** 0.5 + 1e-3
+    for total in range(2, 9):
+        for _ in range(300):
+            before, between, after = drawn_parts(total, concentration, (0, 1, 1), rng)
+            assert before >= 0 and between >= 1 and after >= 1 and before + between + after == total
+    assert spread(3, 12, 3) == [3, 7, 11] and spread(3, 5, 3) == [3, 4] and spread(3, 4, 3) == [3] and spread(3, 9, 1) == [3]
+
+
 @pytest.mark.parametrize("name", ["epsilon", "flow"])
 def test_the_weights_of_the_steps_sum_to_that_of_the_whole_leap(name: str) -> None:
     """With constant answers a long step lands where the short ones do, for noise and flow predictions."""
@@ -133,11 +226,14 @@ def test_drawings_and_refusals() -> None:
     grid = (5, 4, 3, 2, 1, 0)
     drawn = {str(LeapAlign().plan(grid, Random(seed))) for seed in range(50)}
     assert "-[=.+.]" in drawn and "[=+...]" in drawn and all(set(text) <= set("-=+.[]") for text in drawn)
+    assert {"[==.+]", "-[=+=]"} <= {str(FlowBPLagrange().plan(grid[1:], Random(seed))) for seed in range(50)}
     assert "+" in str(FlowBPBridge().plan(grid, Random(0)))
     leap, middle, last = Jump(3, 2, grad=Grad.WEIGHTS, lands=1), Jump(2, 1), Jump(1, 0)
     assert str(Plan((), ((leap, middle, last),))) == "[=.-]"
     for path, said in (
         ((leap, Jump(2, 1, grad=Grad.WEIGHTS), last), "leapt over must be a constant"),
+        ((replace(leap, reads=(2,)), Jump(2, 1, grad=Grad.FULL), last), "leapt over must be a constant"),
+        ((replace(leap, reads=(1,)), middle, last), "must read answers of calls that it passes over"),
         ((Jump(3, 2, lands=1.5), middle, last), "must land on a later level"),
         ((Jump(3, 2, share=2.0), middle, last), "between 0 and 1"),
     ):
@@ -147,3 +243,6 @@ def test_drawings_and_refusals() -> None:
     model.adapt("mine", rank=2)
     with pytest.raises(cr.UserError, match="no closed form for a leap"):
         cr.gradient(model, LeapAlign().plan(model.grid(4), Random(0)), score, PROMPTS, SEEDS)
+    silent = Process(lambda level, finish=False: (1 - level / 10, (1 - (1 - level / 10) ** 2) ** 0.5), Prediction.VELOCITY)
+    with pytest.raises(cr.UserError, match="level 10 has no signal"):
+        taken(DDIM(silent), (replace(leap, start=10, reads=(2,)), middle, last), [Step(1.0)] * 3)

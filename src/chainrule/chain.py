@@ -24,8 +24,9 @@ from chainrule.cast import Cast, in_float16
 from chainrule.denoise import Condition
 from chainrule.errors import UserError
 from chainrule.noise import Noise
-from chainrule.plan import Grad, Jump, Path, Plan, passed_over
-from chainrule.solve import Solver, Step, moves
+from chainrule.plan import Grad, Jump, Path, Plan
+from chainrule.solve import Solver, moves
+from chainrule.taken import Taken, taken
 
 
 class Memory(Enum):
@@ -37,22 +38,6 @@ class Memory(Enum):
 
 
 FRESH = 1000  # the largest number of branches whose noise differs; `Noise.fresh` gets branch + FRESH * draw
-
-
-@dataclass(slots=True)
-class Taken:
-    """One jump that was made, by its `move`. Of a live call also the state it read, and under KEEP its answer with its graph.
-
-    `back` is the move that the backward pass goes back by, None where it is passed over. `after` is where it led to, where that is
-    kept (`Chain.along`).
-    """
-
-    jump: Jump
-    move: Step
-    back: Step | None
-    x: Tensor | None = None
-    answer: Tensor | None = None
-    after: Tensor | None = None
 
 
 # The gradient that terms on a call add at its answer: (answer, what was taken) -> the answer's shape, or None for nothing.
@@ -175,13 +160,13 @@ class Chain:
         return self.cast[jump.via](x, jump.start, self.condition)
 
     def _take(self, place: _Place, step: Taken, branch: int) -> tuple[_Place, Tensor | None]:
-        """The next place, and where a leap would have landed."""
+        """The next place, and what the call counts of where a leap would have landed."""
         jump, move, cleans, landing = step.jump, step.move, tuple[Tensor, ...](), None
         after = move.a * place.x
         if not jump.up:
             answer = self._answer(place.x, jump, step)
-            if jump.lands is not None and step.back is not None:
-                landing = step.back.a * place.x + step.back.b * answer
+            if step.leap is not None:
+                landing = step.leap[1].a * place.x + step.leap[1].b * answer
             after = after + move.b * answer
             p, q = self._clean(jump)
             cleans = (p * place.x + q * answer, *place.cleans)[: self.solver.reads] if self.solver.reads else ()
@@ -219,31 +204,15 @@ class Chain:
         Also how far each leap lands from where the chain was, (b,).
         """
         found = list(moves(self.solver, before + path + after))[len(before) :][: len(path)]
-        steps, landings, deviations = self._taken(path, found), dict[float, Tensor](), []
+        steps, landings, deviations = taken(self.solver, path, found), dict[float, Tensor](), []
         for step in steps:
             place, landing = self._take(place, step, branch)
-            if landing is not None and step.jump.lands is not None:
-                landings[step.jump.lands] = landing
+            if landing is not None and step.leap is not None:
+                level, _ = step.leap
+                landings[level] = landings[level] + landing if level in landings else landing
             if step.jump.stop in landings:
                 deviations.append((landings.pop(step.jump.stop) - place.x).flatten(1).abs().mean(1))
         return place, steps, deviations
-
-    def _taken(self, path: Path, found: Sequence[Step]) -> list[Taken]:
-        """The jumps of a path with the moves they make, and those the backward pass goes back by."""
-        over, steps = passed_over(path), []
-        for i, (jump, move) in enumerate(zip(path, found, strict=True)):
-            back = None if i in over else move if jump.lands is None else self._leap(jump, path)
-            steps.append(Taken(jump, move, back))
-        return steps
-
-    def _leap(self, jump: Jump, path: Path) -> Step:
-        leap: Callable[[float, float, bool], Step] | None = getattr(self.solver, "leap", None)
-        if leap is None:
-            raise UserError(
-                f"the solver {type(self.solver).__name__} has no closed form for a leap over several steps; take ddim or euler"
-            )
-        assert jump.lands is not None
-        return leap(jump.start, jump.lands, any(other.finish and other.stop == jump.lands for other in path))
 
     @torch.no_grad()
     def states(self, x: Tensor, path: Path) -> Iterator[Tensor]:
@@ -262,7 +231,7 @@ class Chain:
 
         What was kept of the walk decides, and not what the network answers now. `pull` asks its terms at every live call.
         """
-        steps = self._taken(path, list(moves(self.solver, path)))
+        steps = taken(self.solver, path, list(moves(self.solver, path)))
         for step, after in zip(steps, states[1:], strict=True):
             step.after = after
         for step, state in zip(steps, states, strict=False):

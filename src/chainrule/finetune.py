@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -13,12 +14,12 @@ import torch
 from chainrule import card
 from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
-from chainrule.errors import UserError
+from chainrule.errors import Note, UserError
 from chainrule.footprint import fitted
 from chainrule.grids import SampleGrids
 from chainrule.guidance import value_among
 from chainrule.loop import Listener, Row, complete, open_run, told
-from chainrule.methods import Method, Pathwise, as_method, needs, spelled
+from chainrule.methods import Estimator, Method, Pathwise, as_method, needs, spelled
 from chainrule.models import Model
 from chainrule.noise import derive
 from chainrule.processes import Processes
@@ -57,9 +58,9 @@ def finetune(
     model = model.guided(guidance or settings.guidance)
     method = as_method(method)
     scorer, watched = as_reward(reward), as_reward(held_out) if held_out else None
-    if settings.patience and not watched:
-        raise UserError("patience needs a held-out reward to watch; pass held_out")
-    order = _order(model, method, settings)
+    if settings.patience and not watched and settings.best == "held_out":
+        raise UserError("patience needs a held-out reward to watch; pass held_out, or let best name something else")
+    order = _order(model, method, scorer, settings)
     processes = Processes.here(model.device, settings.timeout)
     processes.check_batch(settings.batch, settings.accumulate)
     together = min(settings.batch // (processes.count * settings.accumulate), settings.micro_batch or model.micro_batch)
@@ -86,8 +87,8 @@ def finetune(
     return run
 
 
-def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
-    """The method's stages. Raises UserError for one that needs a member the model does not have, or does not fit its grid."""
+def _order(model: Model, method: Method, reward: Reward, settings: Finetuning) -> Stages:
+    """The method's stages. Raises UserError for one that needs what the model or reward does not have, or does not fit the grid."""
     order, grid = Stages.of(method, settings), model.grid(settings.sample_steps)
     for stage in order.methods:
         check_members(needs(stage, grid).members, model.cast())
@@ -96,7 +97,20 @@ def _order(model: Model, method: Method, settings: Finetuning) -> Stages:
             raise UserError(f"flat goes with the reward's gradient along the chain, which {stage} does not take; leave flat out")
         if settings.batch % (group := group_of(stage, grid)):
             raise UserError(f"batch is {settings.batch}, but must be divisible by the method's groups of {group} images")
+    _check_balance(reward, [needs(stage, grid).estimator for stage in order.methods], settings)
     return order
+
+
+def _check_balance(reward: Reward, estimators: Sequence[Estimator], settings: Finetuning) -> None:
+    """Raises UserError where terms are to be balanced and there is but one, or what they are measured by is not there."""
+    if settings.balance == "none":
+        return
+    if len(reward.weighted()) == 1:
+        raise UserError(f"balance is for a sum of rewards, and {reward.name} is one; leave balance out")
+    if settings.balance == "gradient" and not all(isinstance(kind, Pathwise) for kind in estimators):
+        raise UserError("balance is gradient, but the method takes no gradient of the reward; take deviation")
+    if settings.batch == min(settings.balance_batches, settings.updates) == 1:
+        raise UserError("balance measures one image, which has no deviation; raise balance_batches")
 
 
 def _shown(
@@ -108,6 +122,13 @@ def _shown(
     prompts = list(watch) if watch else _spread(task.prompts)
     grids = SampleGrids(run, task, prompts, held_out, _spread([prompt for prompt in unseen if prompt not in prompts]))
 
+    def balance() -> None:
+        task.weigh()
+        if main and task.sizes:
+            found = {term.name: f"{weight:.4g}" for weight, term in task.raised.weighted()}
+            run.note({"weights": ", ".join(f"{weight} of {name}" for name, weight in found.items())})
+            warnings.warn(Note(f"balance: {settings.balance}; weights are {run.environment['weights']}"), stacklevel=2)
+
     def write_plans() -> None:
         run.note({"device": _machine(task.model.device, task.processes.count)})
         run.write_text("plan.txt", "\n".join(dict.fromkeys(map(str, plans))) + "\n")
@@ -116,7 +137,7 @@ def _shown(
         card.write(run, card.Base.of(task.model, settings.sample_steps))
         report(run.folder)  # which shows how the card says to use the adapter
 
-    return [grids.listener, *([Listener(started=write_plans, finished=write_pages)] if main else [])]
+    return [Listener(started=balance), grids.listener, *([Listener(started=write_plans, finished=write_pages)] if main else [])]
 
 
 def _machine(device: torch.device, count: int) -> str:

@@ -80,7 +80,8 @@ def count(
     for name in needs(method, model.grid(settings.sample_steps)).members:
         if name not in model.cast():  # a student is the network with an adapter of its own
             model = model.with_member(name, Member(model.denoiser, of_number(model.denoiser, 1.0), Active({})))
-    alone = settings.model_copy(update={"batch": 1, "accumulate": 1, "updates": 10**9, "sample_every": 0, "stage_steps": None})
+    few = {"batch": 1, "accumulate": 1, "updates": 10**9, "sample_every": 0, "stage_steps": None, "balance": "none"}
+    alone = settings.model_copy(update=few)
     with flash_attention():
         task = FinetuneTask.start(_rehearsed(model, meter), method, reward, ["a prompt"], alone)
         try:

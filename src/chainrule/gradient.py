@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from chainrule.asked import pairs
-from chainrule.chain import Chain, Memory, Taken
+from chainrule.chain import Chain, Memory
 from chainrule.guidance import AnyGuidance
 from chainrule.models import Model
 from chainrule.objective import Call, Decode, Objective, Reading, read, read_again
 from chainrule.plan import Plan
 from chainrule.rewards import AnyReward
+from chainrule.taken import Taken
 
 
 @dataclass(frozen=True, slots=True, repr=False)

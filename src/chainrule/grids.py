@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,12 +20,16 @@ from chainrule.loop import Listener, Row
 from chainrule.noise import derive, drawing
 from chainrule.pictures import pictures
 from chainrule.report import before_after, cells, grid
+from chainrule.report.guard import alarm
+from chainrule.report.watched import watched_of
 from chainrule.rewards import Reward, checked
 from chainrule.rows import rounded
 from chainrule.runs import Run
 from chainrule.training import FinetuneTask
 
 COLUMNS = 4
+SOUND = "sound"  # of `Finetuning.best`: the trained reward, while the report raises no alarm
+WORDS = {"held_out": "held-out reward", SOUND: "sound reward"}
 Values = dict[str, list[float]]
 
 
@@ -30,9 +37,9 @@ Values = dict[str, list[float]]
 class SampleGrids:
     """Grids in the run's `samples`: before, every so many updates, and after. Every process makes its share of the images.
 
-    What is measured on the images of each goes into `watched.jsonl`. With a held-out reward `best` gets the adapter of the best
-    grid, and the run stops after `settings.patience` grids without a better one. `unseen` are prompts that it does not train on:
-    they are shown and measured before and after.
+    What is measured on the images of each goes into `watched.jsonl`. `best` gets the adapter of the best grid by what
+    `settings.best` names, and the run stops after `settings.patience` grids without a better one. `unseen` are prompts that it does
+    not train on: they are shown and measured before and after.
     """
 
     run: Run
@@ -40,7 +47,7 @@ class SampleGrids:
     prompts: Sequence[str]
     held_out: Reward | None
     unseen: Sequence[str] = ()
-    seen: list[float] = field(default_factory=list)  # held-out rewards, as the rows of the metrics have them
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of `watched.jsonl`
 
     @property
     def listener(self) -> Listener:
@@ -48,18 +55,25 @@ class SampleGrids:
         return Listener(started=self.before, updated=self.during, finished=self.after)
 
     @property
-    def stale(self) -> int:
-        """Grids since the best held-out reward."""
-        return len(self.seen) - 1 - self.seen.index(max(self.seen)) if self.seen else 0
+    def followed(self) -> list[float]:
+        """What `best` follows, of every grid after the first update; minus infinity where there is no number."""
+        return [self._followed(at) for at, row in enumerate(self.rows) if row["step"]]
+
+    def _followed(self, at: int) -> float:
+        name, row = self.task.settings.best, self.rows[at]
+        values = row["values"].get("reward" if name == SOUND else name)
+        known = values[: len(values) - row["extra"]] if values else [None]
+        if None in known or (name == SOUND and alarm(watched_of(self.rows[: at + 1])[0])):
+            return -math.inf
+        return statistics.fmean(known)
 
     def before(self) -> None:
-        """The grid before the first update; a run that is resumed has it, and the held-out rewards in its rows."""
-        rows = [row["held_out"] for row in self.run.metrics() if "held_out" in row]
-        self.seen = [value for value in rows if value is not None]
+        """The grid before the first update; a run that is resumed has it, and what was measured on the others."""
+        self.rows = self.run.watched()
         done, every = min(self.task.step, self.task.total - 1), self.task.settings.sample_every
-        if self.held_out and every and len(rows) < done // every:
-            place = self.run.folder / "metrics.jsonl"
-            warnings.warn(Note(f"{place} has lost held-out rewards; the best adapter is chosen without them"), stacklevel=2)
+        if every and len(self.rows) < 1 + done // every and self.task.step:
+            place = self.run.folder / "watched.jsonl"
+            warnings.warn(Note(f"{place} has lost rows; the best adapter is chosen without them"), stacklevel=2)
         if not self.task.step:
             images, unseen = self._images(self.prompts), self._images(self.unseen)
             self._save(images, "before")
@@ -73,16 +87,15 @@ class SampleGrids:
             return None
         images = self._images(self.prompts)
         self._save(images, f"step-{step:06d}")
-        found = self._watch(images).get("held_out")
-        if not found:
+        if found := self._watch(images).get("held_out"):
+            row["held_out"] = rounded(statistics.fmean(found))
+        *earlier, last = self.followed
+        if last > max(earlier, default=-math.inf):
+            if self.task.processes.main:
+                self.task.save_adapter(self.run.folder / "best")
             return None
-        row["held_out"] = rounded(float(torch.tensor(found).mean()))
-        if row["held_out"] is None:  # not finite
-            return None
-        self.seen.append(row["held_out"])
-        if self.stale == 0 and self.task.processes.main:
-            self.task.save_adapter(self.run.folder / "best")
-        return "held-out reward stopped rising" if s.patience and self.stale >= s.patience else None
+        stale = len(earlier) - earlier.index(max(earlier)) if earlier else 0
+        return f"{WORDS.get(s.best, s.best)} stopped rising" if s.patience and stale >= s.patience else None
 
     def after(self, reason: str) -> None:
         """Make the last grids."""
@@ -116,17 +129,18 @@ class SampleGrids:
             others, more = self._measured(unseen, self.unseen), len(unseen)
             values = {name: [*found[name], *others[name]] for name in found}
             prompts += self.unseen
+        trained = set(self.task.prompts)
+        row = {"step": self.task.step, "prompts": prompts, "trained": [prompt in trained for prompt in prompts], "extra": more}
+        self.rows = [*(other for other in self.rows if other["step"] < self.task.step), rounded({**row, "values": values})]
         if self.task.processes.main:
-            trained = set(self.task.prompts)
-            row = {"step": self.task.step, "prompts": prompts, "trained": [prompt in trained for prompt in prompts], "extra": more}
-            self.run.watch({**row, "values": values})
+            self.run.watch(self.rows[-1])
         return found
 
     @torch.no_grad()
     def _measured(self, images: Tensor, prompts: Sequence[str]) -> Values:
         """The trained reward, the held-out one and what the images look like, a number for each image."""
         task, batch = self.task, self.task.settings.micro_batch or 8
-        rewards = {"reward": task.reward, **({"held_out": self.held_out} if self.held_out else {})}
+        rewards = {"reward": task.raised, **({"held_out": self.held_out} if self.held_out else {})}
         found: Values = {name: [] for name in rewards}
         with drawing(derive(task.seed, "watched", task.step)):
             for name, reward in rewards.items():

@@ -47,7 +47,8 @@ class Jump:
 
     The other fields change the backward pass alone. `share` of the input's gradient is let through, `gain` multiplies the weight of
     the answer, and where `lands` is given, the call is taken to have leapt to that level: its answer and its state have the
-    weights of that one long step, and the calls on the way are passed over (arXiv:2604.15311, arXiv:2606.11075).
+    weights of that one long step, and the calls on the way are passed over (arXiv:2604.15311, arXiv:2606.11075). The long step
+    may read the answers of calls on the way as well, those at the levels `reads`; only they may be live among these calls.
     """
 
     start: float
@@ -58,6 +59,7 @@ class Jump:
     share: float = 1.0
     gain: float = 1.0
     lands: float | None = None
+    reads: tuple[float, ...] = ()
 
     @property
     def up(self) -> bool:
@@ -116,8 +118,11 @@ class Plan:
             raise ValueError("the share of an input's gradient is between 0 and 1")
         for branch in self.branches:
             over = [branch[i] for i in passed_over(branch)]
-            if any(jump.grad is not Grad.NONE or jump.up for jump in over):
-                raise ValueError("a call that is leapt over must be a constant")
+            read = {level for jump in branch for level in jump.reads}
+            if any(jump.up or jump.grad.input or (jump.grad.weights and jump.start not in read) for jump in over):
+                raise ValueError("a call that is leapt over must be a constant, unless the leap reads it")
+            if not read <= {jump.start for jump in over}:
+                raise ValueError("a leap must read answers of calls that it passes over")
             stops = {jump.stop for jump in branch}
             if any(jump.lands is not None and (jump.lands not in stops or jump.lands >= jump.start) for jump in branch):
                 raise ValueError("a leap must land on a later level of its branch")
@@ -134,7 +139,7 @@ class Plan:
     def __str__(self) -> str:
         def draw(path: Path) -> str:
             over = passed_over(path)
-            return "".join("." if i in over else _sign(jump) for i, jump in enumerate(path))
+            return "".join("." if i in over and jump.grad is Grad.NONE else _sign(jump) for i, jump in enumerate(path))
 
         return f"{draw(self.trunk)}[{'|'.join(map(draw, self.branches))}]"
 

@@ -182,6 +182,14 @@ class Finetuning(Together):
         description="what is trained: adapter, guidance (a scale per step), negative; with commas between",
     )
     ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the moving average that is saved; 0: no average")
+    balance: Literal["none", "deviation", "gradient"] = Field(
+        default="none",
+        description="what a sum's rewards are divided by before their weights count: their deviation over first images, or the "
+        "norm of their gradient there",
+    )
+    balance_batches: int = Field(
+        default=8, ge=1, le=10_000, description="batches that balance measures, those of the first updates"
+    )
     kl: float = Field(default=0.0, ge=0, description="weight of the squared distance to the base model at the last trained call")
     flat: float = Field(
         default=0.0, ge=0, le=1, description="RSA-FT's radius: gradients of nearby worse weights and images, twice the time; 0: off"
@@ -197,8 +205,12 @@ class Finetuning(Together):
     seed: Seed = Field(default=0, description="seed of the adapter, the plans, the prompts and the noise")
     sample_every: int = Field(default=50, ge=0, description="updates between sample grids; 0: only before and after")
     save_every: int = Field(default=50, ge=0, description="updates between checkpoints; 0: only at the end")
+    best: Literal["held_out", "sound", "diversity", "edges", "colors", "brightness", "saturation", "sharpness"] = Field(
+        default="held_out",
+        description="what the adapter in best/ is the best by; sound: the trained reward while the report raises no alarm",
+    )
     patience: int = Field(
-        default=0, ge=0, description="stop after this many sample grids without a better held-out reward; 0: never stop"
+        default=0, ge=0, description="stop after this many sample grids without a better one by what best names; 0: never stop"
     )
     stage_steps: list[int] | None = Field(
         default=None, description="updates of a stage of a staged method, given once per stage; default: equal shares"

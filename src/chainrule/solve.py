@@ -9,12 +9,14 @@ A multistep solver adds multiples of the clean predictions of the calls before, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import groupby, pairwise
 from math import floor, log
 from typing import ClassVar, Protocol
+
+import numpy as np
 
 from chainrule.noise import Schedule
 from chainrule.plan import Path
@@ -61,6 +63,27 @@ class Process:
             return sigma2 / sigma, alpha2 - sigma2 / sigma * alpha
         return 1.0, sigma2 - sigma
 
+    def leap(self, nodes: Sequence[float], stop: float, finish: bool = False) -> tuple[Step, ...]:
+        """One long step from the first of these levels to `stop`, of the answers at all of them: a * x + b * m summed over nodes.
+
+        The ODE is dx / d sigma = m for a flow, and d(x / alpha) / d(sigma / alpha) = noise otherwise. The polynomial through the
+        nodes' answers is integrated (Lagrange, arXiv:2606.11075), so one node gives `coefficients`, and a's are those of the
+        noise that a node's own state says there is. The first one's also has the carry. Raises ValueError for several nodes of
+        which one has no signal: sigma / alpha has no value there.
+        """
+        if len(nodes) == 1:
+            return (Step(*self.coefficients(nodes[0], stop, finish)),)
+        scales = [*(self.schedule(level) for level in nodes), self.schedule(stop, finish)]
+        alpha, _ = scales[-1]
+        if self.prediction is Prediction.FLOW:
+            weights = quadrature([sigma for _, sigma in scales])
+            return tuple(Step(float(i == 0), weight) for i, weight in enumerate(weights))
+        if not all(signal for signal, _ in scales):
+            raise ValueError(f"level {nodes[0]:g} has no signal")
+        weights, noises = quadrature([sigma / signal for signal, sigma in scales]), [self.noise(level) for level in nodes]
+        found = [Step(alpha * weight * p, alpha * weight * q) for weight, (p, q) in zip(weights, noises, strict=True)]
+        return (replace(found[0], a=alpha / scales[0][0] + found[0].a), *found[1:])
+
     def noise(self, level: float) -> tuple[float, float]:
         """(p, q): the noise that an answer m at state x says there is, epsilon = (x - alpha * x0) / sigma = p * x + q * m."""
         (alpha, sigma), (p, q) = self.schedule(level), self.coefficients(level, 0)
@@ -105,6 +128,18 @@ def moves(solver: Solver, path: Path) -> Iterator[Step]:
             yield from (Step(a, d=d) for a, d in pairs)
 
 
+def quadrature(places: Sequence[float]) -> list[float]:
+    """The weights of a function's values at all places but the last for its integral from the first place to the last.
+
+    They are exact for polynomials of a degree below the number of values: the solution of their moments' equations.
+    """
+    first, length = places[0], places[-1] - places[0]
+    powers = np.arange(len(places) - 1)
+    at = (np.array(places[:-1], dtype=np.float64) - first) / length
+    weights: list[float] = np.linalg.solve(at[None, :] ** powers[:, None], length / (powers + 1)).tolist()
+    return weights
+
+
 @dataclass(frozen=True, slots=True)
 class DDIM:
     """Deterministic DDIM; on a variance-preserving schedule Euler's method in sigma / alpha, and for flows Euler's step."""
@@ -118,9 +153,9 @@ class DDIM:
         jump = run[at]
         return Step(*self.process.coefficients(jump.start, jump.stop, jump.finish))
 
-    def leap(self, start: float, stop: float, finish: bool) -> Step:
-        """The one long step between any two levels."""
-        return Step(*self.process.coefficients(start, stop, finish))
+    def leap(self, nodes: Sequence[float], stop: float, finish: bool) -> tuple[Step, ...]:
+        """The one long step from the first of these levels, as what the state and the answer at each of them count."""
+        return self.process.leap(nodes, stop, finish)
 
 
 @dataclass(frozen=True, slots=True)

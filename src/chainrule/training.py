@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chainrule.adapters import LEARNED, Adapter, save_bands
+from chainrule.balance import balanced, measured
 from chainrule.errors import UserError
 from chainrule.estimators import Batch, Estimator, Flat, Paths, estimator_of
 from chainrule.gradient import Result
@@ -124,6 +125,7 @@ class FinetuneTask:
     settings: Finetuning
     processes: Processes = ALONE
     estimator: Estimator = field(default_factory=Paths)
+    sizes: dict[str, float] = field(default_factory=dict)  # of the reward's terms, once they are measured
     watched: ClassVar[str] = "reward"
 
     @classmethod
@@ -188,19 +190,27 @@ class FinetuneTask:
         """The plan of the next update, the same on every process."""
         return self.stages.method.plan(self.grid, Random(derive(self.settings.seed, "plan", self.step)))
 
-    def share(self) -> tuple[list[str], list[int]]:
-        """This process's prompts and image seeds of the next update: the same global batch for any number of processes.
-
-        The images of a group, of a method that has such, are next to each other.
-        """
-        s, step, group = self.settings, self.step, group_of(self.stages.method, self.grid)
+    def share(self, step: int) -> tuple[list[str], list[int]]:
+        """This process's prompts and image seeds of an update, a group's together: one batch for any number of processes."""
+        s, group = self.settings, group_of(self.stages.method, self.grid)
         prompts = [prompt for prompt in draw(self.prompts, s, step, group) for _ in range(group)]
         seeds = [derive(s.seed, "image", step, k) for k in range(s.batch)]
         return self.processes.share(prompts), self.processes.share(seeds)
 
+    @property
+    def raised(self) -> Reward:
+        """What is raised: the reward, its terms divided by their sizes where these are measured."""
+        return balanced(self.reward, self.sizes) if self.sizes else self.reward
+
+    def weigh(self) -> None:
+        """Measure the reward's terms on the images of the first updates, if they are to be balanced and are not yet."""
+        if self.settings.balance != "none" and not self.sizes:
+            shares = [self.share(step) for step in range(min(self.settings.balance_batches, self.settings.updates))]
+            self.sizes = measured(self.model, self.reward, shares, self.settings, self.processes)
+
     def objective(self) -> Objective:
         """The reward, and the distance to the model as it is without adapters."""
-        objective = Objective.of(self.reward)
+        objective = Objective.of(self.raised)
         if not self.settings.kl:
             return objective
         return objective.with_terms(KL(replace(self.model, active={}).cast()["base"], self.settings.kl))
@@ -208,9 +218,10 @@ class FinetuneTask:
     def update(self) -> Row:
         """Make one update and return its row of the log."""
         s, step, began = self.settings, self.step, time.perf_counter()
+        self.weigh()
         plan, trained = self.plan(), needs(self.stages.method, self.grid).trained
         weights = self.learner.train_only((*trained, *self.learned))
-        prompts, seeds = self.share()
+        prompts, seeds = self.share(step)
         batch = Batch(prompts, seeds, s.accumulate, s.memory, s.micro_batch, self.processes)
         results = self.estimator.add(self.model, plan, self.objective(), batch)
         # Adapters are small: one flat mean over processes, zeros where the plan left a weight unused.
@@ -226,6 +237,7 @@ class FinetuneTask:
             undone = self._undone([last])
         row: Row = {"step": self.step, "reward": reward, "grad_norm": norm, "lr": rate}
         row |= {"seconds": time.perf_counter() - began, "skipped": self.learner.skipped, "terms": self._terms(results)}
+        row |= {"weights": {term.name: weight for weight, term in self.raised.weighted()}} if self.sizes else {}
         if undone:
             row["taken_back"] = True
         if len(self.stages) > 1:
@@ -251,11 +263,12 @@ class FinetuneTask:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a checkpoint needs: tensors, and values for JSON."""
         tensors, kept = self.estimator.state()
-        return {**self.learner.tensors(), **tensors}, {**self.learner.state, "stage": asdict(self.stages.now), **kept}
+        kept |= {"stage": asdict(self.stages.now), "sizes": self.sizes}
+        return {**self.learner.tensors(), **tensors}, {**self.learner.state, **kept}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go back to a saved state. Raises KeyError, TypeError or RuntimeError when it is of another task."""
-        self.stages.now = Stage(**state["stage"])
+        self.stages.now, self.sizes = Stage(**state["stage"]), dict(state.get("sizes", {}))  # earlier versions had none
         self.learner.restore(tensors, state)
         self.estimator.restore(tensors, state)
 

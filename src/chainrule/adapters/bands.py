@@ -11,23 +11,31 @@ if TYPE_CHECKING:
 
 from chainrule.errors import UserError
 
+Scale = float | tuple[float, float]
+"""How strongly an adapter answers: everywhere, or from pure noise (level 1000) to the finished image, linear in the level."""
+TOP = 1000.0
+
 
 @dataclass(frozen=True, slots=True)
 class Band:
     """An adapter's scale, on for the levels of its spans: low < level <= high (None: no upper end). No spans: always.
 
+    A scale of two numbers mixes base and adapter by level, as annealed guidance does between two models. `factor` multiplies it.
+
     DRaFT's start and end steps (arXiv:2309.17400, Fig. 26-27) are one span of the sampling grid; ShortFT's adapters
     (arXiv:2507.22604, section 3.3) are on at chosen calls.
     """
 
-    scale: float = 1.0
+    scale: Scale = 1.0
     spans: tuple[tuple[float, float | None], ...] | None = None
     lease: Lease | None = field(default=None, compare=False, repr=False)  # keeps a loaded adapter in its network
+    factor: float = 1.0
 
     def at(self, level: float) -> float:
         """The scale at a level; 0 where the adapter is off."""
         on = self.spans is None or any(low < level and (high is None or level <= high) for low, high in self.spans)
-        return self.scale if on else 0.0
+        first, last = self.scale if isinstance(self.scale, tuple) else (self.scale, self.scale)
+        return self.factor * (last + (first - last) * level / TOP) if on else 0.0
 
 
 @dataclass(frozen=True, slots=True)

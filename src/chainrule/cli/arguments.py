@@ -18,6 +18,7 @@ from chainrule.settings import MOST_IMAGES
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run the code that a config, run or table names, as path/to/file.py:NAME.")
 ]
+Strength = Annotated[str, typer.Option(help="Strength of the adapters; 0:1 goes from 0 at the noise to 1 at the image.")]
 BestOfOption = Annotated[int, typer.Option("--best-of", help="Images tried for each one; the best by the first reward is taken.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already.")]
 
@@ -89,6 +90,17 @@ def finite(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(f"{name} is {value}, but must be a finite number")
+
+
+def scale_of(text: str) -> float | tuple[float, float]:
+    """A scale, "0.7", or one that changes from noise to image, "0:1". Raises UserError for anything else."""
+    try:
+        found = [float(part) for part in text.split(":")]
+    except ValueError:
+        found = []
+    if len(found) not in (1, 2) or not all(map(math.isfinite, found)):
+        raise UserError(f"scale is {text}, but must be a finite number, or two as in 0:1, from noise to image")
+    return found[0] if len(found) == 1 else (found[0], found[1])
 
 
 def counted(number: int, thing: str) -> str:

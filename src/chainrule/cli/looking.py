@@ -264,10 +264,11 @@ def rewards() -> None:
 def models() -> None:
     """List the bundled models and the supported families."""
     from chainrule.models import BUNDLED, FAMILIES, PUBLISHED
+    from chainrule.models.published import HUB
 
     for name, (_, about) in BUNDLED.items():
         typer.echo(f"{name:12} {about}")
     typer.echo(f"any folder or hub id of: {', '.join(FAMILIES)}")
     typer.echo("few-step adapters and students by name:")
     for name, known in PUBLISHED.items():
-        typer.echo(f"  {name:14} {known.steps:2} calls  {known.where}")
+        typer.echo(f"  {name:14} {known.steps:2} calls  {known.where if name in HUB else 'ships with the package'}")

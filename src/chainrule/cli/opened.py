@@ -14,6 +14,7 @@ from chainrule.named import refuse_code
 from chainrule.settings import Opening, Sampling, merged
 
 if TYPE_CHECKING:
+    from chainrule.adapters import Scale
     from chainrule.models import Model
 
 
@@ -99,7 +100,7 @@ def check_guidance(given: float | Mapping[str, Any] | None) -> None:
         GUIDANCES.read(given)
 
 
-def adapter_facts(place: str | Path, scale: float = 1.0) -> dict[str, Any]:
+def adapter_facts(place: str | Path, scale: Scale = 1.0) -> dict[str, Any]:
     """What tells an adapter, or a run, from others: its name, its scale, and a digest of its files. It has to be there."""
     from chainrule.adapters.files import adapter_files, learned_folders
     from chainrule.models.published import local

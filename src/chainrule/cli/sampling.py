@@ -11,7 +11,17 @@ import typer
 from chainrule.album import Album
 from chainrule.asked import numbers
 from chainrule.cli.app import Prompts, progress
-from chainrule.cli.arguments import AllowCode, BestOfOption, Overwrite, check_counts, check_once, counted, finite, prompts_of
+from chainrule.cli.arguments import (
+    AllowCode,
+    BestOfOption,
+    Overwrite,
+    Strength,
+    check_counts,
+    check_once,
+    counted,
+    prompts_of,
+    scale_of,
+)
 from chainrule.cli.opened import adapter_facts, check_adapter, source_of
 from chainrule.cli.options import with_options
 from chainrule.errors import UserError
@@ -35,7 +45,7 @@ def sample(
     seeds: Annotated[int, typer.Option(help="Images per prompt, with seeds 0, 1, ...")] = 1,
     first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     sampling: Sampling = Sampling(),
-    scale: Annotated[float, typer.Option(help="Strength of the run's adapter.")] = 1.0,
+    scale: Strength = "1",
     adapter: Annotated[str | None, typer.Option(help="An adapter file or folder to put on top of a model.")] = None,
     adapter_steps: Annotated[
         tuple[int, int] | None, typer.Option(help="The sampling steps with adapters on: the first, and the one after the last.")
@@ -55,12 +65,12 @@ def sample(
     check_counts(seeds=seeds, best_of=best_of)
     if best_of > 1 and not reward:
         raise UserError("--best-of needs a --reward that chooses among the images")
-    finite(scale=scale)
+    strength = scale_of(scale)
     numbers([first_seed, first_seed + seeds - 1])
     album = Album(out, [(prompt, first_seed + k) for prompt in prompts_of(prompts) for k in range(seeds)])
     check_folder(out)
     from chainrule import rewards
-    from chainrule.models.published import PUBLISHED
+    from chainrule.models.students import few_steps
 
     base = source_of(source, opening, sampling, allow_code=allow_code)
     chosen = [rewards.parse(name, base.reward_source) for name in reward or []]
@@ -68,16 +78,16 @@ def sample(
     for place in (places := [place for place in (base.run, adapter) if place]):
         check_adapter(place, base.model, opening.solver)
     # A run is sampled as it was trained, unless asked otherwise or with a few-step adapter, which says itself how.
-    how = sampling if str(adapter) in PUBLISHED else base.sampling
+    how = sampling if adapter and few_steps(adapter) else base.sampling
     steps, guidance = how.sample_steps, how.guidance
-    adapters = [*map(adapter_facts, base.adapters), *(adapter_facts(place, scale) for place in places)]
+    adapters = [*map(adapter_facts, base.adapters), *(adapter_facts(place, strength) for place in places)]
     common: dict[str, Any] = {"model": base.model, "adapters": adapters or None}
     common |= {"adapter_steps": adapter_steps and list(adapter_steps)}
     common |= {"best_of": best_of if best_of > 1 else None, "rewards": [each.name for each in chosen] or None}
     album.check(common | _known(base.opening, steps, guidance), overwrite)
     model = base.load()
     for place in places:
-        model = model.using(place, scale=scale, adapter_steps=adapter_steps, steps=steps)
+        model = model.using(place, scale=strength, adapter_steps=adapter_steps, steps=steps)
     _fill(album, model, common, chosen, steps, guidance, best_of, overwrite)
 
 

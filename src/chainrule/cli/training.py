@@ -47,8 +47,8 @@ def train(
     check_code(read, given, config, allow_code)
     if not read.reward:
         raise UserError("no reward given; pass --reward")
-    if read.settings.patience and not read.held_out:
-        raise UserError("patience needs a held-out reward to watch; pass --held-out")
+    if read.settings.patience and not read.held_out and read.settings.best == "held_out":
+        raise UserError("patience needs a held-out reward to watch; pass --held-out, or let --best name something else")
     check_tracker(read.settings.tracker)
     method = method_of(read.method, method_option)
     read_prompts(read.prompts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chainrule.cli.app import progress
-from chainrule.cli.arguments import AllowCode, BestOfOption, check_counts, finite
+from chainrule.cli.arguments import AllowCode, BestOfOption, Strength, check_counts, scale_of
 from chainrule.cli.opened import Source, adapter_facts, source_of, source_of_run
 from chainrule.cli.options import with_options
 from chainrule.config import AnyConfig
@@ -19,6 +19,7 @@ from chainrule.scores import Scores
 from chainrule.settings import Opening, Sampling
 
 if TYPE_CHECKING:
+    from chainrule.adapters import Scale
     from chainrule.baselines import BestOf
     from chainrule.evaluate import Table
     from chainrule.models import Model
@@ -32,7 +33,7 @@ def evaluate(
     reward: Annotated[list[str] | None, typer.Option(help="A reward to measure; default: the run's own. May be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="Images per prompt.")] = 4,
     sampling: Sampling = Sampling(),
-    scale: Annotated[float, typer.Option(help="Strength of the adapters.")] = 1.0,
+    scale: Strength = "1",
     best_of: BestOfOption = 1,
     group: Annotated[
         str | None, typer.Option(help="A column of the prompt file to also average by: Category; style for HPDv2's folder.")
@@ -53,7 +54,7 @@ def evaluate(
     from chainrule.prompts import prompts as read_prompts
 
     check_counts(seeds=seeds, best_of=best_of)
-    finite(scale=scale)
+    strength = scale_of(scale)
     shown, first = read_prompts(prompts), _of_one_model(runs)
     groups = prompt_groups(prompts, group) if group else []
     source = source_of(runs[0], opening, sampling, allow_code=allow_code)
@@ -64,8 +65,8 @@ def evaluate(
     check_folder(place)
     labels = dict(zip(_labels(runs), runs, strict=True))
     base = source.load()
-    models = _compared(base, labels, scale, scorers[0], best_of)
-    scores = Scores(place, _made(models, source, labels, scale))
+    models = _compared(base, labels, strength, scorers[0], best_of)
+    scores = Scores(place, _made(models, source, labels, strength))
     if (table := _measured(base, models, shown, seeds, scorers, source, scores)) is None:
         return
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
@@ -110,7 +111,7 @@ def _measured(
     return table if processes.main else None
 
 
-def _made(models: dict[str, Model | BestOf], source: Source, runs: dict[str, Path], scale: float) -> dict[str, dict[str, Any]]:
+def _made(models: dict[str, Model | BestOf], source: Source, runs: dict[str, Path], scale: Scale) -> dict[str, dict[str, Any]]:
     """How the images of each row are made."""
     from chainrule.baselines import BestOf
     from chainrule.sampling import facts_of_model
@@ -139,7 +140,7 @@ def _scorers(given: list[str], run: Path, config: AnyConfig, source: Source, all
     return found
 
 
-def _compared(base: Model, runs: dict[str, Path], scale: float, reward: Reward, best_of: int) -> dict[str, Model | BestOf]:
+def _compared(base: Model, runs: dict[str, Path], scale: Scale, reward: Reward, best_of: int) -> dict[str, Model | BestOf]:
     """The rows of an evaluation: the model before, the best of its images where that is asked for, and the runs."""
     from chainrule.baselines import BestOf
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from chainrule.appearance import STATISTICS
 from chainrule.errors import UserError
-from chainrule.rewards import checked, parse
+from chainrule.rewards import Reward, checked, parse, reward_of
 from chainrule.rewards.classifier import load_classifier
 from chainrule.rewards.clip import load_clip, normalize, resize_and_crop
 
@@ -26,6 +27,14 @@ class Pair:
     before: Tensor
     after: Tensor
     prompts: list[str]
+
+
+def scored(name: str, source: str | None) -> Reward:
+    """A measure of single images by name: a reward, or what an image looks like ("sharpness", `chainrule.appearance`)."""
+    if name not in STATISTICS:
+        return parse(name, source)
+    statistic = STATISTICS[name]
+    return reward_of(lambda images, prompts: statistic(images), name=name)
 
 
 def tensors(images: Sequence[Image.Image]) -> Tensor:

@@ -18,7 +18,7 @@ from chainrule.report.tables import markdown
 from chainrule.report.words import phrase
 
 ARROWS = {"up": " ↑", "down": " ↓", None: ""}
-SHOWN = ("model", "tunes", "method", "reward", "prompts", "gradient", "over", "unit", "seeds", "images")
+SHOWN = ("model", "adapter", "method", "reward", "prompts", "gradient", "over", "unit", "seeds", "images")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ Every task leaves `evaluation.json` in its folder, last: with it there, the run 
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -30,9 +28,9 @@ from chainrule.finetune import finetune
 from chainrule.meters import peak_bytes
 from chainrule.methods import needs
 from chainrule.methods import read as read_method
-from chainrule.models import BUNDLED, Model, bundled, load
+from chainrule.models import BUNDLED, Model, load
 from chainrule.objective import Objective
-from chainrule.plan import segment_ends, walk
+from chainrule.plan import walk
 from chainrule.prompts import prompts as read_prompts
 from chainrule.rewards import Reward, Symmetry, parse
 from chainrule.runs import Run
@@ -64,23 +62,10 @@ def work(unit: Unit, root: Path) -> bool:
 
 
 def _model(settings: Values) -> tuple[Model, str | None]:
-    """The model a row is about, and the source of rewards that name none.
-
-    `tunes: student` is the model's few-step student by itself: a chain over the ends of its segments, from where the base starts.
-    """
+    """The model a row is about, with its adapter on, and the source of rewards that name none."""
     name = str(settings["model"])
     model, source = load(name), "tiny" if name in BUNDLED else None
-    if settings.get("tunes") != "student":
-        return model, source
-    student = model.using(bundled.student(name))
-    calls = _student_calls(settings)
-    levels = (model.grid(50)[0], *segment_ends(model.solver.process.schedule.top, calls))
-    return replace(student, sampler=replace(student.sampler, levels=lambda steps: levels)), source
-
-
-def _student_calls(settings: Values) -> int:
-    facts = json.loads((bundled.student(str(settings["model"])) / "student.json").read_text())
-    return int(facts["steps"])
+    return model.using(settings["adapter"]) if settings.get("adapter") else model, source
 
 
 def _train(unit: Unit, folder: Path) -> Table | None:
@@ -119,7 +104,7 @@ def _evaluate(unit: Unit, folder: Path) -> Table:
 
 def _evaluated(unit: Unit, model: Model, source: str | None) -> Table:
     how = unit.measure
-    rewards, made = [parse(name, source) for name in how["rewards"]], cast(Renderer, model)
+    rewards, made = [measures.scored(name, source) for name in how["rewards"]], cast(Renderer, model)
     if how["template"]:
         made = Templated(model, how["template"])
     if how["best_of"]:

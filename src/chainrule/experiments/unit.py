@@ -25,7 +25,7 @@ from chainrule.settings import Finetuning, Steering
 
 VERSIONS = ("chainrule", "torch", "diffusers", "transformers", "peft")
 RESULT = "evaluation.json"
-OPENING = {"model": "tiny-emoji", "tunes": "model", "solver": None}  # the solver is that of training
+OPENING = {"model": "tiny-emoji", "adapter": None, "solver": None}  # the solver is that of training
 OWN: dict[str, Values] = {  # what a task takes besides the library's settings, and what stands for what is not given
     "finetune": {**OPENING, "student": None, "method": "draft-lv", "reward": None, "prompts": "animals:train"},
     "steer": {**OPENING, "reward": None, "prompts": [""], "seeds": None, "images": None, "unit": "one", "counts": None,
@@ -36,7 +36,7 @@ OWN["evaluate"] = {**OWN["finetune"], "trained": None}  # the label of the row w
 MEASURED: Values = {"prompts": "animals:test", "rewards": None, "seeds": [0, 1, 2, 3], "sample_steps": None, "guidance": None,
                     "best_of": None, "template": None, "scale": None, "adapter_steps": None}  # fmt: skip
 # Settings that change no number, so that they are no part of a key.
-SILENT = ("memory", "micro_batch", "sample_every", "save_every", "tracker", "rounds")
+SILENT = ("memory", "micro_batch", "sample_every", "save_every", "best", "tracker", "rounds")
 # Settings whose values are always in a key. A later one is in it where it is not its default, so that older results stay valid.
 DECIDE = (
     "updates", "batch", "accumulate", "lr", "schedule", "weight_decay", "clip", "rank", "ema", "kl", "sample_steps", "guidance",

@@ -11,10 +11,10 @@ from chainrule.methods.plain import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.methods.policy import DDPO, DPG, GRPO
 from chainrule.methods.registry import REGISTRY, as_method, describe, make, read, spelled
 from chainrule.methods.shortft import ShortFT
-from chainrule.methods.surrogates import FlowBPBridge, FlowBPSparse, LeapAlign
+from chainrule.methods.surrogates import FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign
 
 __all__ = [
-    "DDPO", "DPG", "GRPO", "REGISTRY", "SDO", "AlignProp", "Critic", "DRTune", "DRaFT", "DRaFTLV", "Estimator",
-    "FlowBPBridge", "FlowBPSparse", "LeapAlign", "LikelihoodRatio", "Method", "Needs", "Pathwise", "ReFL", "ShortFT",
-    "as_method", "describe", "make", "needs", "read", "spelled", "stages",
+    "DDPO", "DPG", "GRPO", "REGISTRY", "SDO", "AlignProp", "Critic", "DRTune", "DRaFT", "DRaFTLV", "Estimator", "FlowBPBridge",
+    "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "LikelihoodRatio", "Method", "Needs", "Pathwise", "ReFL", "ShortFT", "as_method",
+    "describe", "make", "needs", "read", "spelled", "stages",
 ]  # fmt: skip

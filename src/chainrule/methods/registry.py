@@ -11,7 +11,7 @@ from chainrule.methods.method import Method
 from chainrule.methods.plain import SDO, AlignProp, DRaFT, DRaFTLV, DRTune, ReFL
 from chainrule.methods.policy import DDPO, DPG, GRPO
 from chainrule.methods.shortft import ShortFT
-from chainrule.methods.surrogates import FlowBPBridge, FlowBPSparse, LeapAlign
+from chainrule.methods.surrogates import FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign
 from chainrule.named import Catalog, is_place, name_and_options
 
 REGISTRY: dict[str, type[Any]] = {
@@ -27,6 +27,7 @@ REGISTRY: dict[str, type[Any]] = {
     "grpo": GRPO,
     "flowbp-sparse": FlowBPSparse,
     "flowbp-bridge": FlowBPBridge,
+    "flowbp-lagrange": FlowBPLagrange,
     "leapalign": LeapAlign,
 }
 METHODS: Catalog[Method] = Catalog("method", REGISTRY)

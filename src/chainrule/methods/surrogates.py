@@ -5,6 +5,7 @@ LeapAlign (arXiv:2604.15311) and FlowBP's (arXiv:2606.11075), on every solver wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -22,6 +23,20 @@ def drawn_late(count: int, samples: int, late: float, rng: Random) -> list[int]:
         found.append(rng.choices(left, [(i + 1) ** late for i in left])[0])
         left.remove(found[-1])
     return sorted(found)
+
+
+def drawn_parts(total: int, concentration: Sequence[float], least: Sequence[int], rng: Random) -> list[int]:
+    """`total` in parts whose shares are Dirichlet's with this concentration, rounded, and each at least so many."""
+    shares = [rng.gammavariate(alpha, 1.0) for alpha in concentration]
+    found = [max(round(total * share / sum(shares)), low) for share, low in zip(shares, least, strict=True)]
+    found[found.index(max(found))] += total - sum(found)
+    return found
+
+
+def spread(start: int, stop: int, count: int) -> list[int]:
+    """At most so many of the numbers from `start` to `stop` - 1, `start` first, evenly apart."""
+    length = stop - start
+    return [start] if count == 1 else sorted({start + round(i * (length - 1) / (count - 1)) for i in range(count)})
 
 
 def live(path: Path, grads: dict[int, Grad]) -> Path:
@@ -132,3 +147,56 @@ class LeapAlign:
         at = second - first
         branch[at] = replace(path[second], grad=Grad.FULL if self.share else Grad.WEIGHTS, share=self.share, lands=0)
         return Plan(path[:first], (tuple(branch),), deviation=self.deviation)
+
+
+@dataclass(frozen=True, slots=True)
+class FlowBPLagrange:
+    """Two leaps, each of several calls' answers with the weights of a quadrature, two of which are live. `-[=..=...+=..]`
+
+    arXiv:2606.11075: `order` calls of each leap, evenly apart, are taken for a polynomial of the answer, which is integrated. The
+    first `samples` of them are live; `gain` multiplies the weights of all but a leap's own. The second leap's first call lets
+    `share` of its input's gradient through. `concentration` is Dirichlet's of the steps before, in and after the first leap, and
+    `deviation` as in `LeapAlign`, which is the order 1. The nodes, the gain and the share are its authors' published settings.
+    """
+
+    order: int = 3
+    samples: int = 2
+    gain: float = 0.25
+    share: float = 0.1
+    deviation: float | None = 0.1
+    concentration: tuple[float, float, float] = (2.0, 6.0, 2.5)
+
+    def __post_init__(self) -> None:
+        within("order", self.order, 1)
+        within("samples", self.samples, 1, self.order)
+        within("gain", self.gain, 0)
+        within("share", self.share, 0, 1)
+        if self.deviation is not None and not self.deviation > 0:
+            raise UserError(f"deviation is {self.deviation}, but must be above 0, or null")
+        if len(self.concentration) != 3 or not all(alpha > 0 for alpha in self.concentration):
+            raise UserError(f"concentration is {self.concentration}, but must be three numbers above 0")
+
+    def needs(self, grid: Grid) -> Needs:
+        """Say which members, adapters and estimator it needs on this grid."""
+        within("the number of sampling steps", len(grid) - 1, 2)
+        return Needs()
+
+    def plan(self, grid: Grid, rng: Random) -> Plan:
+        """Draw the plan of one update on a grid of falling levels."""
+        self.needs(grid)
+        path = walk(grid)
+        before, between, _ = drawn_parts(len(path), self.concentration, (0, 1, 1), rng)
+        first, second = before, before + between
+        found = self._leap(
+            self._leap(path, first, second, Grad.WEIGHTS), second, len(path), Grad.FULL if self.share else Grad.WEIGHTS
+        )
+        found = (*found[:second], replace(found[second], share=self.share), *found[second + 1 :])
+        return Plan(found[:first], (found[first:],), deviation=self.deviation)
+
+    def _leap(self, path: Path, start: int, stop: int, grad: Grad) -> Path:
+        """The path with a leap from its call `start` to its call `stop`, or to its end."""
+        nodes, found = spread(start, stop, self.order), list(path)
+        found[start] = replace(path[start], grad=grad, lands=path[stop - 1].stop, reads=tuple(path[i].start for i in nodes[1:]))
+        for i in nodes[1 : self.samples]:
+            found[i] = replace(path[i], grad=Grad.WEIGHTS, gain=self.gain)
+        return tuple(found)

@@ -44,14 +44,15 @@ class Attached:
         self.remove()
 
 
-def attach(pipe: Any, source: str | Path, *, scale: float = 1.0) -> Attached:
+def attach(pipe: Any, source: str | Path, *, scale: adapters.Scale = 1.0) -> Attached:
     """Let what a run trained answer in a plain diffusers pipeline: its adapters, each at its own levels, and its sampler.
 
     For adapters by level (ShortFT), which `load_lora_weights` knows nothing of, for learned guidance weights and negative
     embeddings, and for pipelines that have no `load_lora_weights` (PixArt's); single ones work too. Every call of the network
-    looks at its timestep and runs with the adapters of that level, at `scale`; calls without any cost what they cost without
-    adapters. With learned guidance weights the pipeline must be called with a `guidance_scale` above 1, whose size then means
-    nothing. Raises UserError for a pipeline without a denoiser, with adapters on it already, or of another architecture.
+    looks at its timestep and runs with the adapters of that level, at `scale` (as in `Model.using`); calls without any cost what
+    they cost without adapters. With learned guidance weights the pipeline must be called with a `guidance_scale` above 1, whose
+    size then means nothing. Raises UserError for a pipeline without a denoiser, with adapters on it already, or of another
+    architecture.
     """
     network = next((getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name, None) is not None), None)
     if network is None:

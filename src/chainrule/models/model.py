@@ -204,36 +204,36 @@ class Model:
         adapter.remove()
 
     def using(
-        self, source: str | Path | adapters.Weights, *, scale: float = 1.0,
+        self, source: str | Path | adapters.Weights, *, scale: adapters.Scale = 1.0,
         adapter_steps: tuple[int, int] | None = None, steps: int | None = None,
     ) -> Model:  # fmt: skip
         """This model with a saved adapter (a run, a folder, a file, OWNER/NAME:FILE on the hub) on top, at `scale`.
 
-        What a run learned besides, guidance weights and negative embeddings, comes along as it is.
-        A name of `chainrule.models.PUBLISHED` (hyper-sd15-4, lcm-sdxl, ...) is downloaded, and sampled as its authors say.
-        `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
-        excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared with this model, which stays as it is. The adapter
-        is taken out again when nothing is left that can switch it on: no model, member or chain.
+        Two scales, (0, 1) say, are those at noise and image, linear in the level. What a run learned besides comes along.
+        A student of `distill` and a name of `chainrule.models.PUBLISHED` (hyper-sd15-4, tiny-emoji-4, ...) are sampled in their own
+        few steps. `adapter_steps=(first, last)` switches it on for those of `steps` sampling steps only, first included, last
+        excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared, and go when nothing is left that can switch them on.
         """
-        known = published.find(source, self.family)
+        known = students.known(source, self.family)
         files = {} if isinstance(source, adapters.Weights) else adapters.adapter_files(published.local(source))
         spans: Levels | None = None
         if adapter_steps:
             spans = adapters.span_of(self.grid(steps), adapter_steps)
-            if any(own is not None for own in files.values()):
+            if any(files.values()):
                 raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
         loaded = [(loras.read(file, self.family, getattr(self.network, "config", None)), own) for file, own in files.items()]
         active = dict(self.active)
         for weights, own in [(source, None)] if isinstance(source, adapters.Weights) else loaded:
             name = adapters.unused_name(self.network, "loaded")
             lease = adapters.lease(self.network, name, weights)
-            active[name] = Band(scale * (known.scale if known else 1.0), own or spans, lease)
+            active[name] = Band(scale, own or spans, lease, known.scale if known else 1.0)
         learned = {} if isinstance(source, adapters.Weights) else load_learned(adapters.learned_folders(source))
         model = replace(self, active=active, learned={**self.learned, **learned}, base_adapters=(*self.base_adapters, str(source)))
         if not known:
             return model
         defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)
-        return replace(model.solving(known.solver, known.settings), defaults=defaults, asked=None)
+        sampler = students.sampler(known, model.solving(known.solver, known.settings).sampler)
+        return replace(model, sampler=sampler, defaults=defaults, asked=None)
 
     def with_student(self, source: str | Path | None = None) -> Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).

@@ -1,4 +1,4 @@
-"""Few-step LoRAs others have published, and how their authors say they are sampled. None of them ships with the package."""
+"""Few-step LoRAs by name, and how their authors say they are sampled. Only the bundled model's own ships with the package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chainrule.errors import UserError
+from chainrule.models import bundled
 
 SD, SDXL, SD3, FLUX = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
 TRAILING = {"timestep_spacing": "trailing"}
@@ -15,7 +16,10 @@ TRAILING = {"timestep_spacing": "trailing"}
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A LoRA for a pipeline, as OWNER/NAME:FILE on the hub; guidance 1 is none. `settings` are the scheduler's."""
+    """A LoRA for a pipeline, as OWNER/NAME:FILE on the hub or a folder; guidance 1 is none. `settings` are the scheduler's.
+
+    With `segments`, it jumps to the ends of its segments of levels (`chainrule.distill`), and not over the scheduler's timesteps.
+    """
 
     where: str
     pipeline: str
@@ -24,6 +28,7 @@ class Published:
     scale: float = 1.0
     solver: str | None = None  # None: the pipeline's own
     settings: Mapping[str, object] = field(default_factory=dict)
+    segments: bool = False
 
 
 def _hyper(file: str, pipeline: str, steps: int, guidance: float = 1.0, scale: float = 1.0) -> Published:
@@ -31,6 +36,11 @@ def _hyper(file: str, pipeline: str, steps: int, guidance: float = 1.0, scale: f
     flow = pipeline in (SD3, FLUX)
     where = f"ByteDance/Hyper-SD:{file}.safetensors"
     return Published(where, pipeline, steps, guidance, scale, None if flow else "ddim", {} if flow else TRAILING)
+
+
+def distilled(place: str | Path, pipeline: str, steps: int) -> Published:
+    """A student that `distill` made: deterministic jumps without guidance, which it has learned."""
+    return Published(str(place), pipeline, steps, solver="euler", segments=True)
 
 
 PUBLISHED: Mapping[str, Published] = {
@@ -51,7 +61,11 @@ PUBLISHED: Mapping[str, Published] = {
         )
         for n in (2, 4, 8)
     },
+    **{f"{base}-4": distilled(bundled.student(base), SD, 4) for base in bundled.STUDENTS},
 }
+
+
+HUB = [name for name, known in PUBLISHED.items() if ":" in known.where]  # those that are downloaded
 
 
 def find(source: object, pipeline: str) -> Published | None:

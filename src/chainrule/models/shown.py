@@ -61,6 +61,10 @@ def line(model: Shown) -> str:
 
 
 def _on(name: str, band: Band) -> str:
+    first, last = band.scale if isinstance(band.scale, tuple) else (band.scale, band.scale)
+    scale = (
+        f"{band.factor * last:g}" if first == last else f"{band.factor * first:g} at noise to {band.factor * last:g} at the image"
+    )
     spans = ["" if high is None else f"to {high:g}" for _, high in band.spans or ()]
     levels = [f"above {low:g} {end}".strip() for (low, _), end in zip(band.spans or (), spans, strict=True)]
-    return f"{name} at {band.scale:g}" + (f", levels {', '.join(levels)}" if levels else "")
+    return f"{name} at {scale}" + (f", levels {', '.join(levels)}" if levels else "")

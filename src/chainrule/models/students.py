@@ -20,6 +20,8 @@ from chainrule.guidance import Embedded, of_number
 from chainrule.models import bundled, loras, published
 from chainrule.models.families import FAMILIES, family_of
 from chainrule.models.pipeline import weight_type
+from chainrule.models.solvers import Sampler
+from chainrule.plan import Grid, segment_ends
 
 # What two networks must have in common for one to answer for the other, as far as their kind has it.
 SHARED = ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "caption_channels", "sample_size")
@@ -75,6 +77,33 @@ def _read(path: Path) -> dict[str, Any]:
 def facts(place: str | Path) -> dict[str, Any]:
     """What `distill` wrote about a student: its base, steps and prediction; {} for others."""
     return _read(Path(place) / "adapter" / "student.json") or _read(Path(place) / "student.json")
+
+
+def few_steps(source: str | Path) -> bool:
+    """Whether an adapter says itself in how many steps it is sampled."""
+    return str(source) in published.PUBLISHED or bool(facts(source))
+
+
+def known(source: object, family: str) -> published.Published | None:
+    """How a few-step adapter is sampled: a published one by name, or one that `distill` made, by its folder; None for others."""
+    found = published.find(source, family)
+    if found or not isinstance(source, str | Path) or not (said := facts(source)):
+        return found
+    return published.distilled(source, family, int(said["steps"]))
+
+
+def sampler(how: published.Published, plain: Sampler) -> Sampler:
+    """The sampler of a few-step adapter, given the one of its solver: from where fifty steps start, over its segments' ends."""
+    if not how.segments:
+        return plain
+    ends = (plain.levels(50)[0], *segment_ends(plain.solver.process.schedule.top, how.steps))
+
+    def levels(steps: int) -> Grid:
+        if steps != how.steps:
+            raise UserError(f"steps is {steps}, but this student has {how.steps} segments and makes an image in {how.steps} steps")
+        return ends
+
+    return replace(plain, levels=levels)
 
 
 def _check(place: Path, here: Path, base: str) -> None:

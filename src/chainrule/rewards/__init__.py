@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from chainrule.rewards.diversity import Diversity, Dropout
     from chainrule.rewards.external import FileSize, Program
     from chainrule.rewards.given import AnyReward, as_reward, as_rewards
+    from chainrule.rewards.hpsv3 import HPSv3
     from chainrule.rewards.imagereward import ImageReward
     from chainrule.rewards.likeness import LPIPS, Identity
     from chainrule.rewards.loaded import release
@@ -53,6 +54,7 @@ __all__ = [
     "FileSize",
     "FunctionReward",
     "HPSv2",
+    "HPSv3",
     "HPSv21",
     "Hinge",
     "Identity",
@@ -96,6 +98,7 @@ _ROOMS = {
     "detect": ("DetectedArea", "Detection"),
     "diversity": ("Diversity", "Dropout"),
     "external": ("FileSize", "Program"),
+    "hpsv3": ("HPSv3",),
     "imagereward": ("ImageReward",),
     "likeness": ("LPIPS", "Identity"),
     "loaded": ("release",),

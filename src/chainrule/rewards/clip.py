@@ -30,7 +30,9 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TOKENIZERS = {"yuvalkirstain/PickScore_v1": CLIP_H, "adams-story/HPSv2-hf": CLIP_H}  # models whose text side is their parent's
 TOGETHER = 4  # texts embedded at a time, always as many, so that none depends on its company
 MOST_TEXTS = 2**16  # that are remembered
-OFFICIAL = ("hps", "imagereward", "aesthetic")  # kinds whose weights are published as one file, which may be given as it is
+SINGLE = (".pt", ".pth", ".safetensors")
+# Kinds whose weights are published as one file, which may be given as it is, and what such a file's name ends in.
+OFFICIAL = {"hps": SINGLE, "imagereward": SINGLE, "aesthetic": SINGLE, "hpsv3": (".safetensors",)}
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
@@ -152,13 +154,13 @@ def _unit(features: Tensor) -> Tensor:
 def check_source(source: str, kind: str, needs: Sequence[str] = ("config.json",)) -> str:
     """The folder or hub id `source` stands for ("tiny": the bundled `kind`), without loading anything.
 
-    A kind of `OFFICIAL` may be one file too, .pt, .pth or .safetensors, in a folder or on the hub (owner/name/file).
+    A kind of `OFFICIAL` may be one file too, in a folder or on the hub (owner/name/file).
     Raises UserError for a folder that is missing, lacks one of the files `needs` or has only pickled weights, and for a
     text that is neither a folder nor a hub id.
     """
     folder = BUNDLED / kind if source == "tiny" else Path(source).expanduser()
     pickled = "pickled weights can run code when opened; convert them to safetensors and give that folder"
-    if kind in OFFICIAL and folder.suffix in (".pt", ".pth", ".safetensors"):
+    if folder.suffix in OFFICIAL.get(kind, ()):
         if not folder.is_file() and not HUB_FILE.fullmatch(source):
             raise UserError(f"no file {source!r}")
         return str(folder) if folder.is_file() else source

@@ -20,8 +20,8 @@ class On(Reward):
     """A reward computed on `device`, its networks in `dtype`; written `pickscore@cuda:1`, or `pickscore@cuda:1/bfloat16`.
 
     The images go there, the values come back, and so does the gradient, in the images' precision. A lower `dtype` is torch's
-    autocast, which saves time and activations; CLIP's image towers are held in it too, other weights stay in float32. Put the
-    terms of a sum in their places one by one.
+    autocast, which saves time and activations; CLIP's image towers and HPSv3's network are held in it too, other weights stay in
+    float32. Put the terms of a sum in their places one by one.
     """
 
     reward: Reward

@@ -37,6 +37,7 @@ REGISTRY: Mapping[str, Entry] = {
     "pickscore": Entry("scorers.PickScore", "which of two images people pick for a prompt (Pick-a-Pic, CLIP-H)"),
     "hpsv2": Entry("scorers.HPSv2", "human preference for an image given its prompt (HPD v2, CLIP-H)"),
     "hpsv2.1": Entry("scorers.HPSv21", "the same, its authors' newer weights: hpsv2.1:HPS_v2.1_compressed.pt"),
+    "hpsv3": Entry("hpsv3.HPSv3", "human preference for an image given its prompt (HPD v3, Qwen2-VL 7B and a head)"),
     "imagereward": Entry("imagereward.ImageReward", "human preference for an image given its prompt (BLIP and a head)"),
     "aesthetic": Entry("scorers.Aesthetic", "LAION aesthetic rating, 1 to 10, of the image alone (CLIP-L and a head)"),
     "clip": Entry("scorers.CLIPScore", "agreement of image and prompt, or of image and text: clip:an angry face"),
@@ -74,7 +75,7 @@ TEXT_OPTION = {
     "style": "picture", "process": "command",
 }  # fmt: skip
 # Rewards for which no small model comes with chainrule, so the source "tiny" is not for them.
-UNBUNDLED = ("imagereward", "siglip", "detect", "area", "safe", "concepts", "identity", "lpips")
+UNBUNDLED = ("hpsv3", "imagereward", "siglip", "detect", "area", "safe", "concepts", "identity", "lpips")
 _TEXT_IS_OPTIONAL = ("clip", "siglip", "directional")  # they have a default
 _WITH_TEXT = rf"(?:{'|'.join(TEXT_OPTION)}):[^*]+?(?=->|<=|@{_DEVICE}|\s+[+-]\s|\s*$)"
 _TERM = re.compile(
