@@ -36,7 +36,7 @@ STANDS_FOR = {
     "--balance RULE": "--balance deviation", "--model ...": "--model tiny-emoji", " ...": "",
 }  # fmt: skip
 """What a reader puts in the place of these words."""
-IS_A_PART = {"train": {"--reward": "pickscore", "--out": "runs/new"}}
+IS_A_PART = {"train": {"--reward": "pickscore + symmetry", "--out": "runs/new"}}
 """What a command within a sentence may leave to its reader."""
 NOT_YET = "nothing of the table tradeoff was run yet"  # which a command that draws results says where there are none
 OTHERS = ("--build-arg", "--nproc_per_node")  # options of other programs
