@@ -168,7 +168,7 @@ class LeapAlign:
 
 @dataclass(frozen=True, slots=True)
 class FlowBPLagrange:
-    """Two leaps, each of several calls' answers with the weights of a quadrature, two of which are live. `-[=..=...+=..]`
+    """Two leaps, each of several calls' answers with the weights of a quadrature, two of which are live. `-----[=.=..+=]`
 
     arXiv:2606.11075: `order` calls of each leap, evenly apart, are taken for a polynomial of the answer, which is integrated. The
     first `samples` of them are live; `gain` multiplies the weights of all but a leap's own. The second leap's first call lets
