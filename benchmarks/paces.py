@@ -1,11 +1,11 @@
 """What an update of every method takes on the bundled model: the budgets of the tables at equal time come from here.
 
-    python -m benchmarks.paces [--rounds 6] [--seconds 60]
+    python -m benchmarks.paces [--rounds 6] [--updates 16]
 
 Prints for each method: the processor seconds of an update (one thread, activations kept, in turns with all others, the middle
-one of the rounds after one that warms up; a random plan is drawn anew in each), the updates that fit into the given seconds, and
-the peak MiB of one gradient of a batch above the weights, kept and recomputed. A method's stages count equally; its bytes are the
-largest stage's.
+one of the rounds after one that warms up; a random plan is drawn anew in each), the updates that fit into the time of so many of
+the first method, and the peak MiB of one gradient of a batch above the weights, kept and recomputed. A method's stages count
+equally; its bytes are the largest stage's.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def task_of(table: Table, label: str, method: Method, memory: str) -> FinetuneTa
 def peak(table: Table, label: str, method: Method, memory: str) -> float:
     """MiB of one gradient of a batch, above the weights."""
     task = task_of(table, label, method, memory)
-    prompts, seeds = task.share()
+    prompts, seeds = task.share(0)
     own = needs(method, task.grid)
     task.learner.train_only((*own.trained, *task.learned))
     batch = Batch(prompts, seeds, 1, memory, None, task.processes)
     plan = method.plan(task.grid, Random(0))
     found = peak_bytes(lambda: task.estimator.add(task.model, plan, task.objective(), batch), task.model.device)
+    task.remove()
     return found / 2**20
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--updates", type=int, default=16, help="of the table's first method, in whose time the others' must fit")
     parser.add_argument("--table", default=TABLE)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -77,11 +78,14 @@ def main() -> None:
             task.update()
             if number:
                 seconds[key].append(time.process_time() - began)
+    for task in tasks.values():
+        task.remove()
+    first = fmean(median(times) for key, times in seconds.items() if key[0] == next(iter(methods)))
     for label, every in methods.items():
         pace = fmean(median(times) for key, times in seconds.items() if key[0] == label)
         kept, again = (max(peak(table, label, method, memory) for method in every) for memory in ("keep", "recompute"))
         console.print(
-            f"{label}: updates: {int(args.seconds / pace)}, recorded: {{s / update: {pace:.3f}, MiB kept: {kept:.0f}, "
+            f"{label}: updates: {int(args.updates * first / pace)}, recorded: {{s / update: {pace:.3f}, MiB kept: {kept:.0f}, "
             f"MiB recomputed: {again:.0f}}}", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,32 @@ print("loaded:", *[name for name in ("torch", "diffusers", "transformers", "peft
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.endswith("\nloaded:\n")
     assert len(found.stdout.splitlines()) > 4
+
+
+LIGHT = {"PIL", "annotated_doc", "annotated_types", "click", "cython_runtime", "numpy", "pydantic", "pydantic_core", "shellingham",
+         "typer", "typing_extensions", "typing_inspection", "yaml", "chainrule"}  # fmt: skip
+"""What `chainrule --help` loads besides Python's own; all of it together is about a quarter of a second."""
+
+
+@pytest.mark.parametrize(("code", "loaded"), [("import chainrule", {"chainrule"}), ("import chainrule.cli", LIGHT)], ids=str)
+def test_what_comes_first_is_light_and_warns_of_nothing(code, loaded):
+    code += "; import sys; print(*{name.split('.')[0] for name in sys.modules if name[0] != '_'} - set(sys.stdlib_module_names))"
+    run = [sys.executable, "-W", "error", "-c", code]
+    found = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True)
+    assert set(found.stdout.split()) <= loaded and not found.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import chainrule"], ["-m", "chainrule", "--help"]], ids=" ".join)
+def test_what_comes_first_takes_less_than_a_second(arguments):
+    """Of a processor, at best of five: what runs beside it is not counted, and the first time may fill a disk's memory."""
+
+    def spent() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], capture_output=True, timeout=60, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert any(spent() < 1 for _ in range(5))
 
 
 def test_plan_draws_the_method_and_counts_its_cost(chainrule):

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 
+import pytest
 import torch
 from PIL import Image
 from tuned import PROMPTS, gray, tuned
@@ -85,9 +86,44 @@ def test_what_was_steered_shows_pairs(sd_folder):
 
 def test_reprs_are_short(sd_folder):
     model = cr.load(sd_folder)
+    count = sum(weight.numel() for weight in model.network.parameters())
+    told = f"UNet2DConditionModel with {count / 1000:.3g} thousand parameters"
+    assert repr(model) == f"Model({sd_folder}, StableDiffusionPipeline, {told}, float32, cpu)"
     adapter = model.adapt("mine", rank=2)
+    assert repr(model).endswith("float32, cpu, with mine at 1)") and f"{count / 1000:.3g} thousand" in repr(model)
+    layers, own = len(adapter.weights().targets), sum(weight.numel() for weight in adapter.parameters())
+    assert own < 10_000
+    assert repr(adapter) == f"Adapter(mine, rank 2, {layers} layers of the unet, {own / 1000:.3g} thousand parameters)"
     result = cr.gradient(model, methods.DRaFT(k=1).plan(model.grid(2), Random(0)), gray, PROMPTS, [0, 1])
     assert repr(result).endswith("images of shape (2, 3, 16, 16))") and len(repr(result)) < 100
     weights = Weights({"a.lora_A.weight": torch.zeros(2, 4), "a.lora_B.weight": torch.zeros(4, 2)}, 2.0)
     assert repr(weights) == "Weights(rank 2, 1 layers of the unet)"
     model.drop(adapter)
+    assert repr(adapter) == "Adapter(mine, not in its network any more)"
+
+
+def test_a_model_shows_what_it_is_and_what_is_on(sd_folder, tmp_path):
+    model = cr.load(sd_folder, dtype="bfloat16")
+    adapter = model.adapt("mine", rank=2, alpha=3)
+    adapter.save(tmp_path / "<b>")
+    rows = dict(map(tuple, Cells(adapter._repr_html_()).rows))
+    assert list(rows) == ["adapter", "rank", "layers", "parameters"] and rows["rank"] == "rank 2, alpha 3"
+    model.drop(adapter)
+    tuned = model.using(tmp_path / "<b>", scale=0.75, adapter_steps=(0, 2), steps=4)
+    shown = tuned._repr_html_()
+    rows = dict(map(tuple, Cells(shown).rows))
+    high, low = tuned.grid(4)[0], tuned.grid(4)[2]
+    assert rows["adapters on"] == f"loaded0 at 0.75, levels above {low} to {high}" and rows["adapters from"].endswith("<b>")
+    assert rows["weights"] == "bfloat16" and rows["images"] == "16 x 16 pixels" and rows["device"] == "cpu" and "<b>" not in shown
+    sliding = model.using(tmp_path / "<b>", scale=(0.5, 1))
+    assert repr(sliding).endswith("with loaded1 at 0.5 at noise to 1 at the image)")
+    assert "adapters on" not in model._repr_html_() and "learned" not in shown
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(0, "0"), (999, "999"), (1000, "1 thousand"), (81_249, "81.2 thousand"), (999_499, "999 thousand"), (999_500, "1 million"),
+     (859_520_964, "860 million"), (11_901_408_320, "11.9 billion")],
+)  # fmt: skip
+def test_amounts_have_three_digits(number, told):
+    assert display.amount(number) == told

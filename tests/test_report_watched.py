@@ -16,10 +16,12 @@ from scipy import stats
 
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
+from chainrule.evaluate import Table
 from chainrule.report import report
 from chainrule.report.curves import LINE, Curve, apart, bands
 from chainrule.report.guard import alarm
 from chainrule.report.watched import Watched, watched_of
+from chainrule.report.words import MINUS
 from chainrule.runs import Run
 
 PROMPTS = [f"prompt {i}" for i in range(8)]
@@ -111,8 +113,8 @@ class Words(HTMLParser):
 
 
 def test_the_first_lines_answer_a_strangers_four_questions(tmp_path: Path) -> None:
-    run = run_of(tmp_path / "pick", {"reward": 6.0})
-    first = "\n".join(Words(report(run.folder).read_text(encoding="utf-8")).lines[:12])
+    run = run_of(tmp_path / "pick", {"reward": 6.0, "held_out": 0.6})
+    first = "\n".join(Words(report(run.folder).read_text(encoding="utf-8")).lines[:14])
     for said in ("A LoRA adapter of rank 8 for tiny-emoji", "pickscore", "animals:train", "draft-lv"):
         assert said in first
     assert re.search(r"Yes, it works\. On 8 prompts that it was not trained on, one image each: the trained reward \+", first)
@@ -124,7 +126,8 @@ def test_the_first_lines_answer_a_strangers_four_questions(tmp_path: Path) -> No
         "gains": {"pickscore": {"mean": 0.1, "interval": 0.2}},
     }
     run.write_text("evaluation.json", json.dumps(told))
-    assert "Not shown: the change may be chance. On 2 prompts that it was not trained on" in report(run.folder).read_text()
+    said = "Not shown: the reward rose, but the interval reaches zero, so it may be chance. On 2 prompts that it was not trained on"
+    assert said in report(run.folder).read_text()
     told["gains"] = {"pickscore": {"mean": 0.3, "interval": 0.2}, "diversity": {"mean": -0.3, "interval": 0.2}}
     run.write_text("evaluation.json", json.dumps(told))
     assert "Its reward rose, but at a price: diversity fell. On 2" in report(run.folder).read_text()
@@ -132,6 +135,67 @@ def test_the_first_lines_answer_a_strangers_four_questions(tmp_path: Path) -> No
     assert "The trained reward was not measured. On 2" in report(run.folder).read_text()
     run.write_text("evaluation.json", json.dumps({**told, "prompts": ["new 0", "prompt 1"]}))
     assert "Some of them were trained on" in report(run.folder).read_text()
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ({"pickscore": (0.3, 0.2), "hpsv2": (0.1, 0.05), "diversity": (0.0, 0.1)}, "Yes, it works."),
+        ({"pickscore": (0.3, 0.2), "hpsv2": (0.1, 0.1)}, "Its reward rose. That other rewards rose too is not shown"),
+        ({"pickscore": (0.3, 0.2), "hpsv2": (-0.1, 0.1), "aesthetic": (0.2, 0.1)}, "Yes, it works."),
+        ({"pickscore": (0.3, 0.2), "diversity": (0.3, 0.1)}, "Its reward rose. No other reward was measured"),
+        ({"pickscore": (0.2, 0.2)}, "Not shown: the reward rose, but the interval reaches zero"),
+        ({"pickscore": (-0.1, 0.2), "hpsv2": (0.1, 0.05)}, "Not shown: the reward fell, but the interval reaches zero"),
+        ({"pickscore": (0.3, None)}, "Not shown: the reward rose, but one prompt has no interval"),
+        ({"pickscore": (-0.3, 0.2)}, "No: the reward fell."),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_no_stronger_than_the_intervals(
+    tmp_path: Path, gains: dict[str, tuple[float, float | None]], verdict: str
+) -> None:  # fmt: skip
+    run = run_of(tmp_path / "run", {"reward": 6.0})
+    told = {name: {"mean": mean, "interval": half} for name, (mean, half) in gains.items()}
+    metrics = {name: {"mean": 4.0, "interval": 0.5} for name in gains}
+    run.write_text(
+        "evaluation.json", json.dumps({"prompts": ["new 0"], "rows": [{"name": "after", "metrics": metrics}], "gains": told})
+    )
+    assert verdict in "\n".join(Words(report(run.folder).read_text(encoding="utf-8")).lines[:14])
+
+
+def test_a_gain_is_put_beside_how_far_prompts_lie_apart(tmp_path: Path) -> None:
+    """Of watched values by numpy; of an evaluation's by the interval that its own code makes of the same values."""
+    run = run_of(tmp_path / "run", {"reward": 6.0, "held_out": 0.5, "diversity": 0.27})
+    _, some = watched_of(run.watched())
+    assert some
+    before, after = (np.array([np.array(some.values[name])[at] for name in ("reward", "held_out")]) for at in (0, -1))
+    share = (after - before).mean(1) / before.std(1, ddof=1)
+    text = "\n".join(Words(report(run.folder).read_text(encoding="utf-8")).lines[:16])
+    assert f"the change is: the trained reward {share[0]:+.2f}, the held-out reward {share[1]:+.2f}. By a rule of thumb" in text
+    apart = np.array(some.values["diversity"]).mean(1)
+    moved = f"It changed by {100 * (apart[-1] / apart[0] - 1):+.0f}%."
+    assert f"those of the other prompts, from 0, all alike, to 1, black beside white. {moved}" in text
+
+    values = {"before": {"pickscore": [18.0, 20.5, 19.0, 22.0], "diversity": [0.2] * 4}}
+    values["after"] = {"pickscore": [19.0, 21.0, 20.0, 23.5], "diversity": [0.15] * 4}
+    Table.of([f"new {i}" for i in range(4)], values).save(run.folder / "evaluation.json")
+    text = "\n".join(Words(report(run.folder).read_text(encoding="utf-8")).lines[:16])
+    assert f"the change is: pickscore {1 / np.std([18.0, 20.5, 19.0, 22.0], ddof=1):+.2f}. By" in text
+    assert f"the images of one prompt are apart, from 0, all alike, to 1, black beside white. It changed by {MINUS}25%." in text
+
+
+def test_what_else_changed_is_said_unless_the_warning_says_it(tmp_path: Path) -> None:
+    louder = report(run_of(tmp_path / "louder", {"reward": 6.0, "saturation": 0.5}).folder).read_text(encoding="utf-8")
+    assert re.search(r"look different, by more than chance: saturation 0\.\d+ to 0\.\d+\.", louder)
+    assert "look different" not in report(run_of(tmp_path / "same", {"reward": 6.0}).folder).read_text(encoding="utf-8")
+    warned = report(run_of(tmp_path / "warned", {"reward": 6.0, "edges": 0.3}).folder).read_text(encoding="utf-8")
+    assert "look different" not in warned and "edge density went from" in warned
+
+
+def test_pictures_say_what_is_above_and_what_is_below(tmp_path: Path) -> None:
+    page = report(run_of(tmp_path / "run", {"reward": 6.0}).folder).read_text(encoding="utf-8")
+    rows = "Above as the model makes them, below after 10 updates, from the same noise."
+    assert page.count(f"<figcaption>Prompts that it was not trained on. {rows}") == 1
+    assert page.count(f"<figcaption>The watched prompts. {rows}") == 1
 
 
 def test_a_page_says_what_looks_like_hacking_before_all_else(tmp_path: Path) -> None:

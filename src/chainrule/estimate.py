@@ -11,6 +11,11 @@ _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
       2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04)  # fmt: skip
 
 
+def _t(n: int) -> float:
+    """The half width of the 95% interval of a mean of `n` values, in standard errors."""
+    return _T[n - 2] if n - 2 < len(_T) else 1.96 + 2.4 / (n - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A mean and the half width of its 95% interval; printed as "mean ± half width"."""
@@ -26,7 +31,11 @@ class Estimate:
         if n < 2:
             return cls(mean, math.inf)
         spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        return cls(mean, (_T[n - 2] if n - 2 < len(_T) else 1.96 + 2.4 / (n - 1)) * spread / math.sqrt(n))
+        return cls(mean, _t(n) * spread / math.sqrt(n))
+
+    def spread(self, n: int) -> float:
+        """The standard deviation of the `n` values that this was made of, which are two at least."""
+        return self.interval * math.sqrt(n) / _t(n)
 
     def __str__(self) -> str:
         return f"{self.mean:.4g} ± {self.interval:.2g}"

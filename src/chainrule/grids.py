@@ -62,7 +62,7 @@ class SampleGrids:
     def _followed(self, at: int) -> float:
         name, row = self.task.settings.best, self.rows[at]
         values = row["values"].get("reward" if name == SOUND else name)
-        known = values[: len(values) - row["extra"]] if values else [None]
+        known: list[Any] = values[: len(values) - row["extra"]] if values else [None]
         if None in known or (name == SOUND and alarm(watched_of(self.rows[: at + 1])[0])):
             return -math.inf
         return statistics.fmean(known)

@@ -1,6 +1,6 @@
 """LoRA adapters: peft's layers and file formats, selected ambiently instead of by flipping flags."""
 
-from chainrule.adapters.bands import Active, Band, Scale, check_calls
+from chainrule.adapters.bands import Active, Band, Scale, check_calls, span_of
 from chainrule.adapters.files import LEARNED, Weights, adapter_files, learned_folders, mix, save_bands
 from chainrule.adapters.lora import Adapter, inject, lease, load, unused_name
 from chainrule.adapters.select import recompute, selected
@@ -22,5 +22,6 @@ __all__ = [
     "recompute",
     "save_bands",
     "selected",
+    "span_of",
     "unused_name",
 ]

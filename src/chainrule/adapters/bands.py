@@ -49,6 +49,14 @@ class Active:
         return {name: scale for name, band in self.bands.items() if (scale := band.at(level))}
 
 
+def span_of(grid: Sequence[float], steps: tuple[int, int]) -> tuple[tuple[float, float | None], ...]:
+    """The span of the sampling steps from the first, included, to the last, excluded. Raises UserError for other steps."""
+    first, last = steps
+    if not 0 <= first < last <= len(grid) - 1:
+        raise UserError(f"adapter_steps is {steps}, but must satisfy 0 <= first < last <= {len(grid) - 1}")
+    return ((grid[last], grid[first]),)
+
+
 def check_calls(bands: Mapping[str, Band], calls: Sequence[float]) -> None:
     """Raises UserError for an adapter by levels that would be on at none of these calls' levels."""
     for name, band in bands.items():

@@ -15,6 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from chainrule import display
 from chainrule.adapters.files import Weights, read
 from chainrule.adapters.layers import LAYERS
 from chainrule.adapters.select import forget, layers_of, named_layers, remember, unchanged, when_unused
@@ -29,7 +30,7 @@ TARGETS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Adapter:
     """One named LoRA inside one network, which its pipeline calls `component`.
 
@@ -41,6 +42,27 @@ class Adapter:
     component: str = "unet"
     rate: float = 1.0
     decay: float = 1.0
+
+    def __repr__(self) -> str:
+        return display.line("Adapter", self._facts())
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        return display.listed(self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        if self.name not in getattr(self.network, "peft_config", {}):
+            return {"adapter": self.name, "where": "not in its network any more"}
+        weights = self.named_parameters()
+        count = sum(weight.numel() for weight in weights.values())
+        return {
+            "adapter": self.name,
+            "rank": f"rank {self.config.r}"
+            + ("" if self.config.lora_alpha == self.config.r else f", alpha {self.config.lora_alpha:g}"),
+            "layers": f"{len(weights) // 2} layers of the {self.component}",
+            "parameters": f"{display.amount(count)} parameters"
+            + ("" if any(w.requires_grad for w in weights.values()) else ", frozen"),
+        }
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its matrices, `...to_q.lora_A.weight` (rank, in) and `...to_q.lora_B.weight` (out, rank), in the network's order."""

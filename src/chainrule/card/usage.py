@@ -18,8 +18,9 @@ def usage(config: AnyConfig, base: Base, folder: Path) -> list[str]:
     """Paragraphs and snippets, the plainest first."""
     ours = [f"model = cr.load({_opened(config, base)})"]
     if isinstance(config, DistillConfig):
+        sampled = f"image = model.using(adapter).sample([{_told(config, base)}], seeds=[0])[0]  # in its own few steps"
         student = "model = model.with_student(adapter)  # for the method shortft"
-        return ["With chainrule:", _code(["import chainrule as cr"], [*ours, student])]
+        return ["With chainrule:", _code(["import chainrule as cr"], [*ours, sampled, student])]
     under = getattr(config, "adapter", ())
     ours += [f'model = model.using("{shown(place)}")' for place in under]
     ours += [f"image = model.using(adapter).sample([{_told(config, base)}], seeds=[0]{_how(base, 'steps', 'guidance')})[0]"]

@@ -27,7 +27,7 @@ def mix(
     parts: Annotated[list[str], typer.Argument(help="Adapters and weights, as runs/pick=0.6 runs/hps=0.5.")],
     out: Annotated[Path, typer.Option(help="Folder of the mixed adapter.")],
     kohya: Annotated[
-        Path | None, typer.Option(help="Also write a UNet's adapter to this file, as ComfyUI and kohya's scripts read it.")
+        Path | None, typer.Option(help="Also write it to this file as ComfyUI reads it; of UNets and FLUX in kohya's spelling.")
     ] = None,
     grid: Annotated[
         int | None, typer.Option(help="Also draw grid.png: each of one or two adapters from 0 to its weight in so many steps.")
@@ -58,7 +58,7 @@ def mix(
 
     made = mixed(given)
     if kohya:
-        from chainrule.models.loras import save_kohya
+        from chainrule.models.kohya import save_kohya
 
         save_kohya(made, kohya)
     typer.echo(f"adapter: {made.save(out)}" + (f", {kohya}" if kohya else ""))

@@ -52,6 +52,30 @@ def gained(path: Path, strength: float) -> Path:
     return tuple(replace(jump, gain=gain) if jump.grad is not Grad.NONE else jump for jump in path)
 
 
+def two_leaps(
+    path: Path, first: int, second: int, share: float, deviation: float | None, order: int = 1, samples: int = 1, gain: float = 1.0
+) -> Plan:  # fmt: skip
+    """The plan of a leap from one call to another, and from there to the end, which lets a share of its input's gradient through.
+
+    A leap reads the answers of `order` calls, evenly apart. The first `samples` are live, with `gain` for all but its own.
+    """
+    found = list(path)
+    for start, stop, grad in ((first, second, Grad.WEIGHTS), (second, len(path), Grad.FULL if share else Grad.WEIGHTS)):
+        nodes = spread(start, stop, order)
+        found[start] = replace(path[start], grad=grad, lands=path[stop - 1].stop, reads=tuple(path[i].start for i in nodes[1:]))
+        for i in nodes[1:samples]:
+            found[i] = replace(path[i], grad=Grad.WEIGHTS, gain=gain)
+    found[second] = replace(found[second], share=share)
+    return Plan(tuple(found[:first]), (tuple(found[first:]),), deviation=deviation)
+
+
+def check_leaps(share: float, deviation: float | None) -> None:
+    """Raises UserError for a share outside 0 to 1, and for a least deviation that is not above 0."""
+    within("share", share, 0, 1)
+    if deviation is not None and not deviation > 0:
+        raise UserError(f"deviation is {deviation}, but must be above 0, or null")
+
+
 @dataclass(frozen=True, slots=True)
 class FlowBPSparse:
     """Keep `samples` calls, drawn towards the image, and carry the rest linearly. `[------=-=--=]`
@@ -128,9 +152,7 @@ class LeapAlign:
     deviation: float | None = 0.1
 
     def __post_init__(self) -> None:
-        within("share", self.share, 0, 1)
-        if self.deviation is not None and not self.deviation > 0:
-            raise UserError(f"deviation is {self.deviation}, but must be above 0, or null")
+        check_leaps(self.share, self.deviation)
 
     def needs(self, grid: Grid) -> Needs:
         """Say which members, adapters and estimator it needs on this grid."""
@@ -140,18 +162,13 @@ class LeapAlign:
     def plan(self, grid: Grid, rng: Random) -> Plan:
         """Draw the plan of one update on a grid of falling levels."""
         self.needs(grid)
-        path = walk(grid)
-        first, second = sorted(rng.sample(range(len(path)), 2))
-        branch = list(path[first:])
-        branch[0] = replace(path[first], grad=Grad.WEIGHTS, lands=path[second].start)
-        at = second - first
-        branch[at] = replace(path[second], grad=Grad.FULL if self.share else Grad.WEIGHTS, share=self.share, lands=0)
-        return Plan(path[:first], (tuple(branch),), deviation=self.deviation)
+        first, second = sorted(rng.sample(range(len(grid) - 1), 2))
+        return two_leaps(walk(grid), first, second, self.share, self.deviation)
 
 
 @dataclass(frozen=True, slots=True)
 class FlowBPLagrange:
-    """Two leaps, each of several calls' answers with the weights of a quadrature, two of which are live. `-[=..=...+=..]`
+    """Two leaps, each of several calls' answers with the weights of a quadrature, two of which are live. `-----[=.=..+=]`
 
     arXiv:2606.11075: `order` calls of each leap, evenly apart, are taken for a polynomial of the answer, which is integrated. The
     first `samples` of them are live; `gain` multiplies the weights of all but a leap's own. The second leap's first call lets
@@ -170,9 +187,7 @@ class FlowBPLagrange:
         within("order", self.order, 1)
         within("samples", self.samples, 1, self.order)
         within("gain", self.gain, 0)
-        within("share", self.share, 0, 1)
-        if self.deviation is not None and not self.deviation > 0:
-            raise UserError(f"deviation is {self.deviation}, but must be above 0, or null")
+        check_leaps(self.share, self.deviation)
         if len(self.concentration) != 3 or not all(alpha > 0 for alpha in self.concentration):
             raise UserError(f"concentration is {self.concentration}, but must be three numbers above 0")
 
@@ -184,19 +199,6 @@ class FlowBPLagrange:
     def plan(self, grid: Grid, rng: Random) -> Plan:
         """Draw the plan of one update on a grid of falling levels."""
         self.needs(grid)
-        path = walk(grid)
-        before, between, _ = drawn_parts(len(path), self.concentration, (0, 1, 1), rng)
-        first, second = before, before + between
-        found = self._leap(
-            self._leap(path, first, second, Grad.WEIGHTS), second, len(path), Grad.FULL if self.share else Grad.WEIGHTS
-        )
-        found = (*found[:second], replace(found[second], share=self.share), *found[second + 1 :])
-        return Plan(found[:first], (found[first:],), deviation=self.deviation)
-
-    def _leap(self, path: Path, start: int, stop: int, grad: Grad) -> Path:
-        """The path with a leap from its call `start` to its call `stop`, or to its end."""
-        nodes, found = spread(start, stop, self.order), list(path)
-        found[start] = replace(path[start], grad=grad, lands=path[stop - 1].stop, reads=tuple(path[i].start for i in nodes[1:]))
-        for i in nodes[1 : self.samples]:
-            found[i] = replace(path[i], grad=Grad.WEIGHTS, gain=self.gain)
-        return tuple(found)
+        before, between, _ = drawn_parts(len(grid) - 1, self.concentration, (0, 1, 1), rng)
+        leaps = self.order, self.samples, self.gain
+        return two_leaps(walk(grid), before, before + between, self.share, self.deviation, *leaps)

@@ -1,4 +1,4 @@
-"""LoRA files in the spellings people publish them in, and out again for programs other than diffusers."""
+"""LoRA files in the spellings people publish them in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from chainrule.adapters.files import COMPONENTS, check, layers, one_rank
 from chainrule.adapters.files import read as own
 from chainrule.errors import UserError
 from chainrule.models.families import FAMILIES
-from chainrule.tensors import write_tensors
 
 OWN = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
 
@@ -109,19 +108,3 @@ def _peft(state: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
     from diffusers.utils import convert_unet_state_dict_to_peft as renamed
 
     return dict(renamed({key.removeprefix(f"{component}."): value for key, value in state.items()}))
-
-
-def save_kohya(weights: Weights, file: Path) -> Path:
-    """Write a LoRA of a UNet as ComfyUI and kohya's scripts read it, by diffusers' converter; its scale goes into the matrices.
-
-    Raises UserError for a transformer's: there is no converter, and ComfyUI reads diffusers' own file.
-    """
-    from diffusers.utils import convert_state_dict_to_kohya as renamed
-
-    if weights.component != "unet":
-        raise UserError("there is no kohya spelling for transformers; ComfyUI reads the adapter's own file")
-    scale = weights.alpha / weights.rank
-    tensors = {f"unet.{k}": v * scale if ".lora_B." in k else v for k, v in weights.tensors.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, renamed(tensors), {"format": "pt"})
-    return file

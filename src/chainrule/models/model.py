@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from chainrule import adapters
+from chainrule import adapters, display
 from chainrule.adapters import Active, Adapter, Band
 from chainrule.asked import numbers, pairs, texts
 from chainrule.cast import Answerer, Cast, Member, networks_of
@@ -24,7 +24,7 @@ from chainrule.errors import UserError
 from chainrule.guidance import AnyGuidance, Guidance, of_number, read, specification
 from chainrule.learned import GuidanceWeights, Learned
 from chainrule.learned import load as load_learned
-from chainrule.models import loras, published, solvers, students
+from chainrule.models import loras, published, shown, solvers, students
 from chainrule.models.blocks import recomputed
 from chainrule.models.codec import Codec
 from chainrule.models.defaults import Defaults
@@ -41,7 +41,7 @@ from chainrule.size import Size, config_size
 from chainrule.solve import Solver
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Model:
     """A loaded pipeline with everything a chain needs. Made by `chainrule.load`.
 
@@ -64,6 +64,13 @@ class Model:
     quantize: str | None = None  # how its base weights are held, if in fewer bits
     base_adapters: tuple[str, ...] = ()  # the adapters of `using`, as they were named
     prompt_cache: Path | None = None  # the folder of `embedded`; None: in memory
+
+    def __repr__(self) -> str:
+        return shown.line(self)
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        return display.listed(shown.facts(self))
 
     @property
     def network(self) -> nn.Module:
@@ -183,8 +190,6 @@ class Model:
             return nullcontext()
         return recomputed(networks_of(self.cast()), [self.codec.network] if self.codec.network is not None else [])
 
-    # Adapters
-
     def adapt(
         self, name: str = "default", *, rank: int = 8, alpha: float | None = None, seed: int = 0, levels: Levels | None = None,
     ) -> Adapter:  # fmt: skip
@@ -213,12 +218,9 @@ class Model:
         files = {} if isinstance(source, adapters.Weights) else adapters.adapter_files(published.local(source))
         spans: Levels | None = None
         if adapter_steps:
-            grid, (first, last) = self.grid(steps), adapter_steps
-            if not 0 <= first < last <= len(grid) - 1:
-                raise UserError(f"adapter_steps is {adapter_steps}, but must satisfy 0 <= first < last <= {len(grid) - 1}")
+            spans = adapters.span_of(self.grid(steps), adapter_steps)
             if any(files.values()):
                 raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
-            spans = ((grid[last], grid[first]),)
         loaded = [(loras.read(file, self.family, getattr(self.network, "config", None)), own) for file, own in files.items()]
         active = dict(self.active)
         for weights, own in [(source, None)] if isinstance(source, adapters.Weights) else loaded:
@@ -252,8 +254,6 @@ class Model:
         """
         sampler = solvers.sampler_of(self.pipe.scheduler, solver, self.sampler.spacing, settings)
         return replace(self, active=dict(self.active), sampler=sampler)
-
-    # Sampling
 
     def states(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None = None,

@@ -12,6 +12,7 @@ from chainrule.report.guard import alarm
 from chainrule.report.material import Bar, Material, address, is_diversity, named_metrics, seconds
 from chainrule.report.watched import Watched
 from chainrule.report.words import duration, measured, phrase
+from chainrule.report.yardstick import also, how_much
 
 FOX = "a painting of a fox"
 
@@ -32,6 +33,7 @@ def answers(material: Material) -> list[Answer]:
             question="What was done" if isinstance(material.config, SteerConfig) else "What was trained", answer=_trained(material)
         ),
         Answer(question="Did it work on new prompts", answer=_worked(material)),
+        Answer(question="Is that much", answer=how_much(material) if isinstance(material.config, FinetuneConfig) else ""),
         Answer(question="What it cost", answer=_cost(material)),
         _use(material),
     ]
@@ -75,13 +77,14 @@ def _worked(material: Material) -> str:
         doubt = {True: "", False: " Some of them were trained on, so this says little about others."}
         unsure = " The run does not say whether it was trained on them."
         where = f"{len(material.prompts)} prompts{' that it was not trained on' * (new is True)}"
-        return f"{_verdict(material, gains, bool(named))} On {where}: {_changes(gains)}.{unsure if new is None else doubt[new]}"
+        doubted = unsure if new is None else doubt[new]
+        return f"{_verdict(material, gains, bool(named))} On {where}: {_changes(gains)}.{doubted} {also(material)}".strip()
     some = material.unseen
     if some and "reward" in some.names:
         names = {"reward": "the trained reward", "held_out": "the held-out reward", "diversity": "diversity"}
         gains = {called: _bar(some, name) for name, called in names.items() if name in some.names}
         where = f"{len(some.prompts)} prompts that it was not trained on, one image each"
-        return f"{_verdict(material, gains, True)} On {where}: {_changes(gains)}."
+        return f"{_verdict(material, gains, True)} On {where}: {_changes(gains)}. {also(material)}".strip()
     return f"Not measured.{' The second command below does it.' * bool(_test(material.config.prompts))}"
 
 
@@ -91,18 +94,28 @@ def _bar(some: Watched, name: str) -> Bar:
 
 
 def _verdict(material: Material, gains: dict[str, Bar], trained: bool) -> str:
-    """Whether the trained reward, the first of the gains if `trained`, rose by more than chance, and nothing else fell by more."""
+    """Whether the trained reward, the first of the gains if `trained`, rose by more than chance, and what the others say of it."""
     if not trained:
         return "The trained reward was not measured."
     (_, (mean, half)), *rest = gains.items()
-    fell = [name for name, (change, interval) in rest if interval and change < -interval]
     if not half or abs(mean) <= half:
-        return "Not shown: the change may be chance."
+        moved = "rose" if mean > 0 else "fell"
+        why = "the interval reaches zero" if half else "one prompt has no interval"
+        return f"Not shown: the reward {moved}, but {why}, so it may be chance."
     if mean < 0:
         return "No: the reward fell."
     if alarm(material.watched):
         return "Its reward rose there too, but see the warning."
-    return f"Its reward rose, but at a price: {' and '.join(fell)} fell." if fell else "Yes, it works."
+    if fell := [name for name, (change, interval) in rest if interval and change < -interval]:
+        return f"Its reward rose, but at a price: {' and '.join(fell)} fell."
+    others = [change > interval > 0 for name, (change, interval) in rest if not is_diversity(name)]
+    if not others:
+        return "Its reward rose. No other reward was measured, so whether the pictures are better is for you to see."
+    return (
+        "Yes, it works."
+        if any(others)
+        else "Its reward rose. That other rewards rose too is not shown: their intervals reach zero."
+    )
 
 
 def _changes(gains: dict[str, Bar]) -> str:

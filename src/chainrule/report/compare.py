@@ -151,9 +151,15 @@ def _pictures(runs: Sequence[Named], together: bool) -> str:
     for run in runs:
         folder = run.material.folder / "samples"
         if not together or run is runs[0]:
-            parts.append(figure(folder / "before.png", "Before" if together else f"{run.name}, before"))
-        parts.append(figure(folder / "after.png", f"{run.name}, after"))
-    parts += [figure(run.material.folder / "samples" / "unseen.png", f"{run.name}, prompts not trained on") for run in runs]
+            parts.append(figure(folder / "before.png", "Before the first update, of all" if together else f"{run.name}, before"))
+        parts.append(figure(folder / "after.png", f"{run.name}, after {len(run.material.rows)} updates"))
+    parts += [
+        figure(
+            run.material.folder / "samples" / "unseen.png",
+            f"{run.name}, prompts that it was not trained on: above before, below after",
+        )
+        for run in runs
+    ]
     return f'<div class="pair">{"".join(parts)}</div>' if any(parts) else ""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from shlex import quote
 
-from chainrule.config import FinetuneConfig
+from chainrule.config import FinetuneConfig, SteerConfig
 from chainrule.report import charts
 from chainrule.report.answers import FOX, answers
 from chainrule.report.curves import Curve, bands
@@ -73,12 +73,19 @@ def _tiles(shown: Sequence[Tile]) -> str:
 def _pictures(material: Material) -> str:
     """Prompts that were not trained on, then the watched ones before and after, then the updates in a row."""
     folder = material.folder / "samples"
-    unseen = figure(folder / "unseen.png", "Prompts that it was not trained on, the same seeds before and after")
-    both = figure(folder / "before_after.png", "The watched prompts and seeds, before and after")
+    steered = isinstance(material.config, SteerConfig)
+    count = len(material.rows)
+    after = "after steering" if steered else f"after {count} update{'s' * (count != 1)}"
+    rows = f"Above as the model makes them, below {after}, from the same noise."
+    unseen = figure(folder / "unseen.png", f"Prompts that it was not trained on. {rows}")
+    whose = "The images that were steered." if steered else "The watched prompts."
+    both = figure(folder / "before_after.png", f"{whose} {rows}")
     if not both:
-        pair = [figure(folder / f"{word}.png", word.capitalize()) for word in ("before", "after")]
+        captions = {"before": f"{whose} As the model makes them", "after": f"The same {after}"}
+        pair = [figure(folder / f"{word}.png", caption) for word, caption in captions.items()]
         both = f'<div class="pair">{"".join(pair)}</div>' if any(pair) else ""
-    return unseen + both + strip(folder)
+    frames = strip(folder)
+    return unseen + both + (f"<h3>The watched prompts as training went on</h3>{frames}" if frames else "")
 
 
 def _watched(material: Material) -> str:
