@@ -57,8 +57,8 @@ MAY_IMPORT = {
     "chain": "errors plan noise half solve taken denoise cast",
     "learned": "errors files tensors guidance cast chain",
     "objective": "plan half solve rewards denoise cast",
-    "models": "errors asked pictures files tensors display offload processes shards size plan noise solve adapters denoise guidance "
-    "cast chain learned",
+    "models": "errors asked pictures files tensors display offload processes shards size plan noise solve adapters denoise "
+    "guidance cast chain learned",
     "report": "errors config estimate plan runs",
     "card": "errors files config runs report methods adapters models",
     "push": "errors files runs adapters card",
