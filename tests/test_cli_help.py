@@ -83,7 +83,9 @@ LIGHT = {"PIL", "annotated_doc", "annotated_types", "click", "cython_runtime", "
 """What `chainrule --help` loads besides Python's own; all of it together is about a quarter of a second."""
 
 
-@pytest.mark.parametrize(("code", "loaded"), [("import chainrule", {"chainrule"}), ("import chainrule.cli", LIGHT)], ids=str)
+@pytest.mark.parametrize(
+    ("code", "loaded"), [("import chainrule", {"chainrule"}), ("import chainrule.cli", LIGHT)], ids=["package", "cli"]
+)
 def test_what_comes_first_is_light_and_warns_of_nothing(code, loaded):
     code += "; import sys; print(*{name.split('.')[0] for name in sys.modules if name[0] != '_'} - set(sys.stdlib_module_names))"
     run = [sys.executable, "-W", "error", "-c", code]
