@@ -32,6 +32,7 @@ def main() -> None:
             write_picture(PLACE / f"{name}.png", scatter(points, table.title, table.plot.x, table.plot.y))
     guidance(root)
     rewards(root)
+    few_steps(root)
 
 
 def guidance(root: Path) -> None:
@@ -48,15 +49,34 @@ def guidance(root: Path) -> None:
 
 def rewards(root: Path) -> None:
     """Images of every run of `rewards` with its first seed, a row each, under those of the base model."""
-    base, prompts = cr.load("tiny-emoji"), cr.prompts("animals:test")[:5]
-    models = {"base": base}
+    models = {"base": cr.load("tiny-emoji")}
     for unit in units(read("rewards")):
         if unit.seed == 0 and unit.done(root):
-            models[unit.label] = base.using(unit.folder(root))
+            models[unit.label] = models["base"].using(unit.folder(root))
+    _sheet("rewards", models, 20)
+
+
+def few_steps(root: Path) -> None:
+    """Images of the few-step student, and of what the runs of `few-steps` with their first seed made of it."""
+    student = cr.load("tiny-emoji").using("tiny-emoji-4")
+    models = {"student": student}
+    for unit in units(read("few-steps")):
+        if (
+            unit.seed == 0
+            and unit.label in ("KL 0.01", "rate 0.002", "last call only", "trained with guidance 5")
+            and unit.done(root)
+        ):
+            models[unit.label] = student.using(unit.folder(root))
+    _sheet("few-steps", models, 4)
+
+
+def _sheet(name: str, models: dict[str, cr.Model], steps: int) -> None:
+    """A row of images for each model, of the same prompts and seed."""
+    prompts = cr.prompts("animals:test")[:5]
     if len(models) > 1:
-        images = [image for model in models.values() for image in model.sample(prompts, [SEED] * len(prompts), 20)]
+        images = [image for model in models.values() for image in model.sample(prompts, [SEED] * len(prompts), steps)]
         captions = [f"{name}: {prompt.removeprefix('a painting of ')}" for name in models for prompt in prompts]
-        write_picture(PLACE / "rewards.png", grid(images, len(prompts), captions))
+        write_picture(PLACE / f"{name}.png", grid(images, len(prompts), captions))
 
 
 if __name__ == "__main__":
