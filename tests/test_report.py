@@ -136,7 +136,7 @@ def test_a_full_page_shows_what_the_run_holds(full: Run) -> None:
         assert words in page
     assert "1.200 ± 0.050 →" in page and "change +0.500 ± 0.060" in page and "(45 in all)" in page
     assert "chainrule sample pick --prompts" in page and "load_lora_weights" not in page  # no card, and nothing made up
-    assert "After 0 updates<" in page and "After 390 updates<" in page and "Seconds per step" in page
+    assert "After 0 updates<" in page and "After 390 updates<" in page and "Seconds per update" in page
     assert "Learning rate" not in page and "Skipped" not in page
     assert page.index("Reward, pickscore:tiny") < page.index("Held-out, aesthetic")
 

@@ -24,6 +24,7 @@ from chainrule.report.watched import Watched, watched_of
 from chainrule.report.words import MINUS
 from chainrule.runs import Run
 
+YES = "Yes: the trained reward and another rose by more than chance."
 PROMPTS = [f"prompt {i}" for i in range(8)]
 BASE = {"reward": 4.0, "held_out": 0.4, "diversity": 0.18, "edges": 0.05, "colors": 3.0, "brightness": 0.5, "saturation": 0.3}
 BASE |= {"sharpness": 0.05}
@@ -117,7 +118,10 @@ def test_the_first_lines_answer_a_strangers_four_questions(tmp_path: Path) -> No
     first = "\n".join(Words(report(run.folder).read_text(encoding="utf-8")).lines[:14])
     for said in ("A LoRA adapter of rank 8 for tiny-emoji", "pickscore", "animals:train", "draft-lv"):
         assert said in first
-    assert re.search(r"Yes, it works\. On 8 prompts that it was not trained on, one image each: the trained reward \+", first)
+    assert re.search(
+        re.escape(YES) + r" On 8 prompts that it was not trained on, one image each: the trained reward \+",
+        first,
+    )
     assert "20 s of training: 10 updates of 8 images, 2 s each." in first and "chainrule sample pick --prompts" in first
     assert "chainrule eval pick --prompts animals:test" in first
     told = {
@@ -140,9 +144,9 @@ def test_the_first_lines_answer_a_strangers_four_questions(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("gains", "verdict"),
     [
-        ({"pickscore": (0.3, 0.2), "hpsv2": (0.1, 0.05), "diversity": (0.0, 0.1)}, "Yes, it works."),
+        ({"pickscore": (0.3, 0.2), "hpsv2": (0.1, 0.05), "diversity": (0.0, 0.1)}, YES),
         ({"pickscore": (0.3, 0.2), "hpsv2": (0.1, 0.1)}, "Its reward rose. That other rewards rose too is not shown"),
-        ({"pickscore": (0.3, 0.2), "hpsv2": (-0.1, 0.1), "aesthetic": (0.2, 0.1)}, "Yes, it works."),
+        ({"pickscore": (0.3, 0.2), "hpsv2": (-0.1, 0.1), "aesthetic": (0.2, 0.1)}, YES),
         ({"pickscore": (0.3, 0.2), "diversity": (0.3, 0.1)}, "Its reward rose. No other reward was measured"),
         ({"pickscore": (0.2, 0.2)}, "Not shown: the reward rose, but the interval reaches zero"),
         ({"pickscore": (-0.1, 0.2), "hpsv2": (0.1, 0.05)}, "Not shown: the reward fell, but the interval reaches zero"),
@@ -173,14 +177,16 @@ def test_a_gain_is_put_beside_how_far_prompts_lie_apart(tmp_path: Path) -> None:
     assert f"the change is: the trained reward {share[0]:+.2f}, the held-out reward {share[1]:+.2f}. By a rule of thumb" in text
     apart = np.array(some.values["diversity"]).mean(1)
     moved = f"It changed by {100 * (apart[-1] / apart[0] - 1):+.0f}%."
-    assert f"those of the other prompts, from 0, all alike, to 1, black beside white. {moved}" in text
+    assert f"those of the other prompts, from 0, all alike, to 1, one black and one white. {moved}" in text
 
     values = {"before": {"pickscore": [18.0, 20.5, 19.0, 22.0], "diversity": [0.2] * 4}}
     values["after"] = {"pickscore": [19.0, 21.0, 20.0, 23.5], "diversity": [0.15] * 4}
     Table.of([f"new {i}" for i in range(4)], values).save(run.folder / "evaluation.json")
     text = "\n".join(Words(report(run.folder).read_text(encoding="utf-8")).lines[:16])
     assert f"the change is: pickscore {1 / np.std([18.0, 20.5, 19.0, 22.0], ddof=1):+.2f}. By" in text
-    assert f"the images of one prompt are apart, from 0, all alike, to 1, black beside white. It changed by {MINUS}25%." in text
+    assert (
+        f"the images of one prompt are apart, from 0, all alike, to 1, one black and one white. It changed by {MINUS}25%." in text
+    )
 
 
 def test_what_else_changed_is_said_unless_the_warning_says_it(tmp_path: Path) -> None:
@@ -193,16 +199,16 @@ def test_what_else_changed_is_said_unless_the_warning_says_it(tmp_path: Path) ->
 
 def test_pictures_say_what_is_above_and_what_is_below(tmp_path: Path) -> None:
     page = report(run_of(tmp_path / "run", {"reward": 6.0}).folder).read_text(encoding="utf-8")
-    rows = "Above as the model makes them, below after 10 updates, from the same noise."
+    rows = "Top: the model as it was. Bottom: after 10 updates. The noise is the same."
     assert page.count(f"<figcaption>Prompts that it was not trained on. {rows}") == 1
-    assert page.count(f"<figcaption>The watched prompts. {rows}") == 1
+    assert page.count(f"<figcaption>The watched prompts: the same prompts and seeds all along. {rows}") == 1
 
 
 def test_a_page_says_what_looks_like_hacking_before_all_else(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", {"reward": 6.0, "edges": 0.3})
     page = report(run.folder).read_text(encoding="utf-8")
     assert page.index("It may be hacking its reward.") < page.index("What was trained") and "edge density went from" in page
-    assert "Yes, it works" not in page and page.count('class="band') == len(BASE) and "<td>" in page.partition("By prompt")[2]
+    assert "Yes: the trained" not in page and page.count('class="band') == len(BASE) and "<td>" in page.partition("By prompt")[2]
 
 
 def test_several_runs_are_one_page(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ def answers(material: Material) -> list[Answer]:
         Answer(
             question="What was done" if isinstance(material.config, SteerConfig) else "What was trained", answer=_trained(material)
         ),
-        Answer(question="Did it work on new prompts", answer=_worked(material)),
-        Answer(question="Is that much", answer=how_much(material) if isinstance(material.config, FinetuneConfig) else ""),
+        Answer(question="Did it work on new prompts?", answer=_worked(material)),
+        Answer(question="Is that a lot?", answer=how_much(material) if isinstance(material.config, FinetuneConfig) else ""),
         Answer(question="What it cost", answer=_cost(material)),
         _use(material),
     ]
@@ -112,7 +112,7 @@ def _verdict(material: Material, gains: dict[str, Bar], trained: bool) -> str:
     if not others:
         return "Its reward rose. No other reward was measured, so whether the pictures are better is for you to see."
     return (
-        "Yes, it works."
+        "Yes: the trained reward and another rose by more than chance."
         if any(others)
         else "Its reward rose. That other rewards rose too is not shown: their intervals reach zero."
     )

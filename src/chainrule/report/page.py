@@ -17,6 +17,13 @@ from chainrule.report.material import Material, Tile, address, edges, series, ti
 from chainrule.report.watched import NAMES, Watched
 from chainrule.report.words import flat, measured, number, phrase, signed
 
+WATCHED = "The watched prompts: the same prompts and seeds all along."
+SIGNS = (
+    "What the reward's gradient reached, a sign for each call of the network, from noise to image: - nothing, = the call's "
+    "weights, ~ its input, # both, + both but a share of the input's, . passed over, > another network's call, ^ noised again; "
+    "brackets around what is backpropagated, | between copies."
+)
+
 
 def render(material: Material) -> str:
     """The whole page as one string."""
@@ -29,7 +36,7 @@ def render(material: Material) -> str:
         section("Reward", _reward(material)),
         section("Training", _training(material)),
         section("Guidance", _guidance(material)),
-        section("Plan", f"<pre>{escape(material.plan)}</pre>" if material.plan else ""),
+        section("Plan", f"<p>{escape(SIGNS)}</p><pre>{escape(material.plan)}</pre>" if material.plan else ""),
         section("Use it", _use(material)),
         section("Settings", table(flat(material.config.values()) if material.config else {})),
         section("Environment", _environment(material.environment)),
@@ -76,12 +83,12 @@ def _pictures(material: Material) -> str:
     steered = isinstance(material.config, SteerConfig)
     count = len(material.rows)
     after = "after steering" if steered else f"after {count} update{'s' * (count != 1)}"
-    rows = f"Above as the model makes them, below {after}, from the same noise."
+    rows = f"Top: the model as it was. Bottom: {after}. The noise is the same."
     unseen = figure(folder / "unseen.png", f"Prompts that it was not trained on. {rows}")
-    whose = "The images that were steered." if steered else "The watched prompts."
+    whose = "The images that were steered." if steered else WATCHED
     both = figure(folder / "before_after.png", f"{whose} {rows}")
     if not both:
-        captions = {"before": f"{whose} As the model makes them", "after": f"The same {after}"}
+        captions = {"before": f"{whose} The model as it was", "after": f"The same {after}"}
         pair = [figure(folder / f"{word}.png", caption) for word, caption in captions.items()]
         both = f'<div class="pair">{"".join(pair)}</div>' if any(pair) else ""
     frames = strip(folder)
@@ -93,10 +100,12 @@ def _watched(material: Material) -> str:
     some = material.watched
     if some is None or len(some.steps) < 2:
         return ""
+    steps = [*map(str, some.steps)]
+    listed = ", ".join(steps if len(steps) < 9 else [*steps[:2], f"… {steps[-1]}"])
     said = (
-        f"The same {len(some.prompts)} prompts and seeds at {len(some.steps)} updates. The band is the 95% interval of the change "
-        "since update 0. Each prompt is compared with itself, so that easy and hard prompts do not widen it. "
-        "Where the band leaves the dashed line, the change is more than chance."
+        f"The watched prompts, {len(some.prompts)} with a seed each, at the updates {listed}. "
+        "The band is the 95% interval of the change since update 0. Each prompt is compared with itself, so that easy and hard "
+        "prompts do not widen it. Where the band leaves the dashed line, the change is more than chance."
     )
     charts = [
         titled(NAMES.get(name, name), bands([Curve(points=some.curve(name))], title=NAMES.get(name, name))) for name in some.names
@@ -106,7 +115,8 @@ def _watched(material: Material) -> str:
 
 def _prompts(material: Material) -> str:
     """Every watched prompt with its numbers before and after, the ones it was not trained on last."""
-    parts = [("The watched prompts", material.watched), ("Prompts that it was not trained on", material.unseen)]
+    parts = [("The watched prompts, one image each", material.watched)]
+    parts += [("The pictured prompts that it was not trained on, one image each", material.unseen)]
     return "".join(f"<h3>{escape(name)}</h3>{_by_prompt(some)}" for name, some in parts if some and len(some.steps) > 1)
 
 
@@ -139,7 +149,10 @@ def _evaluation(material: Material) -> str:
     shown = "".join(f"<li>{escape(prompt)}</li>" for prompt in material.prompts[:40])
     rest = f"<li>… and {count - 40} more</li>" if count > 40 else ""
     prompts = f"<details><summary>The prompts</summary><ol>{shown}{rest}</ol></details>" if shown else ""
-    return f"<p>Means{over}; bars are 95% intervals.</p>{chart}{prompts}"
+    return (
+        f"<p>Means{over}; bars are 95% intervals over prompts, which differ much. The gain compares each prompt with itself, "
+        f"so its interval is smaller.</p>{chart}{prompts}"
+    )
 
 
 def _reward(material: Material) -> str:
@@ -152,13 +165,13 @@ def _reward(material: Material) -> str:
     terms = f'<h3 class="terms">Its terms</h3>{beside(small)}' if any(small) else ""
     said = "Mean over the images of each update."
     if isinstance(material.config, FinetuneConfig):
-        said = "Mean over the batch of each update: other prompts and seeds each time, so much is chance."
-    return f"<p>{said} Dashed: the start.</p>{chart}{terms}" if chart else terms
+        said = "Mean over the batch of each update. Prompts and seeds change each time, so it is too noisy to judge a run by."
+    return f"<p>{said} Dashed: the first update.</p>{chart}{terms}" if chart else terms
 
 
 def _training(material: Material) -> str:
     names = {"held_out": "Held-out reward", "loss": "Loss", "grad_norm": "Gradient norm", "lr": "Learning rate"}
-    names |= {"seconds": "Seconds per step", "skipped": "Skipped updates"}
+    names |= {"seconds": "Seconds per update", "skipped": "Skipped updates"}
     small = []
     if material.watched:
         del names["held_out"]  # one of the main curves

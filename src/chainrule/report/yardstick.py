@@ -12,8 +12,8 @@ from chainrule.report.watched import NAMES, Watched
 from chainrule.report.words import MINUS, number
 
 APART = {
-    True: "Diversity is how far the images of one prompt are apart, from 0, all alike, to 1, black beside white.",
-    False: "Diversity is how far an image is from those of the other prompts, from 0, all alike, to 1, black beside white.",
+    True: "Diversity is how far the images of one prompt are apart, from 0, all alike, to 1, one black and one white.",
+    False: "Diversity is how far an image is from those of the other prompts, from 0, all alike, to 1, one black and one white.",
 }
 
 
@@ -24,8 +24,8 @@ def how_much(material: Material) -> str:
     "" where there is nothing to compare with.
     """
     changes = _evaluated(material) if material.gains else _unseen(material.unseen)
-    rewards = [f"{name} {_signed(change / spread, 2)}" for name, (change, _, spread) in changes.items() if spread]
-    apart = next(((change, before) for name, (change, before, _) in changes.items() if is_diversity(name) and before), None)
+    rewards = [f"{name} {_signed(change / spread, 2)}" for name, (change, _, _, spread) in changes.items() if spread]
+    apart = next((some[:3] for name, some in changes.items() if is_diversity(name) and some[2]), None)
     said = ""
     if rewards:
         said = (
@@ -33,7 +33,11 @@ def how_much(material: Material) -> str:
         )
         said += f"the change is: {', '.join(rewards)}. By a rule of thumb 0.2 is small, 0.5 medium and 0.8 large."
     if apart:
-        said += f" {APART[bool(material.gains)]} It changed by {_signed(100 * apart[0] / apart[1], 0)}%."
+        change, half, before = apart
+        moved = "Its change is not told from chance"
+        if abs(change) > half:
+            moved = f"It changed by {_signed(100 * change / before, 0)}%"
+        said += f" {APART[bool(material.gains)]} {moved}."
     return said.strip()
 
 
@@ -54,24 +58,25 @@ def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
-def _evaluated(material: Material) -> dict[str, tuple[float, float, float]]:
-    """The change of everything that was evaluated, and the mean and the spread before; a spread of 0 is not known."""
+def _evaluated(material: Material) -> dict[str, tuple[float, float, float, float]]:
+    """The change of everything that was evaluated with its interval, and the mean and spread before; a spread of 0 is not known."""
     rows = [values for _, values in material.measures if values]
     before = next((values for name, values in material.measures if name == "before"), rows[0] if rows else {})
     count, found = len(material.prompts), {}
-    for name, (change, _) in material.gains.items():
+    for name, (change, interval) in material.gains.items():
         mean, half = before.get(name, (0.0, 0.0))
         known = count > 1 and half > 0 and not is_diversity(name)
-        found[name] = (change, mean, Estimate(mean, half).spread(count) if known else 0.0)
+        found[name] = (change, interval, mean, Estimate(mean, half).spread(count) if known else 0.0)
     return found
 
 
-def _unseen(some: Watched | None) -> dict[str, tuple[float, float, float]]:
+def _unseen(some: Watched | None) -> dict[str, tuple[float, float, float, float]]:
     names = {"reward": "the trained reward", "held_out": "the held-out reward", "diversity": "diversity"}
     found = {}
     for name, called in names.items():
         if some and name in some.names:
             column = some.column(name, 0)
             spread = statistics.stdev(column) if len(column) > 1 and name != "diversity" else 0.0
-            found[called] = (some.change(name).mean, some.mean(name, 0), spread if math.isfinite(spread) else 0.0)
+            change = some.change(name)
+            found[called] = (change.mean, change.interval, some.mean(name, 0), spread if math.isfinite(spread) else 0.0)
     return found
