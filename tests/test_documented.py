@@ -216,7 +216,7 @@ SCRIPTS = {
 }
 
 
-def shorter(function: Callable[..., Any], kind: type[Checked], **small: int) -> Callable[..., Any]:
+def shorter(function: Callable[..., Any], kind: type[Checked], **small: int | None) -> Callable[..., Any]:
     """The function with less to do, after the settings that it was called with were checked; it makes its run anew."""
 
     def call(*arguments: Any, **options: Any) -> Any:
@@ -245,7 +245,7 @@ def brief(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(model, defaults=replace(model.defaults, steps=2))
 
     monkeypatch.setattr(cr, "load", opened)
-    monkeypatch.setattr(cr, "finetune", shorter(cr.finetune, Finetuning, updates=1, batch=2, sample_steps=2))
+    monkeypatch.setattr(cr, "finetune", shorter(cr.finetune, Finetuning, updates=1, batch=2, sample_steps=None))
     monkeypatch.setattr(cr, "steer", shorter(cr.steer, Steering, updates=1, sample_steps=5))
     monkeypatch.setattr(cr, "distill", shorter(cr.distill, Distillation, updates=1, batch=2, teacher_steps=8, starts=2))
 
