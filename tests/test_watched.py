@@ -82,10 +82,10 @@ def test_the_other_half_is_that_of_the_same_split_and_template() -> None:
 
 @pytest.mark.heavy
 def test_a_rate_that_is_too_high_is_told_from_the_demos(tmp_path: Path) -> None:
-    """The bundled model by ten times the demo's rate becomes confetti, which the bundled scorer likes and the report warns of."""
+    """By four times the demo's rate animals are torn into stripes, which the bundled scorer likes and the report warns of."""
     demo = FinetuneConfig.read(Path(__file__).parents[1] / "examples" / "demo.yaml")
     model, options = cr.load(demo.model), {"method": "draft-lv", "prompts": demo.prompts, "held_out": "hpsv2:tiny"}
-    for lr, wanted in ((demo.settings.lr, False), (2e-2, True)):
-        settings = demo.settings.model_copy(update={"lr": lr})
+    for lr, updates, wanted in ((demo.settings.lr, 20, False), (6e-3, 40, True)):
+        settings = demo.settings.model_copy(update={"lr": lr, "updates": updates})
         run = cr.finetune(model, reward="pickscore:tiny", settings=settings, out=tmp_path / f"{lr}", **options)
         assert ("It may be hacking its reward." in (run.folder / "report.html").read_text()) == wanted
