@@ -134,3 +134,8 @@ def test_a_cost_is_measured(tmp_path):
     for row in found.values():
         assert row["beyond sampling"] == pytest.approx(row["seconds"] - row["sampling"])
     assert 0 < found["SDO"]["MiB"] <= found["full"]["MiB"]
+
+
+def test_a_setting_that_all_seeds_share_has_no_interval():
+    """Three times 0.006 has a mean that is off by its last bit."""
+    assert page._shown([0.006, 0.006, 0.006], 3) == "0.006" and page._shown([1.0, 3.0], 1) == "2.0 ± 12.7"

@@ -176,7 +176,7 @@ def _shown(values: Iterable[float], digits: int, sign: str = "") -> str:
     found = list(values)
     estimate = Estimate.of(found)
     mean = f"{estimate.mean:{sign},.{digits}f}"
-    return mean if len(found) < 2 or not estimate.interval else f"{mean} ± {estimate.interval:,.{digits}f}"
+    return mean if len(set(found)) < 2 else f"{mean} ± {estimate.interval:,.{digits}f}"
 
 
 def _order(results: Results, label: str) -> float:
