@@ -67,6 +67,8 @@ def few_steps(root: Path) -> None:
             and unit.done(root)
         ):
             models[unit.label] = student.using(unit.folder(root))
+            if unit.label == "KL 0.01":
+                models["KL 0.01, half scale"] = student.using(unit.folder(root), scale=0.5)
     _sheet("few-steps", models, 4)
 
 
