@@ -162,24 +162,19 @@ def test_what_shards_save_is_counted(models: Path, looked: tuple[Path, Path]) ->
     assert found.peaks[1] - whole.peaks[1] == 3 * max(blocks)
 
 
+SMALL = {
+    "updates": 3, "batch": 4, "accumulate": 2, "sample_steps": 3, "guidance": 2.0, "rank": 2, "sample_every": 1, "ema": 0.5,
+}  # fmt: skip
+
+
 def run_everything(folder: Path, out: Path, network: str) -> None:
     """What trains, steers, distills, samples and evaluates; unequal shares everywhere."""
     torch.set_num_threads(1)
     model = opened(folder, "sd", network)
     processes = Processes.here(model.device)
-    small = {
-        "batch": 4,
-        "accumulate": 2,
-        "sample_steps": 3,
-        "guidance": 2.0,
-        "rank": 2,
-        "updates": 3,
-        "sample_every": 1,
-        "ema": 0.5,
-    }
     for memory in MEMORY:
-        cr.finetune(model, "draft-lv", gray, PROMPTS, held_out=gray, out=out / memory, memory=memory, **small)
-    cr.finetune(model, "sdo", gray, PROMPTS, out=out / "cut", **{**small, "updates": 4})
+        cr.finetune(model, "draft-lv", gray, PROMPTS, held_out=gray, out=out / memory, memory=memory, **SMALL)
+    cr.finetune(model, "sdo", gray, PROMPTS, out=out / "cut", **SMALL | {"updates": 4})
     few = {"updates": 2, "batch": 2, "starts": 3, "teacher_steps": 8, "rank": 2, "guidance": 2.0}
     cr.distill(model, prompts=PROMPTS, out=out / "student", **few)
     model = opened(folder, "sd", network)
@@ -197,17 +192,7 @@ def run_everything(folder: Path, out: Path, network: str) -> None:
 
 def resume(folder: Path, out: Path, network: str) -> None:
     torch.set_num_threads(1)
-    small = {
-        "batch": 4,
-        "accumulate": 2,
-        "sample_steps": 3,
-        "guidance": 2.0,
-        "rank": 2,
-        "updates": 6,
-        "sample_every": 1,
-        "ema": 0.5,
-    }
-    cr.finetune(opened(folder, "sd", network), "sdo", gray, PROMPTS, out=out / "cut", resume=True, **small)
+    cr.finetune(opened(folder, "sd", network), "sdo", gray, PROMPTS, out=out / "cut", resume=True, **SMALL | {"updates": 6})
 
 
 @pytest.fixture(scope="module")

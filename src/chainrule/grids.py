@@ -56,16 +56,16 @@ class SampleGrids:
 
     @property
     def followed(self) -> list[float]:
-        """What `best` follows, of every grid after the first update; minus infinity where there is no number."""
-        return [self._followed(at) for at, row in enumerate(self.rows) if row["step"]]
-
-    def _followed(self, at: int) -> float:
-        name, row = self.task.settings.best, self.rows[at]
-        values = row["values"].get("reward" if name == SOUND else name)
-        known: list[Any] = values[: len(values) - row["extra"]] if values else [None]
-        if None in known or (name == SOUND and alarm(watched_of(self.rows[: at + 1])[0])):
-            return -math.inf
-        return statistics.fmean(known)
+        """What `best` follows, of every grid after the first update; minus infinity where there is no number, or an alarm."""
+        name = self.task.settings.best
+        raised = alarm(watched_of(self.rows)[0]) if name == SOUND else None
+        found = []
+        for row in self.rows:
+            values = row["values"].get("reward" if name == SOUND else name, [])
+            known: list[Any] = values[: len(values) - row["extra"]] or [None]
+            lost = None in known or (raised is not None and row["step"] >= raised.step)
+            found += [-math.inf if lost else statistics.fmean(known)] if row["step"] else []
+        return found
 
     def before(self) -> None:
         """The grid before the first update; a run that is resumed has it, and what was measured on the others."""

@@ -85,13 +85,6 @@ def check_once(rewards: Sequence[str]) -> None:
         raise UserError(f"the reward {twice} is given twice")
 
 
-def finite(**values: float) -> None:
-    """Raises UserError naming the value that is NaN or infinite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise UserError(f"{name} is {value}, but must be a finite number")
-
-
 def scale_of(text: str) -> float | tuple[float, float]:
     """A scale, "0.7", or one that changes from noise to image, "0:1". Raises UserError for anything else."""
     try:
