@@ -124,11 +124,11 @@ def test_steering_shows_every_update_and_ends_where_the_library_does(desk: Desk)
 def test_stop_ends_after_the_update_under_way_and_leaving_stops_too(desk: Desk) -> None:
     found = moments(desk, wish(updates=500), most=1)
     assert found[-1].over and found[-1].about.startswith("stopped: update ") and len(found) < 20
-    before = threading.active_count()
     going = steered(desk, "base", ASKED, (), wish(updates=500), threading.Event())
     next(going)
+    (worker,) = (thread for thread in threading.enumerate() if thread.name == "steering")
     going.close()
-    assert threading.active_count() == before and not desk.busy.locked()
+    assert not worker.is_alive() and not desk.busy.locked()
 
 
 def test_a_steered_image_is_kept_as_a_run_with_a_report(desk: Desk) -> None:

@@ -96,7 +96,7 @@ def steered(
         except BaseException as error:
             told.put(error)
 
-    worker = threading.Thread(target=work, daemon=True)
+    worker = threading.Thread(target=work, name="steering", daemon=True)
     worker.start()
     try:
         while True:
