@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-heavy faults check docs format bench experiments papers studies sizes weights clean
+.PHONY: demo test test-heavy faults check docs format bench bench-trl experiments papers studies sizes weights clean
 
 # The stamp says: this environment has what pyproject.toml and constraints.txt say, and the development tools.
 $(VENV)/stamp: pyproject.toml constraints.txt
@@ -48,6 +48,16 @@ format: $(VENV)/stamp
 bench: $(VENV)/stamp ## time ratios and memory; writes benchmarks/speed.md (needs a C++ compiler) and benchmarks/results.md
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.bench
+
+# TRL 0.23.1 has AlignProp. It is kept out of the environment, and has the same versions of everything else.
+$(VENV)-trl/stamp: $(VENV)/stamp
+	test -x $(VENV)-trl/bin/python || $(PYTHON) -m venv $(VENV)-trl
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > $(VENV)-trl/pins.txt
+	$(VENV)-trl/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-trl/pins.txt trl==0.23.1 -e .
+	touch $@
+
+bench-trl: $(VENV)-trl/stamp ## an update beside TRL's AlignProp, in an environment of its own; writes benchmarks/trl_alignprop.md
+	$(VENV)-trl/bin/python -m benchmarks.trl_alignprop
 
 sizes: $(VENV)/stamp ## memory at the published sizes, counted where there is no GPU; resumable; writes docs/performance.md
 	$(BIN)/python -m benchmarks.sizes

@@ -14,8 +14,9 @@ NOTEBOOK = Path(__file__).parents[1] / "examples" / "start.ipynb"
 def executed(folder: str | Path) -> nbformat.NotebookNode:
     """The notebook as it is after running every cell, with `folder` for what it writes. Raises nbclient's error of a cell."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    return client.execute()
+    where = {"metadata": {"path": str(folder)}}
+    # A kernel that is asked to end was once seen to wait for minutes; there is nothing left for it to do.
+    return NotebookClient(notebook, timeout=300, kernel_name="python3", shutdown_kernel="immediate", resources=where).execute()
 
 
 def kept(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

@@ -104,6 +104,32 @@ def test_the_input_and_the_graph_are_left_alone(graph: bool) -> None:
             torch.autograd.gradcheck(net, (x,))
 
 
+@pytest.mark.parametrize("how", ["autocast", "a hook before", "a hook", "a forward of its own", "bfloat16"])
+def test_the_matrices_are_not_added_to_the_weight_where_that_would_lose_something(how: str) -> None:
+    """A call without a graph adds them where its rows are many: never where the sum is rounded off or the layer is not asked."""
+    net = network(lambda: nn.Linear(6, 10), torch.bfloat16 if how == "bfloat16" else torch.float32)
+    base, seen = net[0].get_base_layer(), []
+    x = torch.tensor([1.0, -1.0] * 3, dtype=base.weight.dtype).expand(50, 6)
+    if how == "a hook before":
+        base.register_forward_pre_hook(lambda *_: seen.append(1))
+    elif how == "a hook":
+        base.register_forward_hook(lambda *_: seen.append(1))
+    elif how == "a forward of its own":
+        forward = base.forward
+        base.forward = lambda rows: seen.append(1) or forward(rows)
+    base.weight.data.fill_(1.0)  # its own answer is 0: what is seen is the adapter's
+    base.bias.data.zero_()
+    net[0].lora_B["one"].weight.data.mul_(1e-3)  # less than bfloat16 tells from 1
+    for graph in (True, False):
+        with selected(net, {"one": 1.0}), torch.set_grad_enabled(graph), torch.autocast("cpu", torch.bfloat16, how == "autocast"):
+            answer = net(x)
+        if graph:
+            asked = answer.detach().clone()
+    assert float(asked.abs().max()) > 1e-4
+    torch.testing.assert_close(answer, asked, rtol=0.02, atol=1e-6)
+    assert len(seen) == (2 if "of its own" in how or "hook" in how else 0)
+
+
 def test_what_peft_has_besides_plain_lora_it_answers_itself() -> None:
     """A DoRA put into the same layers by their owner, and layers switched off as a whole."""
     torch.manual_seed(0)

@@ -229,6 +229,31 @@ def test_the_actor_and_the_critic_are_plain_loops(name: str, at: int) -> None:
     assert list(dict(judge.named_modules())) == ["", "inner", "out"]
 
 
+def test_two_critics_of_one_reward_answer_as_each_alone() -> None:
+    model, adapter = prepared("epsilon", None)
+    judge = Judge().double()
+    plan = DPG(rank=2).plan(model.grid(STEPS), Random(0))
+
+    def found(critic: ActorCritic) -> Tensor:
+        own = [weight for each in critic.adapters.values() for weight in each.parameters()]
+        torch.manual_seed(3)
+        for weight in own:
+            weight.data.normal_(0, 0.3)
+        critic.add(model, plan, Objective.of(reward_of(judge)), batch())
+        seen = torch.cat([gradients(adapter.parameters()), gradients(own)])
+        for weight in (*adapter.parameters(), *own):
+            weight.grad = None
+        return seen
+
+    first: ActorCritic = estimator(DPG(rank=2), model, judge)
+    alone = found(first)
+    second: ActorCritic = estimator(DPG(rank=2), model, judge)
+    for critic in (second, first):
+        torch.testing.assert_close(found(critic), alone, rtol=1e-12, atol=0)
+        critic.remove()
+    assert float(alone.abs().max()) > 0 and list(dict(judge.named_modules())) == ["", "inner", "out"]
+
+
 def test_a_critic_learns_what_images_are_worth_and_leaves_the_reward_as_it_is(tmp_path: Path) -> None:
     judge = Judge()
     before = {name: value.clone() for name, value in judge.state_dict().items()}

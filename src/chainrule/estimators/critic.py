@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from chainrule import half
 from chainrule.adapters import Adapter, inject, selected, unused_name
+from chainrule.adapters.lora import every_layer
 from chainrule.chain import Memory
 from chainrule.errors import UserError
 from chainrule.estimators.batch import Batch
@@ -85,7 +86,7 @@ class ActorCritic:
     ) -> tuple[Tensor, float]:  # fmt: skip
         """d(sum of -foreseen)/d(latents), and the sum of squared errors, whose mean's gradient goes to the critic."""
         found, total = [], 0.0
-        weights = [weight for adapter in self.adapters.values() for weight in adapter.parameters()]
+        weights = self.learner.train_only(self.adapters)  # whoever made a reward of the same network since has frozen it
         for rows in micro_batches(latents, micro):
             leaf = latents[rows].detach().requires_grad_()
             with torch.enable_grad():
@@ -151,7 +152,8 @@ def networks(reward: Reward, size: tuple[int, int], device: torch.device) -> dic
     inside = {part for module in called for part in module.modules() if part is not module}
     found = {}
     for module in called:
-        layers = tuple(name for name, layer in module.named_modules() if layer in called and type(layer) is nn.Linear and name)
+        own = {name: module.get_submodule(name) for name in every_layer(module) if name}  # another critic's LoRA may be in it
+        layers = tuple(n for n, layer in own.items() if layer in called and type(getattr(layer, "base_layer", layer)) is nn.Linear)
         if module not in inside and layers:
             found[module] = layers
     return found
