@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import chainrule as cr
 from benchmarks.bench import ADAPTED, PACKAGES, PRISTINE, Bench, Scope, machine, plain, race
@@ -30,6 +31,8 @@ from chainrule.report.tables import markdown
 from chainrule.rewards import Symmetry
 
 PAGE = Path(__file__).with_name("speed.md")
+FLOOR = "as many products as in diffusers' sampling, in large matrices"  # nothing that computes the same is much faster
+SIDE = 1024  # of those matrices
 WANTED = {  # what the project wants to hold, as ratios of time to diffusers' own sampling without an adapter
     "sampling": (1 / 1.10, 1 / 1.25), "DRaFT-1, keep": (1.0, 0.85), "SDO, keep": (1.0, 0.85),
 }  # fmt: skip
@@ -59,10 +62,24 @@ def contenders(bench: Bench, ending: str) -> dict[str, Callable[[int], object]]:
     return {name + ending: run for name, run in found.items()}
 
 
+def products(bench: Bench) -> Callable[[int], object]:
+    """As many multiplications and additions as sampling takes, in matrices so large that nothing else costs time."""
+    with FlopCounterMode(display=False) as counter:
+        bench.sample(PRISTINE, 0)
+    matrix, answer, times = torch.ones(SIDE, SIDE), torch.empty(SIDE, SIDE), round(counter.get_total_flops() / (2 * SIDE**3))
+
+    def run(number: int) -> None:
+        for _ in range(times):
+            torch.mm(matrix, matrix, out=answer)
+
+    return run
+
+
 def measured(scope: Scope) -> dict[str, list[float]]:
     """Seconds of every contender in every round."""
     cpu, bench = torch.device("cpu"), prepared(scope)
     theirs: dict[str, Callable[[int], object]] = {which: partial(bench.sample, which) for which in (PRISTINE, ADAPTED)}
+    theirs[FLOOR] = products(bench)
     eager = race(theirs | contenders(bench, ""), scope.rounds, cpu)
     compiled(bench.model)
     later = race({PRISTINE: theirs[PRISTINE]} | contenders(bench, ", compiled"), scope.rounds, cpu)

@@ -11,6 +11,7 @@ from families import CASES, shaken
 import chainrule as cr
 from chainrule.doctor import Check, environment, examine
 from chainrule.meters import saved_bytes, storages
+from chainrule.models.codec import KLAutoencoder
 from chainrule.rewards import reward_of
 
 
@@ -24,8 +25,8 @@ def test_every_family_is_well(name: str) -> None:
     seen = found(cr.load(case.pipe(), size=case.size), prompts=["a fox", "two bees"])
     assert seen.pop("prediction").fine is False  # random weights predict worse than nothing
     seen.pop("autoencoder", None)  # or bring no picture back
-    assert [check.fine for check in seen.values()] == [None, True, True, True, None], [str(check) for check in seen.values()]
-    assert set(seen) == {"model", "samples", "reward", "gradient", "memory"}
+    assert [check.fine for check in seen.values()] == [None, True, True, True, True, None], [str(check) for check in seen.values()]
+    assert set(seen) == {"model", "samples", "reward", "gradient", "reward's slope", "memory"}
 
 
 BROKEN = {
@@ -70,22 +71,43 @@ def test_another_solver_is_compared_with_its_own_scheduler(solver: str) -> None:
     assert found(cr.load(pipe, solver=solver))["samples"].fine and pipe.scheduler is before
 
 
+class HalfDeaf(KLAutoencoder):
+    """An autoencoder whose gradient is half of what it is."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        images = super().decode(latents)
+        return (images + images.detach()) / 2
+
+
 def test_a_wrong_sampler_a_wrong_gradient_and_classes_are_told() -> None:
     model = cr.load(CASES["sd"].pipe())
     loud = replace(model, sampler=replace(model.sampler, start=1.1))
     assert found(loud)["samples"].fine is False
-    half = reward_of(lambda images, prompts: (images + images.detach()).mean((1, 2, 3)), "half")
-    assert found(model, reward=half)["gradient"].fine is False
+    deaf = replace(model, codec=HalfDeaf(model.codec.network, model.codec.latent_shape, model.codec.factor))
+    assert found(deaf)["gradient"].fine is False
     faces = found(cr.load("tiny-faces"))
     assert faces["samples"].fine is None and "knows no classes" in faces["samples"].found and faces["gradient"].fine
+
+
+@pytest.mark.parametrize(("reward", "share"), [("half", 2.0), ("opposite", -1.0), ("compressible", None), ("symmetry", 1.0)])
+def test_a_reward_whose_gradient_is_not_that_of_its_values_is_told_from_a_chain_that_is_wrong(
+    reward: str, share: float | None
+) -> None:
+    made = {
+        "half": lambda images, prompts: (images + images.detach()).mean((1, 2, 3)),
+        "opposite": lambda images, prompts: (2 * images.detach() - images).mean((1, 2, 3)),
+    }
+    seen = found(cr.load(CASES["sd"].pipe()), reward=reward_of(made[reward], reward) if reward in made else reward)
+    assert seen["gradient"].fine and seen["reward's slope"].fine is (True if share == 1 else None)
+    if share is not None:
+        assert float(seen["reward's slope"].found.split()[0]) == pytest.approx(share, abs=0.06)
+    assert ("a reward that rounds" in seen["reward's slope"].found) == (share != 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.heavy)])
 def test_half_precision_is_held_to_a_wider_bound_and_adapters_are_left_out(dtype: torch.dtype) -> None:
     model = cr.load(CASES["sd"].pipe(dtype=dtype))
     assert found(model)["gradient"].fine
-    tenth = reward_of(lambda images, prompts: (images + 9 * images.detach()).mean((1, 2, 3)), "a tenth")
-    assert found(model, reward=tenth)["gradient"].fine is False
     shaken(cr.load(CASES["sd"].pipe()))
     tuned = cr.load(CASES["sd"].pipe())
     shaken(tuned)

@@ -85,7 +85,7 @@ def examine(
     yield Check("reward", f"{chosen.name}: {values} on two images of noise, its gradient reaches the pixels", True)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    yield _gradient(model, chosen, prompts, steps, exact)
+    yield from _gradient(model, chosen, prompts, steps, exact)
     if model.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(model.device) / 2**30
         yield Check("peak", f"{peak:.2f} GiB allocated while {len(prompts)} image(s) were differentiated through {steps} calls")
@@ -134,8 +134,11 @@ def _seen(model: Model, pictures: Sequence[Tensor]) -> Iterator[Check]:
     yield Check("prediction", f"loss {said}, where predicting nothing has 1{'' if fine else wrong}", fine)
 
 
-def _gradient(model: Model, reward: Reward, prompts: Sequence[str], steps: int, exact: bool) -> Check:
-    """The slope of the reward along its own gradient at a fresh adapter, against a central difference."""
+def _gradient(model: Model, reward: Reward, prompts: Sequence[str], steps: int, exact: bool) -> Iterator[Check]:
+    """Slopes along the reward's own gradient at a fresh adapter, against central differences: the chain's, and the reward's.
+
+    The chain's is that of the images along what the reward's gradient is at them, so that it says the same of every reward.
+    """
     from chainrule.adapters import unused_name
     from chainrule.gradient import backpropagate
     from chainrule.methods import DRaFT
@@ -145,32 +148,38 @@ def _gradient(model: Model, reward: Reward, prompts: Sequence[str], steps: int, 
     try:
         plan = DRaFT().plan(model.grid(steps), Random(0))
         chain = model.chain(prompts, seeds)
-        value = lambda: float(reward(model.codec.decode(chain.end(model.noise(seeds), plan.branches[0])), prompts).mean())
-        backpropagate(chain, plan, model.noise(seeds), model.codec.decode, reward, prompts)
+        made = lambda: model.codec.decode(chain.end(model.noise(seeds), plan.branches[0])).double()
+        pixels = backpropagate(chain, plan, model.noise(seeds), model.codec.decode, reward, prompts).images.requires_grad_()
+        (upstream,) = torch.autograd.grad(reward(pixels, prompts).mean(), pixels)
         reached = [(weight, weight.grad) for weight in adapter.parameters() if weight.grad is not None]
         weights, slopes = [weight for weight, _ in reached], [-grad.clone() for _, grad in reached]  # of the reward, not the loss
         size = float(sum((s**2).sum() for s in slopes)) ** 0.5
         if not size:
-            return Check("gradient", "zero at the adapter's weights", False)
+            yield Check("gradient", "zero at the adapter's weights", False)
+            return
         step = 1e-2 if exact else 3e-2  # wider for rounded images, but a large network's reward bends soon
-        with torch.no_grad():
-            ends = [_moved(weights, slopes, sign * step / size, value) for sign in (1, -1)]
-        measured = (ends[0] - ends[1]) / (2 * step)
+        up, down = (_moved(weights, slopes, sign * step / size, made) for sign in (1, -1))
     finally:
         model.drop(adapter)
-    off = abs(measured - size) / size
     # In half precision the gradient is noisy: its norm counts the noise, the difference along it does not.
     allowed = 0.05 if exact else 0.5
+    measured = float((upstream * (up - down)).sum()) / (2 * step)
     found = f"slope {size:.4g}, by finite differences {measured:.4g} over {steps} calls (allowed: {allowed:.0%} apart)"
-    return Check("gradient", found, off < allowed)
+    yield Check("gradient", found, abs(measured - size) / size < allowed)
+    with torch.no_grad():
+        low, high = (float(reward(images.to(pixels), prompts).mean()) for images in (down, up))
+    share = (high - low) / (2 * step * size)
+    own = abs(share - 1) < allowed
+    why = "" if own else ": a reward that rounds (JPEG, pictures made smaller) climbs in steps; any other's gradient is wrong"
+    yield Check("reward's slope", f"{share:.2f} of what its gradient says{why}", own or None)
 
 
 @torch.no_grad()
-def _moved(weights: Sequence[Tensor], slopes: Sequence[Tensor], by: float, value: Callable[[], float]) -> float:
-    """The value with `by` times the slopes added to the weights, which are put back."""
+def _moved(weights: Sequence[Tensor], slopes: Sequence[Tensor], by: float, made: Callable[[], Tensor]) -> Tensor:
+    """What is made with `by` times the slopes added to the weights, which are put back."""
     for weight, slope in zip(weights, slopes, strict=True):
         weight += by * slope
-    found = value()
+    found = made()
     for weight, slope in zip(weights, slopes, strict=True):
         weight -= by * slope
     return found
