@@ -17,6 +17,7 @@ from PIL import Image, ImageFont
 
 from chainrule.config import FinetuneConfig
 from chainrule.errors import UserError
+from chainrule.methods import describe
 from chainrule.report import before_after, grid, report
 from chainrule.report.charts import intervals, line, smooth, ticks
 from chainrule.report.pictures import cell_size, wrapped
@@ -139,6 +140,24 @@ def test_a_full_page_shows_what_the_run_holds(full: Run) -> None:
     assert "After 0 updates<" in page and "After 390 updates<" in page and "Seconds per update" in page
     assert "Learning rate" not in page and "Skipped" not in page
     assert page.index("Reward, pickscore:tiny") < page.index("Held-out, aesthetic")
+
+
+def test_names_of_this_library_are_explained_and_others_are_not(full: Run) -> None:
+    full.write_text(
+        "config.yaml", json.dumps({**CONFIG, "method": {"name": "sdo", "samples": 2}, "reward": "mine.py:clip + symmetry"})
+    )
+    told = report(full.folder).read_text(encoding="utf-8").partition("What the names mean")[2].partition("</dl>")[0]
+    for words in (
+        f"sdo: {describe('sdo').partition(' `')[0]}",
+        "symmetry: left-right symmetry.",
+        "aesthetic: LAION",
+        "pickscore: which",
+    ):
+        assert words in told
+    assert "clip:" not in told
+    full.write_text("config.yaml", json.dumps({**CONFIG, "reward": "mine.py:clip"}))
+    full.write_text("evaluation.json", json.dumps({**EVALUATION, "gains": {}}))
+    assert "What the names mean" not in report(full.folder).read_text(encoding="utf-8")
 
 
 def test_held_out_is_only_said_of_what_was_not_trained_on(full: Run) -> None:

@@ -26,6 +26,7 @@ from chainrule.rewards.hpsv3 import load_hpsv3
 from chainrule.rewards.imagereward import load_imagereward
 from chainrule.rewards.likeness import load_encoder
 from chainrule.rewards.loaded import release
+from chainrule.rewards.registry import REGISTRY, described
 from chainrule.rewards.safety import load_checker
 from chainrule.rewards.siglip import load_siglip
 
@@ -396,3 +397,17 @@ def test_a_text_tower_that_stays_on_the_cpu_reads_the_same() -> None:
     assert {w.device.type for w in clip.model.text_model.parameters()} == {"meta"}
     assert torch.equal(clip.text(TEXTS), expected)
     release()
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("10*pickscore:tiny + 2*hpsv2.1 - detect:a safe person", ["pickscore", "hpsv2.1", "detect"]),
+        ("style:x.png -aesthetic@cuda:1", ["style", "aesthetic"]),
+        ("a/clip.py:clip + symmetry", ["symmetry"]),
+        ("hpsv2", ["hpsv2"]),
+        ("clipped", []),
+    ],
+)
+def test_names_in_a_written_reward_are_found(written: str, names: list[str]) -> None:
+    assert described(written) == {name: REGISTRY[name].about for name in names}

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "objective": "plan half solve rewards denoise cast",
     "models": "errors asked pictures files tensors display offload processes shards size plan noise solve adapters denoise "
     "guidance cast chain learned",
-    "report": "errors config estimate plan runs",
+    "report": "errors config estimate plan runs methods rewards",
     "card": "errors files config runs report methods adapters models",
     "push": "errors files runs adapters card",
     "gradient": "asked plan rewards guidance taken chain objective models",

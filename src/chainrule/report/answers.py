@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from shlex import quote
 
 from chainrule.config import DistillConfig, FinetuneConfig, SteerConfig
+from chainrule.methods import REGISTRY, describe
 from chainrule.report.guard import alarm
 from chainrule.report.material import Bar, Material, address, is_diversity, named_metrics, seconds
 from chainrule.report.watched import Watched
 from chainrule.report.words import duration, measured, phrase
 from chainrule.report.yardstick import also, how_much
+from chainrule.rewards.registry import described
 
 FOX = "a painting of a fox"
 
@@ -36,6 +38,7 @@ def answers(material: Material) -> list[Answer]:
         Answer(question="Is that a lot?", answer=how_much(material) if isinstance(material.config, FinetuneConfig) else ""),
         Answer(question="What it cost", answer=_cost(material)),
         _use(material),
+        Answer(question="What the names mean", answer=_names(material)),
     ]
     return [each for each in found if each.answer or each.code]
 
@@ -56,6 +59,18 @@ def _trained(material: Material) -> str:
             return f"Images of {config.model} were {where}, on {_source(config.prompts)}."
         case _:
             return ""
+
+
+def _names(material: Material) -> str:
+    """What the method does, and what the rewards that were trained, watched or measured are."""
+    config = material.config
+    if config is None:
+        return ""
+    lines = described(" + ".join([*config.rewards, *(key for key in material.gains if not is_diversity(key))]))
+    if isinstance(config, FinetuneConfig) and (name := str(config.method["name"])) in REGISTRY:
+        words, _, _ = describe(name).rpartition(" `")  # without the drawing
+        lines = {name: words.replace("`", "").rstrip(".")} | lines
+    return " ".join(f"{name}: {line}." for name, line in lines.items())
 
 
 def _source(prompts: str | Sequence[str]) -> str:

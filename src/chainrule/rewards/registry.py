@@ -36,12 +36,12 @@ class Entry:
 REGISTRY: Mapping[str, Entry] = {
     "pickscore": Entry("scorers.PickScore", "which of two images people pick for a prompt (Pick-a-Pic, CLIP-H)"),
     "hpsv2": Entry("scorers.HPSv2", "human preference for an image given its prompt (HPD v2, CLIP-H)"),
-    "hpsv2.1": Entry("scorers.HPSv21", "the same, its authors' newer weights: hpsv2.1:HPS_v2.1_compressed.pt"),
+    "hpsv2.1": Entry("scorers.HPSv21", "HPSv2 with its authors' newer weights: hpsv2.1:HPS_v2.1_compressed.pt"),
     "hpsv3": Entry("hpsv3.HPSv3", "human preference for an image given its prompt (HPD v3, Qwen2-VL 7B and a head)"),
     "imagereward": Entry("imagereward.ImageReward", "human preference for an image given its prompt (BLIP and a head)"),
     "aesthetic": Entry("scorers.Aesthetic", "LAION aesthetic rating, 1 to 10, of the image alone (CLIP-L and a head)"),
     "clip": Entry("scorers.CLIPScore", "agreement of image and prompt, or of image and text: clip:an angry face"),
-    "siglip": Entry("siglip.SigLIP", "the same by SigLIP: siglip, or siglip:an angry face"),
+    "siglip": Entry("siglip.SigLIP", "agreement of image and prompt, or text, by SigLIP: siglip:an angry face"),
     "directional": Entry("reference.Directional", "change of the image along that of a text: directional:a face to a sad face"),
     "classifier": Entry("classifier.Classifier", "log-probability of a class: classifier:dog; subtracted, away from it"),
     "detect": Entry("detect.Detection", "how much of a thing a detector finds (OWL-ViT): detect:a person, people"),
@@ -63,6 +63,13 @@ REGISTRY: Mapping[str, Entry] = {
     "process": Entry("external.Program", "what another program says of each image: process:python scorer.py; no gradient"),
     "dropout": Entry("diversity.Dropout", "aesthetic with dropout in its head: dropout:0.95, or dropout:0.5:tiny"),
 }
+
+
+def described(text: str) -> dict[str, str]:
+    """The names of `REGISTRY` that a written reward has, each with the line about it. Nothing is loaded."""
+    names = "|".join(sorted(map(re.escape, REGISTRY), key=len, reverse=True))
+    return {name: REGISTRY[name].about for name in re.findall(rf"(?:^|[+*-])\s*({names})(?![\w./-])", text)}
+
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _DEVICE = r"(?:cpu|mps|(?:cuda|xpu)(?::\d+)?)"
