@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -25,7 +26,7 @@ import chainrule as cr
 from chainrule.cli import app
 from chainrule.loop import Row
 from chainrule.methods import DDPO, DPG, GRPO, SDO
-from chainrule.processes import ALONE, Processes
+from chainrule.processes import ALONE, Processes, leave
 
 PROMPTS = ["a fox", "two bees", "a cat"]
 
@@ -72,11 +73,13 @@ def work(folder: Path) -> None:
 @pytest.mark.parametrize(
     "method", ["sdo", "draft-lv", "draft-1", GRPO(group=2), DDPO(reuse=2, clip=1.0), DPG(rank=2), "sdo and the sampler"], ids=str
 )
-def test_an_adapter_is_the_same_to_1e6_by_any_number_of_processes(method, count, tmp_path):
+def test_an_adapter_is_the_same_by_any_number_of_processes(method, count, tmp_path):
+    """In float64: AdamW makes of a float32's rounding whatever a small gradient's sign says."""
+
     def tune(place: Path) -> None:
-        net = cr.load(make_pipeline("v_prediction", torch.float32)).solving("sde" if isinstance(method, GRPO | DDPO) else None)
+        net = cr.load(make_pipeline("v_prediction", torch.float64)).solving("sde" if isinstance(method, GRPO | DDPO) else None)
         small = {"updates": 5, "batch": 4, "sample_steps": 4, "guidance": 2.0, "rank": 2, "sample_every": 0}
-        reward = Judge() if isinstance(method, DPG) else gray
+        reward = Judge().double() if isinstance(method, DPG) else gray
         if method == "sdo and the sampler":
             small["learn"] = "adapter,guidance,negative"
         cr.finetune(net, str(method).split()[0] if isinstance(method, str) else method, reward, PROMPTS, out=place, **small)
@@ -85,9 +88,10 @@ def test_an_adapter_is_the_same_to_1e6_by_any_number_of_processes(method, count,
     tune(tmp_path / "one")
     ended = [each.end() for each in launched]
     assert not any(each.code for each in ended), ended[0].said
-    one, several = (load_file(tmp_path / name / "adapter/pytorch_lora_weights.safetensors") for name in ("one", "several"))
+    one, several = (load_file(max((tmp_path / name / "checkpoints").glob("*/state.safetensors"))) for name in ("one", "several"))
+    assert any(value.dtype == torch.float64 for value in one.values())
     for key in one:
-        torch.testing.assert_close(several[key], one[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(several[key], one[key], rtol=0, atol=1e-10)
 
 
 @pytest.mark.heavy
@@ -206,3 +210,19 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_process_leaves_the_group_where_the_program_ends(tmp_path):
+    """At the end of Python: torch's own threads, ended later, were once seen to abort a process that was done."""
+
+    def work(rank: int) -> None:
+        for _ in range(2):
+            Processes.here("cpu")
+        assert torch.distributed.is_initialized()
+        atexit._run_exitfuncs()
+        assert not torch.distributed.is_initialized()
+        leave()  # once is enough
+
+    for each in together(lambda rank: partial(work, rank), tmp_path / "said"):
+        ended = each.end()
+        assert ended.code == 0, ended.said

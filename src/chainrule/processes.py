@@ -7,6 +7,7 @@ one process nothing of torch.distributed is touched.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,8 @@ class Processes:
         cpu = torch.device(device).type == "cpu" if device else not torch.cuda.is_available()
         with answered():
             state = PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
+        atexit.unregister(leave)
+        atexit.register(leave)
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -155,6 +158,12 @@ def answered() -> Iterator[None]:
         raise UserError(
             f"another process has ended, or did not answer in time; look at what it said, then resume the run ({reason})"
         ) from error
+
+
+def leave() -> None:
+    """Take leave of the others at the end of the program: torch's threads that are still at work then may abort it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def first_to_tell() -> bool:
