@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -91,19 +90,6 @@ def test_what_comes_first_is_light_and_warns_of_nothing(code, loaded):
     run = [sys.executable, "-W", "error", "-c", code]
     found = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True)
     assert set(found.stdout.split()) <= loaded and not found.stderr
-
-
-@pytest.mark.parametrize("arguments", [["-c", "import chainrule"], ["-m", "chainrule", "--help"]], ids=" ".join)
-def test_what_comes_first_takes_less_than_a_second(arguments):
-    """Of a processor, at best of five: what runs beside it is not counted, and the first time may fill a disk's memory."""
-
-    def spent() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *arguments], capture_output=True, timeout=60, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert any(spent() < 1 for _ in range(5))
 
 
 def test_plan_draws_the_method_and_counts_its_cost(chainrule):
