@@ -74,8 +74,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return cr.prompts("emoji")[: args.batch]
 
 
-def measured(args: argparse.Namespace) -> list[tuple[str, str, list[float], list[float]]]:
-    """(which gradient, which way, our ratios to TRL's time, round by round, our seconds)."""
+def measured(args: argparse.Namespace) -> list[tuple[str, str, list[float]]]:
+    """(which gradient, which way, our ratios to TRL's time, round by round)."""
     cpu, found = torch.device("cpu"), []
     with tempfile.TemporaryDirectory() as folder:
         cr.load("tiny-emoji", device="cpu").pipe.save_pretrained(folder)
@@ -91,7 +91,7 @@ def measured(args: argparse.Namespace) -> list[tuple[str, str, list[float], list
                 ways = {f"{memory}{ending}": ours(model, args, adapter, method, memory) for memory in ("keep", "recompute")}
                 seconds = race({"TRL": peer, **ways}, args.rounds, cpu)
                 for way in ways:
-                    found.append((name, way, [a / b for a, b in zip(seconds[way], seconds["TRL"], strict=True)], seconds[way]))
+                    found.append((name, way, [a / b for a, b in zip(seconds[way], seconds["TRL"], strict=True)]))
     return found
 
 
@@ -108,7 +108,7 @@ def main() -> None:
         check_compiler("cpu")
     rows = [
         [name, way, f"{median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", f"{WANTED[name]:.2f}"]
-        for name, way, ratios, _ in measured(args)
+        for name, way, ratios in measured(args)
     ]
     facts: dict[str, Any] = machine(torch.device("cpu"))
     packages = ", ".join(f"{name} {version(name)}" for name in ("trl", "torch", "diffusers", "transformers", "peft", "chainrule"))

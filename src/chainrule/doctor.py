@@ -148,7 +148,7 @@ def _gradient(model: Model, reward: Reward, prompts: Sequence[str], steps: int, 
     try:
         plan = DRaFT().plan(model.grid(steps), Random(0))
         chain = model.chain(prompts, seeds)
-        made = lambda: model.codec.decode(chain.end(model.noise(seeds), plan.branches[0])).double()
+        made = lambda: model.codec.decode(chain.end(model.noise(seeds), plan.branches[0]))
         pixels = backpropagate(chain, plan, model.noise(seeds), model.codec.decode, reward, prompts).images.requires_grad_()
         (upstream,) = torch.autograd.grad(reward(pixels, prompts).mean(), pixels)
         reached = [(weight, weight.grad) for weight in adapter.parameters() if weight.grad is not None]
@@ -163,11 +163,11 @@ def _gradient(model: Model, reward: Reward, prompts: Sequence[str], steps: int, 
         model.drop(adapter)
     # In half precision the gradient is noisy: its norm counts the noise, the difference along it does not.
     allowed = 0.05 if exact else 0.5
-    measured = float((upstream * (up - down)).sum()) / (2 * step)
+    measured = float((upstream.float() * (up.float() - down.float())).sum()) / (2 * step)
     found = f"slope {size:.4g}, by finite differences {measured:.4g} over {steps} calls (allowed: {allowed:.0%} apart)"
     yield Check("gradient", found, abs(measured - size) / size < allowed)
     with torch.no_grad():
-        low, high = (float(reward(images.to(pixels), prompts).mean()) for images in (down, up))
+        low, high = (float(reward(images, prompts).mean()) for images in (down, up))
     share = (high - low) / (2 * step * size)
     own = abs(share - 1) < allowed
     why = "" if own else ": a reward that rounds (JPEG, pictures made smaller) climbs in steps; any other's gradient is wrong"
