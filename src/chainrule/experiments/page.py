@@ -192,7 +192,8 @@ def _order(results: Results, label: str) -> float:
 
 def _settings(table: Table) -> str:
     """What all rows share, in words."""
-    shared = [f"{key} {phrase(value)}" for key, value in table.settings.items() if not isinstance(value, list) or key in SHOWN]
+    worth = lambda key, value: not isinstance(value, list) or (key in SHOWN and any(value))  # prompts without a word are not
+    shared = [f"{key} {phrase(value)}" for key, value in table.settings.items() if worth(key, value)]
     measured = [f"{key} {phrase(value)}" for key, value in table.measure.items()]
     seeds = (
         f"Seeds {phrase(table.seeds)}."
