@@ -145,6 +145,10 @@ def test_another_setting_is_one_line_that_names_it_and_touches_nothing(place: Pa
         found = chainrule("sample", "sd", *given, *rest, "--out", "there")
         assert found.code == 2 and message in found.err and found.err.count("\n") == 1, found.err
         assert "pass --overwrite to replace it, or choose another out" in found.err and contents(place / "there") == before
+    # a scale of two numbers comes back out of a file as a list
+    ramp = ["sample", "sd", "--prompts", "a fox", *SMALL, "--adapter", "run", "--scale", "0:1", "--out", "ramp"]
+    assert chainrule(*ramp).code == 0 and "(1 there before)" in chainrule(*ramp).out
+    assert "made with adapters" in chainrule(*ramp, "--scale", "0:0.5").err
     # an adapter that was trained further under the same name is another one
     with_run = ["sample", "sd", "--prompts", "a fox", *SMALL, "--adapter", "run", "--out", "adapted"]
     assert chainrule(*with_run).code == 0 and chainrule(*with_run).code == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,3 +200,21 @@ def test_a_checkpoint_from_before_balance_restores() -> None:
     again = replace(ours, sizes={"gray": 1.0})
     again.restore(tensors, state)
     assert not again.sizes and again.step == 1
+
+
+def test_an_evaluation_measures_what_was_raised(tmp_path: Path, chainrule: Callable[..., SimpleNamespace]) -> None:
+    """The sum by hand, with the weights of the log, over the terms that are measured one by one."""
+    make_pipeline(dtype=torch.float32).save_pretrained(tmp_path / "sd")
+    reward, common = "symmetry + 3*rotation", ["--prompts", "animals:test", "--seeds", 1, "--steps", 2]
+    train = ["train", "--model", tmp_path / "sd", "--reward", reward, "--balance", "deviation", "--updates", 2, "--batch", 2]
+    assert not chainrule(*train, "--sample-steps", 2, "--rank", 2, "--sample-every", 0, "--out", tmp_path / "run").code
+    said = chainrule("eval", tmp_path / "run", *common)
+    weights = cr.Run(tmp_path / "run").metrics()[-1]["weights"]
+    assert said.code == 0 and f"{reward} is measured as it was balanced: {weights['symmetry']:.4g} of symmetry" in said.out
+    one_by_one = ["--reward", "symmetry", "--reward", "rotation", "--out", tmp_path / "terms"]
+    assert not chainrule("eval", tmp_path / "run", *common, *one_by_one).code
+    whole, terms = (json.loads((tmp_path / name / "evaluation.json").read_text())["rows"] for name in ("run", "terms"))
+    for row, own in zip(whole, terms, strict=True):
+        by_hand = sum(weights[name] * own["metrics"][name]["mean"] for name in weights)
+        assert row["metrics"][reward]["mean"] == pytest.approx(by_hand, rel=1e-4)
+    assert weights["rotation"] != 3

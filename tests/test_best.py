@@ -21,8 +21,8 @@ def weights(run: cr.Run, folder: str) -> list[float]:
 
 
 def means(run: cr.Run, name: str) -> dict[int, float]:
-    """Of every grid between the first and the last."""
-    rows = [row for row in run.watched() if 0 < row["step"] < EVERY["updates"]]
+    """Of every grid but the first, which is made before there is anything to save."""
+    rows = [row for row in run.watched() if row["step"]]
     return {row["step"]: sum(row["values"][name][:8]) / len(row["values"][name][:8]) for row in rows}
 
 
@@ -33,7 +33,20 @@ def test_best_is_the_adapter_of_the_highest_of_what_was_named(name: str, tmp_pat
     found = means(run, name)
     at = max(found, key=lambda step: (found[step], -step))
     shorter = tuned(tmp_path / "shorter", **EVERY | {"updates": at})
-    assert weights(run, "best") == weights(shorter, "adapter") != weights(run, "adapter")
+    assert weights(run, "best") == weights(shorter, "adapter")
+    assert (weights(run, "best") == weights(run, "adapter")) == (at == EVERY["updates"])
+
+
+@pytest.mark.parametrize("name", ["brightness", "edges"])
+def test_a_run_that_ended_and_goes_on_has_the_best_of_one_that_did_not_end(name: str, tmp_path: Path) -> None:
+    """Whatever is the best: here each run's last grid counts, which is the end of a shorter one."""
+    whole = tuned(tmp_path / "whole", best=name, **EVERY | {"sample_every": 2, "save_every": 2})
+    for updates in (2, 4, 6, 8):
+        tuned(tmp_path / "parts", best=name, resume=updates > 2, **EVERY | {"sample_every": 2, "save_every": 2, "updates": updates})
+        found = means(cr.Run(tmp_path / "parts"), name)
+        shorter = tuned(tmp_path / f"{updates}", **EVERY | {"updates": max(found, key=lambda step: (found[step], -step))})
+        assert weights(cr.Run(tmp_path / "parts"), "best") == weights(shorter, "adapter")
+    assert weights(cr.Run(tmp_path / "parts"), "best") == weights(whole, "best")
 
 
 def test_the_sound_best_is_the_last_that_rose_before_the_alarm(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +14,11 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
 import chainrule as cr
 from chainrule.cli.arguments import scale_of
+from chainrule.cli.opened import check_adapters, source_of
+from chainrule.errors import Note
 from chainrule.models import bundled
 from chainrule.models.students import facts
+from chainrule.settings import Opening
 
 NAME, PROMPTS, SEEDS = "tiny-emoji-4", ["a painting of a fox", "two bees"], [3, 8]
 
@@ -58,6 +64,11 @@ def test_it_is_trained_through_its_own_chain(base: cr.Model, tmp_path: Path) -> 
     )  # fmt: skip
     assert plans == ["1", "2", "3"]
     config = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(cr.UserError, match="solver is 'ddim', but tiny-emoji-4 is sampled by euler"):
+        source_of(tmp_path / "run", Opening(solver="ddim"))
+    with pytest.warns(Note, match="was trained on top of tiny-emoji-4, which is not on the model here"):
+        check_adapters([str(tmp_path / "run")], "tiny-emoji", None)
+    check_adapters([NAME, str(tmp_path / "run")], "tiny-emoji", None)
     assert NAME in config and "euler" in config
     tuned = base.using(NAME).using(run.folder)
     assert tuned.grid() == student.grid()
@@ -78,6 +89,37 @@ def test_a_scale_may_change_from_noise_to_image(base: cr.Model) -> None:
         assert torch.allclose(*answers, atol=1e-6)
     constant = base.using(student, scale=(0.7, 0.7)).render(PROMPTS, SEEDS)
     torch.testing.assert_close(constant, base.using(student, scale=0.7).render(PROMPTS, SEEDS), atol=1e-6, rtol=0)
+
+
+def test_steps_with_an_adapter_on_are_those_of_its_own_chain(base: cr.Model) -> None:
+    """All four are as none said; the others are the base's answers, over the student's levels."""
+    student = base.using(NAME)
+    whole = base.using(NAME, adapter_steps=(0, 4), steps=4).render(PROMPTS, SEEDS)
+    assert torch.equal(whole, student.render(PROMPTS, SEEDS))
+    early = base.using(NAME, adapter_steps=(0, 2), steps=4)
+    (band,) = early.active.values()
+    assert [bool(band.at(level)) for level in early.grid()[:-1]] == [True, True, False, False]
+    with pytest.raises(cr.UserError, match="first < last <= 4"):
+        base.using(NAME, adapter_steps=(0, 5), steps=4)
+
+
+@pytest.mark.parametrize("given", ['{"prediction": "epsilon"}', '{"steps": "four"}', '{"steps": null}', '{"steps": 0}'])
+def test_a_student_that_does_not_say_its_steps_is_one_line(given: str, base: cr.Model, tmp_path: Path) -> None:
+    shutil.copytree(bundled.student("tiny-emoji"), tmp_path / "student")
+    (tmp_path / "student/student.json").write_text(given)
+    with pytest.raises(cr.UserError, match=r"is damaged: its student\.json says that it makes images in"):
+        base.using(tmp_path / "student")
+
+
+@pytest.mark.parametrize("scale", [[0, 1], (0, 1, 2), "0:1", float("nan"), (0.0, float("inf")), None], ids=str)
+def test_a_scale_that_is_none_is_refused_where_it_is_given(scale: Any, base: cr.Model) -> None:
+    before = dict(getattr(base.network, "peft_config", {}))
+    with pytest.raises(cr.UserError, match="must be a finite number, or two"):
+        base.using(NAME, scale=scale)
+    with pytest.raises(cr.UserError, match="must be a finite number, or two"):
+        cr.attach(cr.load("tiny-emoji").pipe, bundled.student("tiny-emoji"), scale=scale)
+    gc.collect()
+    assert dict(getattr(base.network, "peft_config", {})) == before
 
 
 @pytest.mark.parametrize("text", ["", "strong", "1:2:3", "nan", "0:inf"])

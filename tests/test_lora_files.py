@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from families import CASES, loaded, shaken
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import chainrule as cr
 from chainrule.adapters import files
 from chainrule.models import loras
+from chainrule.models.kohya import save_kohya
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 Tensors = dict[str, Tensor]
@@ -137,3 +139,49 @@ def test_a_small_scale_in_half_precision_loses_nothing(pipeline: str, tmp_path: 
     (layer,) = found.targets
     ours = found.tensors[f"{layer}.lora_B.weight"].double() @ found.tensors[f"{layer}.lora_A.weight"].double()
     torch.testing.assert_close(ours * found.alpha / found.rank, up.double() @ down.double() / 128, rtol=1e-5, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_mix_and_a_kohya_file_of_half_precision_lose_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The sum in float64 of what the files hold; small numbers by a small scale are below what float16 has."""
+    torch.manual_seed(0)
+    layer, expected = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", torch.zeros(16, 16, dtype=torch.float64)
+    for name, scale in (("a", 0.05), ("b", -0.3)):
+        down, up = (torch.randn(4, 16) * 1e-2).to(dtype), (torch.randn(16, 4) * 8e-6).to(dtype)
+        save_file({f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}, tmp_path / f"{name}.safetensors")
+        expected += scale * up.double() @ down.double()
+    mixed = cr.mix({tmp_path / "a.safetensors": 0.05, tmp_path / "b.safetensors": -0.3})
+    kohya = load_file(save_kohya(mixed, tmp_path / "kohya.safetensors"))
+    halves = [(mixed.tensors[f"{layer}.lora_B.weight"], mixed.tensors[f"{layer}.lora_A.weight"])]
+    halves += [tuple(next(value for key, value in kohya.items() if f"lora_{part}" in key) for part in ("up", "down"))]
+    for up, down in halves:
+        torch.testing.assert_close(up.double() @ down.double(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_mix_of_more_than_a_denoiser_and_an_unknown_pipeline_are_one_line(tmp_path: Path) -> None:
+    layer, ones = "blocks.0.attn1.to_q", torch.ones(2, 2)
+    keys = [f"{part}.{layer}.lora_{half}.weight" for part in ("unet", "text_encoder") for half in "AB"]
+    save_file({key: ones.clone() for key in keys}, tmp_path / "both.safetensors")
+    save_file({f"lora_unet_x.lora_{half}.weight": ones.clone() for half in ("down", "up")}, tmp_path / "kohya.safetensors")
+    for name in ("both", "kohya"):
+        with pytest.raises(cr.UserError, match=r"adapts more than the denoiser|in diffusers' spelling"):
+            cr.mix({tmp_path / f"{name}.safetensors": 0.5})
+    with pytest.raises(cr.UserError, match="adapts a text encoder too"):
+        loras.read(tmp_path / "both.safetensors", "StableDiffusionXLImg2ImgPipeline")
+
+
+def test_a_run_does_not_begin_on_what_its_config_cannot_name(model: cr.Model, tmp_path: Path) -> None:
+    """A scale, steps or weights of one's own would be left out of the config, and the run's images would be another model's."""
+    shaken(loaded(CASES["sd"])).save(tmp_path / "strong")
+    saved = str(tmp_path / "strong")
+    for base in (
+        model.using(saved, scale=0.25),
+        model.using(saved, adapter_steps=(0, 2), steps=4),
+        model.using(cr.mix({saved: 0.5})),
+    ):
+        with pytest.raises(cr.UserError, match="is on at a scale or steps of its own, or is in no file"):
+            cr.finetune(base, "draft-1", "symmetry", ["a fox"], out=tmp_path / "run", updates=1, sample_steps=2)
+        with pytest.raises(cr.UserError, match="save it as it is to be"):
+            cr.steer(base, "a fox", "symmetry", updates=1, sample_steps=2, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    cr.steer(model.using(saved, scale=0.25), "a fox", "symmetry", updates=1, sample_steps=2)  # writes nothing

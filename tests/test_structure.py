@@ -76,8 +76,8 @@ MAY_IMPORT = {
     "footprint": "errors standins settings methods meters offload shards adapters rewards denoise guidance cast models training",
     "grids": "errors files rows runs pictures appearance noise loop rewards models report training",
     "trackers": "errors loop",
-    "finetune": "errors config runs settings footprint processes loop methods noise rewards guidance chain models prompts report "
-    "training grids trackers card",
+    "finetune": "errors balance config runs settings footprint processes loop methods noise adapters rewards guidance chain models "
+    "prompts report training grids trackers card",
     "scores": "files",
     "evaluate": "errors appearance scores asked files display processes shards estimate rewards guidance models prompts",
     "vote": "errors estimate files",
@@ -93,9 +93,9 @@ MAY_IMPORT = {
     "experiments": "errors appearance yaml_text estimate plan runs loop settings methods meters rewards chain objective models "
     "gradient prompts report evaluate baselines finetune steer",
     "studio": "errors asked named settings runs loop adapters rewards models report steer analyze vote",
-    "cli": "errors asked yaml_text files processes named size checked config plan runs settings methods adapters rewards guidance "
-    "models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze experiments "
-    "push presets sampling album scores card studio",
+    "cli": "errors asked balance yaml_text files processes named size checked config plan runs settings methods adapters rewards "
+    "guidance models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze "
+    "experiments push presets sampling album scores card studio",
     "__main__": "cli",
 }
 WITHOUT_TORCH = (

@@ -18,7 +18,7 @@ from chainrule.models import Model
 from chainrule.noise import derive, drawing
 from chainrule.objective import Decode, Objective, RewardTerm, look, read
 from chainrule.processes import ALONE, Processes
-from chainrule.rewards import Reward, Sum
+from chainrule.rewards import Reward, Sum, reward_of
 from chainrule.settings import Finetuning
 
 Share: TypeAlias = tuple[Sequence[str], Sequence[int]]  # prompts and image seeds
@@ -28,6 +28,16 @@ See: TypeAlias = Callable[[Decode, Reward, Tensor, Sequence[str], int], dict[str
 def balanced(reward: Reward, sizes: Mapping[str, float]) -> Reward:
     """The sum with every term divided by its size, which its name finds; the weights given by hand stay as ratios."""
     return Sum(tuple((weight / sizes[term.name], term) for weight, term in reward.weighted()))
+
+
+def reweighted(reward: Reward, weights: Mapping[str, float]) -> Reward:
+    """What a run raised, under the name that its config has: the same terms with the weights that its metrics say."""
+    return reward_of(Sum(tuple((weights.get(term.name, weight), term) for weight, term in reward.weighted())).__call__, reward.name)
+
+
+def in_words(weights: Mapping[str, float]) -> str:
+    """Weights by name, in words."""
+    return ", ".join(f"{weight:.4g} of {name}" for name, weight in weights.items())
 
 
 def measured(

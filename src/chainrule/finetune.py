@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from chainrule import card
+from chainrule.adapters import whole
+from chainrule.balance import in_words
 from chainrule.chain import check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import Note, UserError
@@ -70,7 +72,7 @@ def finetune(
         probe(watched.to(model.device), model.size, gradient=False)
     settings = _fitted(model, order, scorer, settings, processes)
     config = FinetuneConfig(
-        model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, student=model.student_name,
+        model=model.name, opening=Opening(**model.opening), adapter=whole(model.base_adapters), student=model.student_name,
         method=spelled(method), reward=scorer.name, held_out=watched.name if watched else None,
         prompts=prompts if isinstance(prompts, str) else tuple(texts), watch=shown,
         settings=settings.model_copy(update={"stage_steps": order.recorded, "guidance": model.guidance_spec}),
@@ -132,8 +134,7 @@ def _shown(
     def balance() -> None:
         task.weigh()
         if main and task.sizes:
-            found = {term.name: f"{weight:.4g}" for weight, term in task.raised.weighted()}
-            run.note({"weights": ", ".join(f"{weight} of {name}" for name, weight in found.items())})
+            run.note({"weights": in_words({term.name: weight for weight, term in task.raised.weighted()})})
             warnings.warn(Note(f"balance: {settings.balance}; weights are {run.environment['weights']}"), stacklevel=2)
 
     def write_plans() -> None:

@@ -89,13 +89,17 @@ class SampleGrids:
         self._save(images, f"step-{step:06d}")
         if found := self._watch(images).get("held_out"):
             row["held_out"] = rounded(statistics.fmean(found))
-        *earlier, last = self.followed
-        if last > max(earlier, default=-math.inf):
-            if self.task.processes.main:
-                self.task.save_adapter(self.run.folder / "best")
-            return None
-        stale = len(earlier) - earlier.index(max(earlier)) if earlier else 0
+        stale = self._keep_best()
         return f"{WORDS.get(s.best, s.best)} stopped rising" if s.patience and stale >= s.patience else None
+
+    def _keep_best(self) -> int:
+        """Save the adapter where no grid before was as good; how many grids ago the best one was."""
+        *earlier, last = self.followed
+        if last <= max(earlier, default=-math.inf):
+            return len(earlier) - earlier.index(max(earlier)) if earlier else 0
+        if self.task.processes.main:
+            self.task.save_adapter(self.run.folder / "best")
+        return 0
 
     def after(self, reason: str) -> None:
         """Make the last grids."""
@@ -104,6 +108,8 @@ class SampleGrids:
         images, unseen = self._images(self.prompts), self._images(self.unseen)
         self._save(images, "after")
         self._watch(images, unseen)
+        if self.task.settings.sample_every and self.task.step:
+            self._keep_best()
         self._pair("before", images, "before_after")
         self._pair("unseen-before", unseen, "unseen")
 

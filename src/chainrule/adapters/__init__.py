@@ -1,6 +1,6 @@
 """LoRA adapters: peft's layers and file formats, selected ambiently instead of by flipping flags."""
 
-from chainrule.adapters.bands import Active, Band, Scale, check_calls, span_of
+from chainrule.adapters.bands import Active, Band, InPart, Scale, check_calls, span_of, whole
 from chainrule.adapters.files import LEARNED, Weights, adapter_files, learned_folders, mix, save_bands
 from chainrule.adapters.lora import Adapter, inject, lease, load, unused_name
 from chainrule.adapters.select import recompute, selected
@@ -10,6 +10,7 @@ __all__ = [
     "Active",
     "Adapter",
     "Band",
+    "InPart",
     "Scale",
     "Weights",
     "adapter_files",
@@ -24,4 +25,5 @@ __all__ = [
     "selected",
     "span_of",
     "unused_name",
+    "whole",
 ]

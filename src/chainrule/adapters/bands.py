@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -31,6 +32,11 @@ class Band:
     lease: Lease | None = field(default=None, compare=False, repr=False)  # keeps a loaded adapter in its network
     factor: float = 1.0
 
+    def __post_init__(self) -> None:
+        numbers = self.scale if isinstance(self.scale, tuple) and len(self.scale) == 2 else (self.scale,)
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise UserError(f"the scale is {self.scale!r}, but must be a finite number, or two, (0, 1) say, at noise and image")
+
     def at(self, level: float) -> float:
         """The scale at a level; 0 where the adapter is off."""
         on = self.spans is None or any(low < level and (high is None or level <= high) for low, high in self.spans)
@@ -47,6 +53,18 @@ class Active:
     def at(self, level: float) -> dict[str, float]:
         """The adapters that are on at a level, and their scales."""
         return {name: scale for name, band in self.bands.items() if (scale := band.at(level))}
+
+
+class InPart(str):
+    """The name of an adapter that is on at a scale or at steps of its own, or that is in no file: a config cannot say it."""
+
+
+def whole(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Adapters that a config can name. Raises UserError for one `InPart`."""
+    if part := next((name for name in names if isinstance(name, InPart)), None):
+        what = f"a run names its adapters, but {part} is on at a scale or steps of its own, or is in no file"
+        raise UserError(f"{what}; save it as it is to be (chainrule.mix), and use that")
+    return names
 
 
 def span_of(grid: Sequence[float], steps: tuple[int, int]) -> tuple[tuple[float, float | None], ...]:

@@ -22,6 +22,7 @@ from chainrule.tensors import write_tensors
 FILE = "pytorch_lora_weights.safetensors"
 BANDS = "bands.json"  # of several adapters: which is on at which levels
 LEARNED = "learned"  # folder of what was learned besides adapters, a folder for each part
+OTHERS = ("text_encoder", "lora_te", "unet.", "transformer.", "lora_unet_", "diffusion_model.")  # with which no layer begins
 COMPONENTS = ("unet", "transformer")  # what a pipeline calls the network that denoises: the first word of every key
 Spans = tuple[tuple[float, float | None], ...]
 
@@ -137,8 +138,10 @@ def read(source: str | Path) -> Weights:
         k.removeprefix(f"{component}.").replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B."): v
         for k, v in tensors.items()
     }
+    if other := next((k for k in tensors if k.startswith(OTHERS)), None):
+        raise UserError(f"{path} adapts more than the denoiser ({other.split('.')[0]}), or is in another spelling than diffusers'")
     if not tensors or not all(".lora_A." in k or ".lora_B." in k for k in tensors):
-        raise UserError(f"{path} holds no LoRA for the denoiser")
+        raise UserError(f"{path} holds no LoRA for the denoiser in diffusers' spelling")
     if any(key.endswith(".bias") for key in tensors):
         raise UserError(f"{path} has a LoRA with biases, which is not supported")
     check(path, tensors)
@@ -224,5 +227,7 @@ def mix(weights: Mapping[str, float] | Mapping[Path, float]) -> Weights:
     for target in first.targets:
         down, up = f"{target}.lora_A.weight", f"{target}.lora_B.weight"
         tensors[down] = torch.cat([w.tensors[down] for w, _, _ in loaded])
-        tensors[up] = torch.cat([w.tensors[up] * (scale * w.alpha / w.rank) for w, scale, _ in loaded], 1)
+        # In float32 or better: scales can be small, and float16 ends at 6e-8.
+        ups = [w.tensors[up].to(torch.promote_types(w.tensors[up].dtype, torch.float32)) for w, _, _ in loaded]
+        tensors[up] = torch.cat([b * (scale * w.alpha / w.rank) for b, (w, scale, _) in zip(ups, loaded, strict=True)], 1)
     return Weights(tensors, float(sum(w.rank for w, _, _ in loaded)), first.component)

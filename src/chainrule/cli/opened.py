@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainrule.config import AnyConfig, DistillConfig, FinetuneConfig, SteerConfig
-from chainrule.errors import UserError
+from chainrule.errors import Note, UserError
 from chainrule.files import digest
 from chainrule.named import refuse_code
 from chainrule.settings import TIMEOUT, Opening, Sampling, merged
@@ -76,7 +77,7 @@ def source_of(
     check_solver(source.opening.solver)
     check(source.model, source.opening.solver)
     for place in source.adapters:
-        check_adapter(place)
+        check_adapter(place, source.model, opening.solver)
     return source
 
 
@@ -110,7 +111,19 @@ def adapter_facts(place: str | Path, scale: Scale = 1.0) -> dict[str, Any]:
 
     here = local(place)
     learned = [file for folder in learned_folders(here) for file in sorted(folder.iterdir()) if file.is_file()]
-    return {"adapter": str(place), "scale": scale, "sha256": digest([*adapter_files(here), *learned])}
+    said = list(scale) if isinstance(scale, tuple) else scale  # as it comes back out of a file
+    return {"adapter": str(place), "scale": said, "sha256": digest([*adapter_files(here), *learned])}
+
+
+def check_adapters(places: Sequence[str], model: str, solver: str | None, on: Sequence[str] = ()) -> None:
+    """`check_adapter` for several. Notes a run that was trained on top of an adapter which is neither among them nor `on`."""
+    from chainrule.runs import Run
+
+    for place in places:
+        check_adapter(place, model, solver)
+        beneath = getattr(Run(Path(place)).config, "adapter", ()) if is_run(place) else ()
+        if missing := [name for name in beneath if name not in (*places, *on)]:
+            warnings.warn(Note(f"{place} was trained on top of {', '.join(missing)}, which is not on the model here"), stacklevel=2)
 
 
 def check_adapter(place: str | Path, model: str = "", solver: str | None = None) -> None:
@@ -120,10 +133,11 @@ def check_adapter(place: str | Path, model: str = "", solver: str | None = None)
     """
     from chainrule.adapters.files import adapter_files
     from chainrule.models.families import family_of
-    from chainrule.models.published import find, local
+    from chainrule.models.published import local
+    from chainrule.models.students import known as few_step
 
     family = family_of(model)
-    known = find(place, family) if family else None
+    known = few_step(place, family) if family else None
     if known and known.solver and solver not in (None, known.solver):
         raise UserError(f"solver is {solver!r}, but {place} is sampled by {known.solver}; leave the solver out")
     adapter_files(local(place))

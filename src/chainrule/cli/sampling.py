@@ -22,7 +22,7 @@ from chainrule.cli.arguments import (
     prompts_of,
     scale_of,
 )
-from chainrule.cli.opened import adapter_facts, check_adapter, source_of
+from chainrule.cli.opened import adapter_facts, check_adapters, source_of
 from chainrule.cli.options import with_options
 from chainrule.errors import UserError
 from chainrule.files import make_folder
@@ -75,8 +75,8 @@ def sample(
     base = source_of(source, opening, sampling, allow_code=allow_code)
     chosen = [rewards.parse(name, base.reward_source) for name in reward or []]
     check_once([each.name for each in chosen])
-    for place in (places := [place for place in (base.run, adapter) if place]):
-        check_adapter(place, base.model, opening.solver)
+    places = [place for place in (base.run, adapter) if place]
+    check_adapters(places, base.model, opening.solver, base.adapters)
     # A run is sampled as it was trained, unless asked otherwise or with a few-step adapter, which says itself how.
     how = sampling if adapter and few_steps(adapter) else base.sampling
     steps, guidance = how.sample_steps, how.guidance
@@ -86,7 +86,7 @@ def sample(
     common |= {"best_of": best_of if best_of > 1 else None, "rewards": [each.name for each in chosen] or None}
     album.check(common | _known(base.opening, steps, guidance), overwrite)
     model = base.load()
-    for place in places:
+    for place in sorted(places, key=lambda place: not few_steps(place)):  # whose steps are counted
         model = model.using(place, scale=strength, adapter_steps=adapter_steps, steps=steps)
     _fill(album, model, common, chosen, steps, guidance, best_of, overwrite)
 

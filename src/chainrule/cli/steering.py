@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chainrule.cli.arguments import AllowCode, check_code, check_counts, is_config, place_of, prompts_of
-from chainrule.cli.opened import check_adapter, check_guidance, source_of
+from chainrule.cli.opened import check_adapters, check_guidance, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import SteerConfig
 from chainrule.errors import UserError
@@ -57,8 +57,7 @@ def steer(
     for picture in config.image:
         check_image(picture)
     places = (*([source.run] if source.run else []), *config.adapter)
-    for place in places:
-        check_adapter(place, source.model, config.opening.solver)
+    check_adapters(places, source.model, config.opening.solver, source.adapters)
     model = replace(source, adapters=(*source.adapters, *places)).load(config.settings.timeout)
     from chainrule.processes import Processes
     from chainrule.steer import steer as steered

@@ -10,7 +10,7 @@ import typer
 from chainrule import methods, presets
 from chainrule.cli.app import Options
 from chainrule.cli.arguments import AllowCode, check_code, is_config, method_of, place_of, prompts_of
-from chainrule.cli.opened import Source, check_adapter, check_guidance, is_run, source_of
+from chainrule.cli.opened import Source, check_adapters, check_guidance, is_run, source_of
 from chainrule.cli.options import NOTHING, Given, with_options
 from chainrule.config import DistillConfig, FinetuneConfig
 from chainrule.errors import UserError
@@ -83,8 +83,7 @@ def _student(config: FinetuneConfig, method: methods.Method) -> bool:
         resolve(config.student, config.model)
     elif config.student:
         raise UserError(f"{method} does not jump by a student; leave student out, or choose the method shortft")
-    for place in config.adapter:
-        check_adapter(place, config.model, config.opening.solver)
+    check_adapters(config.adapter, config.model, config.opening.solver)
     return student
 
 

@@ -72,7 +72,7 @@ def evaluate(
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
     if groups:
         typer.echo(f"\nby {group}\n{table.grouped(groups)}")
-    typer.echo(_told_apart(first, [scorer.name for scorer in scorers]))
+    typer.echo(_told_apart(first, [scorer.name for scorer in scorers], {} if reward else _weights(runs[0])))
     typer.echo(f"the table: {table.save(place / 'evaluation.json', groups, scores.made)}; every image: {place / 'scores.csv'}")
     if [place] == runs:
         _carded(Run(place))
@@ -131,13 +131,21 @@ def _made(models: dict[str, Model | BestOf], source: Source, runs: dict[str, Pat
 def _scorers(given: list[str], run: Path, config: AnyConfig, source: Source, allow_code: bool) -> list[Reward]:
     """The rewards that are measured: those given, else the run's own."""
     from chainrule import rewards
+    from chainrule.balance import reweighted
 
     if not given:
         refuse_code({"reward": config.rewards}, run, allow_code)
     found = [rewards.parse(name, source.reward_source) for name in given or config.rewards]
+    if not given and (weights := _weights(run)):
+        found[0] = reweighted(found[0], weights)
     if not found:
         raise UserError(f"{run} does not say its reward; pass --reward")
     return found
+
+
+def _weights(run: Path) -> dict[str, float]:
+    """The weights that a run balanced its rewards to, by name; none where it did not."""
+    return next((row["weights"] for row in reversed(Run(run).metrics()) if row.get("weights")), {})
 
 
 def _compared(base: Model, runs: dict[str, Path], scale: Scale, reward: Reward, best_of: int) -> dict[str, Model | BestOf]:
@@ -150,11 +158,14 @@ def _compared(base: Model, runs: dict[str, Path], scale: Scale, reward: Reward, 
     return models | {name: base.using(folder, scale=scale) for name, folder in runs.items()}
 
 
-def _told_apart(config: AnyConfig, columns: list[str]) -> str:
-    """Which columns the first run was trained on, and which it was not."""
+def _told_apart(config: AnyConfig, columns: list[str], weights: dict[str, float]) -> str:
+    """Which columns the first run was trained on, and which it was not, and the weights that it found for its rewards."""
+    from chainrule.balance import in_words
+
     terms = _trained_on(config)
     trained, other = ([name for name in columns if (name in terms) is wanted] for wanted in (True, False))
-    return f"trained on: {', '.join(trained) or 'none of these'}; not trained on: {', '.join([*other, 'diversity'])}"
+    said = f"trained on: {', '.join(trained) or 'none of these'}; not trained on: {', '.join([*other, 'diversity'])}"
+    return f"{said}\n{columns[0]} is measured as it was balanced: {in_words(weights)}" if weights else said
 
 
 def _trained_on(config: AnyConfig) -> set[str]:

@@ -45,7 +45,8 @@ def save_kohya(weights: Weights, file: Path) -> Path:
     that one. Raises UserError for a layer that has no name there.
     """
     scale = weights.alpha / weights.rank
-    tensors = {key: value * scale if ".lora_B." in key else value for key, value in weights.tensors.items()}
+    wide = lambda value: value.to(torch.promote_types(value.dtype, torch.float32))  # scales can be small, and float16 ends at 6e-8
+    tensors = {key: wide(value) * scale if ".lora_B." in key else value for key, value in weights.tensors.items()}
     if weights.component == "unet":
         from diffusers.utils import convert_state_dict_to_kohya
 

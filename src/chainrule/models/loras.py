@@ -63,7 +63,8 @@ def read(file: Path, pipeline: str, config: Any = None) -> Weights:
     keys = keys_of(file)
     for marks, reason in REASONS:
         if any(mark in key for mark in marks for key in keys):
-            raise UserError(f"{file} {reason.replace('NETWORK', FAMILIES[pipeline].network)}")
+            network = FAMILIES[pipeline].network if pipeline in FAMILIES else " or ".join(COMPONENTS)
+            raise UserError(f"{file} {reason.replace('NETWORK', network)}")
     comfy = any(key.startswith("diffusion_model.") for key in keys)
     if keys and not comfy and all(any(mark in key for mark in OWN) for key in keys):
         return own(file)

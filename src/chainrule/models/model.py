@@ -215,12 +215,15 @@ class Model:
         excluded (arXiv:2309.17400, Fig. 26-27). The weights are shared, and go when nothing is left that can switch them on.
         """
         known = students.known(source, self.family)
+        model = self
+        if known:
+            sampler = students.sampler(known, self.solving(known.solver, known.settings).sampler)
+            defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)
+            model = replace(self, sampler=sampler, defaults=defaults, asked=None)
         files = {} if isinstance(source, adapters.Weights) else adapters.adapter_files(published.local(source))
-        spans: Levels | None = None
-        if adapter_steps:
-            spans = adapters.span_of(self.grid(steps), adapter_steps)
-            if any(files.values()):
-                raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
+        spans = adapters.span_of(model.grid(steps), adapter_steps) if adapter_steps else None
+        if spans and any(files.values()):
+            raise UserError(f"{source} has adapters with levels of their own; leave adapter_steps out")
         loaded = [(loras.read(file, self.family, getattr(self.network, "config", None)), own) for file, own in files.items()]
         active = dict(self.active)
         for weights, own in [(source, None)] if isinstance(source, adapters.Weights) else loaded:
@@ -228,12 +231,9 @@ class Model:
             lease = adapters.lease(self.network, name, weights)
             active[name] = Band(scale, own or spans, lease, known.scale if known else 1.0)
         learned = {} if isinstance(source, adapters.Weights) else load_learned(adapters.learned_folders(source))
-        model = replace(self, active=active, learned={**self.learned, **learned}, base_adapters=(*self.base_adapters, str(source)))
-        if not known:
-            return model
-        defaults = replace(self.defaults, steps=known.steps, guidance=known.guidance)
-        sampler = students.sampler(known, model.solving(known.solver, known.settings).sampler)
-        return replace(model, sampler=sampler, defaults=defaults, asked=None)
+        whole = scale == 1 and not adapter_steps and not isinstance(source, adapters.Weights)
+        name = str(source) if whole else adapters.InPart(source)
+        return replace(model, active=active, learned={**self.learned, **learned}, base_adapters=(*self.base_adapters, name))
 
     def with_student(self, source: str | Path | None = None) -> Model:
         """This model with a few-step student beside it, frozen and without guidance, for methods that jump (ShortFT).

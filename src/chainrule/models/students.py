@@ -89,7 +89,9 @@ def known(source: object, family: str) -> published.Published | None:
     found = published.find(source, family)
     if found or not isinstance(source, str | Path) or not (said := facts(source)):
         return found
-    return published.distilled(source, family, int(said["steps"]))
+    if not isinstance(steps := said.get("steps"), int) or steps < 1:
+        raise UserError(f"the student {source} is damaged: its student.json says that it makes images in {steps!r} steps")
+    return published.distilled(source, family, steps)
 
 
 def sampler(how: published.Published, plain: Sampler) -> Sampler:

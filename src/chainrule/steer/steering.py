@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from chainrule.adapters import whole
 from chainrule.asked import numbers, texts
 from chainrule.config import SteerConfig
 from chainrule.errors import UserError, unknown
@@ -79,9 +80,8 @@ def steer(
     probe(reward, model.size, model.device)
     processes = Processes.here(model.device, settings.timeout)
     recorded = settings.model_copy(update={"over": str(over), "guidance": model.guidance_spec})
-    config = asked.config(model, reward, recorded)
-    place = open_run(out, config, processes, resume=resume, overwrite=overwrite) if out is not None else nullcontext()
-    with place as run:
+    kept = lambda place: open_run(place, asked.config(model, reward, recorded), processes, resume=resume, overwrite=overwrite)
+    with kept(out) if out is not None else nullcontext() as run:
         task = SteerTask.start(model, reward, settings, over, batch, processes)
         looking = (Listener(updated=lambda row: watch(task.result())),) if watch else ()
         listeners = (*told(on_update), *looking)
@@ -132,7 +132,7 @@ class Images:
         """What the run keeps."""
         pictures = [str(source) if isinstance(source, (str, Path)) else "a picture" for source in self.sources or ()]
         return SteerConfig(
-            model=model.name, opening=Opening(**model.opening), adapter=model.base_adapters, reward=reward.name,
+            model=model.name, opening=Opening(**model.opening), adapter=whole(model.base_adapters), reward=reward.name,
             prompts=tuple(self.prompts), seeds=tuple(self.seeds), image=tuple(pictures), settings=settings,
         )  # fmt: skip
 
