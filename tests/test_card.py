@@ -159,9 +159,16 @@ def test_a_later_evaluation_goes_into_the_card_and_nothing_else_changes(run):
     place = run.adapter / card.CARD
     place.write_text(place.read_text().replace("## Licence", "Mine.\n\n## Licence"))
     before = place.read_text()
-    (run.folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    facts = {
+        "steps": 4,
+        "guidance": 0.0,
+        "adapters": [{"adapter": "beneath", "scale": 1.0}, {"adapter": "run", "scale": [0.0, 20.0]}],
+    }
+    told = EVALUATION | {"made": {"before": {"steps": 4, "guidance": 0.0}, "after": facts}}
+    (run.folder / "evaluation.json").write_text(json.dumps(told))
     card.refresh(run)
     after = place.read_text()
+    assert "Images were made with steps 4, guidance 0.0, scale 0.0, 20.0." in after
     assert "| gain | +0.500 ± 0.060 |" in after and "Mine." in after and "in training" not in after
     outside = re.compile(r"<!-- what was measured -->.*<!-- end of what was measured -->", re.S)
     assert outside.sub("", before) == outside.sub("", after)

@@ -10,7 +10,7 @@ import yaml
 
 import chainrule as cr
 from chainrule.config import read_config
-from chainrule.errors import UserError
+from chainrule.errors import Note, UserError
 from chainrule.experiments import page, runner, tasks
 from chainrule.experiments.table import names, read
 from chainrule.experiments.unit import units, versions
@@ -142,6 +142,36 @@ def test_a_file_is_in_the_key_by_what_it_holds_and_not_by_where_it_lies(table, t
         assert unit.settings["parts"][0]["reward"] == f"style:tiny:{folder / 'a.png'}"
         keys.append(unit.key)
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_an_adapter_is_in_the_key_by_what_it_holds_and_not_by_where_it_lies(tmp_path):
+    text, keys = TRAINED.replace("task: evaluate", "task: evaluate, adapter: mine"), []
+    for inside, content in (("mine/adapter", b"one"), ("mine/adapter", b"one"), ("mine/adapter", b"two"), ("other", b"one")):
+        place = tmp_path / f"{len(keys)}" / inside
+        place.mkdir(parents=True)
+        (place / "pytorch_lora_weights.safetensors").write_bytes(content)
+        (tmp_path / f"{len(keys)}" / "mine.yaml").write_text(text)
+        unit = only(units(read(tmp_path / f"{len(keys)}" / "mine.yaml")), "base")
+        assert unit.settings["adapter"] == (str(tmp_path / f"{len(keys)}/mine") if inside != "other" else "mine")
+        keys.append(unit.key)
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_a_number_that_is_none_is_shown_and_a_column_of_nothing_is_noted(table, done):
+    """What a file has as null, for JSON knows no NaN."""
+    root, _ = done
+    unit = only(units(table()), "DRaFT-1")
+    place = unit.folder(root) / "evaluation.json"
+    before = place.read_text()
+    told = json.loads(before)
+    told["rows"][-1]["metrics"]["symmetry"] = {"mean": None, "interval": None}
+    place.write_text(json.dumps(told))
+    try:
+        with pytest.warns(Note, match="no run of mine has the numbers symetry; there are .*symmetry"):
+            text = page.page([table(**{"of: symmetry, over": "of: symetry, over"})], root, "mine.md")
+    finally:
+        place.write_text(before)
+    assert "| DRaFT-1 | nan |" in text
 
 
 def test_a_run_cut_in_the_middle_is_taken_up_and_ends_where_an_uncut_one_does(table, tmp_path, monkeypatch):

@@ -123,6 +123,10 @@ def test_what_is_scored_already_is_not_made_again_unless_a_setting_differs(place
         assert evaluated(*more) == count, more
     Path("one/scores.jsonl").unlink()
     assert evaluated() == 12
+    whole = Path("one/scores.jsonl").read_text()
+    Path("one.txt").write_text(f"{PROMPTS[0]}\n")
+    assert evaluated("--prompts", "one.txt") == 0 and sorted(Path("one/scores.jsonl").read_text()) == sorted(whole)
+    assert len(Path("one/scores.csv").read_text().splitlines()) == 5 and evaluated() == 0  # the others' scores were not lost
     further = tuned(place / "other", updates=1).adapter / "pytorch_lora_weights.safetensors"
     Path("one/adapter/pytorch_lora_weights.safetensors").write_bytes(further.read_bytes())
     assert evaluated() == 6  # the run's images, and not the base model's

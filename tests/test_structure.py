@@ -90,8 +90,8 @@ MAY_IMPORT = {
     "doctor": "errors meters shards adapters methods rewards models gradient looked",
     "distill": "errors files config plan runs settings processes shards loop noise half adapters guidance cast objective models "
     "prompts learner analyze card",
-    "experiments": "errors appearance yaml_text estimate plan runs loop settings methods meters rewards chain objective models "
-    "gradient prompts report evaluate baselines finetune steer",
+    "experiments": "errors appearance files yaml_text estimate plan runs loop settings methods meters rewards chain objective "
+    "models gradient prompts report evaluate baselines finetune steer",
     "studio": "errors asked named settings runs loop adapters rewards models report steer analyze vote",
     "cli": "errors asked balance yaml_text files processes named size checked config plan runs settings methods adapters rewards "
     "guidance models prompts report standins footprint finetune steer doctor distill evaluate vote baselines pictures analyze "

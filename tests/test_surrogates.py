@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -246,3 +247,18 @@ def test_drawings_and_refusals() -> None:
     silent = Process(lambda level, finish=False: (1 - level / 10, (1 - (1 - level / 10) ** 2) ** 0.5), Prediction.VELOCITY)
     with pytest.raises(cr.UserError, match="level 10 has no signal"):
         taken(DDIM(silent), (replace(leap, start=10, reads=(2,)), middle, last), [Step(1.0)] * 3)
+
+
+def test_a_solver_that_cannot_leap_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    model = cr.load(make_pipeline(dtype=torch.float32)).solving("dpm++3m")
+    for method in ("leapalign", "flowbp-lagrange"):
+        with pytest.raises(cr.UserError, match="has no closed form for a leap over several steps; take ddim or euler"):
+            cr.finetune(model, method, "symmetry", ["a fox"], out=tmp_path / "run", updates=1, batch=1, sample_steps=8)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("late", [0.0, 2.0, 400.0, 1e6])
+def test_calls_are_drawn_however_late(late: float) -> None:
+    drawn = [drawn_late(50, 3, late, Random(seed)) for seed in range(50)]
+    assert all(len(set(some)) == 3 and some == sorted(some) for some in drawn)
+    assert late < 400 or all(some == [47, 48, 49] for some in drawn)

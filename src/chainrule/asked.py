@@ -14,6 +14,8 @@ def texts(prompts: str | Iterable[str]) -> list[str]:
     for number, prompt in enumerate(found, 1):
         if not isinstance(prompt, str):
             raise UserError(f"prompt {number} is {prompt!r}, but must be text")
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError(f"prompt {number} is {prompt!r}, which is not text in UTF-8; write it in UTF-8")
     return found
 
 

@@ -26,7 +26,7 @@ from chainrule.errors import UserError
 from chainrule.noise import Noise
 from chainrule.plan import Grad, Jump, Path, Plan
 from chainrule.solve import Solver, moves
-from chainrule.taken import Taken, taken
+from chainrule.taken import Taken, leaps, taken
 
 
 class Memory(Enum):
@@ -258,6 +258,12 @@ class Chain:
                     end, steps, deviations = self._path(trunk, branch, number, before=plan.trunk)
                 first = end if first is None else first
                 yield self._walked(end.x, steps, deviations)
+
+
+def check_leaps(solver: Solver, plan: Plan) -> None:
+    """Raises UserError for a plan that leaps where the solver has no closed form for it."""
+    for branch in plan.branches:
+        leaps(solver, branch)
 
 
 def check_members(members: Iterable[str], cast: Cast) -> None:

@@ -175,6 +175,7 @@ def evaluate(
 ) -> Table:
     """Score every model on every prompt with every seed, and compare the others with the first model.
 
+    `seeds` are those of each prompt's images: range(4) makes four, and 4 one image with that seed, of which there is no diversity.
     A batch of images, or those of one prompt, is in memory at a time. Each of several `processes` makes and scores a share of
     the prompts and returns the whole table. With `scores` every image's are saved as it is made, and those that are there are
     taken from there.
@@ -186,8 +187,8 @@ def evaluate(
     prompts, seeds, chosen = read_prompts(prompts), numbers(seeds), as_rewards(rewards)
     models = {models.name: models} if isinstance(models, Model) else models
     columns = columns_of(chosen, len(seeds))
-    if not models or not seeds or not chosen:
-        raise UserError("evaluate needs at least one model, one seed and one reward")
+    if not models or not seeds or not chosen or batch < 1:
+        raise UserError("evaluate needs at least one model, one seed, one reward, and a batch of one")
     if scores:
         processes.main_does(scores.begin)
     per_prompt: dict[str, dict[str, list[float]]] = {}

@@ -14,7 +14,7 @@ import torch
 from chainrule import card
 from chainrule.adapters import whole
 from chainrule.balance import in_words
-from chainrule.chain import check_members
+from chainrule.chain import check_leaps, check_members
 from chainrule.config import FinetuneConfig
 from chainrule.errors import Note, UserError
 from chainrule.footprint import POLICIES, fitted
@@ -101,7 +101,7 @@ def _order(model: Model, method: Method, reward: Reward, settings: Finetuning) -
     order, grid = Stages.of(method, settings), model.grid(settings.sample_steps)
     for stage in order.methods:
         check_members(needs(stage, grid).members, model.cast())
-        stage.plan(grid, Random(0))
+        check_leaps(model.solver, stage.plan(grid, Random(0)))
         if settings.flat and not isinstance(needs(stage, grid).estimator, Pathwise):
             raise UserError(f"flat goes with the reward's gradient along the chain, which {stage} does not take; leave flat out")
         if settings.batch % (group := group_of(stage, grid)):

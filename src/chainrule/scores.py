@@ -73,8 +73,11 @@ class Scores:
         append_text(self.folder / LINES, self._text(scores, seeds))
 
     def finish(self, scores: Sequence[Score], seeds: Sequence[int]) -> None:
-        """Write these scores, in their order, in the place of all that are there; and the same as CSV."""
-        write_text(self.folder / LINES, self._text(scores, seeds))
+        """Write these scores, in their order, and the same as CSV. Other prompts' of the same rows, which are there, stay."""
+        mine, keys = {(score.row, score.prompt, score.seed) for score in scores}, {row: self._key(row, seeds) for row in self.made}
+        same = (line for line in self._lines() if (row := line.get("row")) in keys and line.get("made") == keys[row])
+        kept = [line for line in same if (line["row"], line.get("prompt"), line.get("seed")) not in mine]
+        write_text(self.folder / LINES, self._text(scores, seeds) + "".join(map(_written, kept)))
         write_csv(self.folder / TABLE, scores)
 
     def _key(self, row: str, seeds: Sequence[int]) -> str:
@@ -83,8 +86,7 @@ class Scores:
 
     def _text(self, scores: Sequence[Score], seeds: Sequence[int]) -> str:
         keys = {row: self._key(row, seeds) for row in {score.row for score in scores}}
-        lines = ({**score.line, "made": keys[score.row]} for score in scores)
-        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        return "".join(_written({**score.line, "made": keys[score.row]}) for score in scores)
 
     def _lines(self) -> list[dict[str, Any]]:
         """The lines that are there, but for those that are damaged."""
@@ -94,6 +96,10 @@ class Scores:
                 line = json.loads(text)
                 found += [line] if isinstance(line, dict) else []
         return found
+
+
+def _written(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def write_csv(path: str | Path, scores: Sequence[Score]) -> None:

@@ -34,9 +34,9 @@ def taken(solver: Solver, path: Path, moves: Sequence[Step]) -> list[Taken]:
 
     Raises UserError for a leap that the solver has no closed form for.
     """
-    over, leaps, steps = passed_over(path), _leaps(solver, path), []
+    over, leaping, steps = passed_over(path), leaps(solver, path), []
     for i, (jump, move) in enumerate(zip(path, moves, strict=True)):
-        leap = leaps.get(i)
+        leap = leaping.get(i)
         back: Step | None = leap[1] if leap else move
         if i in over:  # the leap's own start carries the state
             back = Step(1.0, leap[1].b) if leap and jump.grad is not Grad.NONE else None
@@ -44,8 +44,11 @@ def taken(solver: Solver, path: Path, moves: Sequence[Step]) -> list[Taken]:
     return steps
 
 
-def _leaps(solver: Solver, path: Path) -> dict[int, tuple[float, Step]]:
-    """Of every call that a leap reads, by its place in the path: the level it lands on, and what the call counts in it."""
+def leaps(solver: Solver, path: Path) -> dict[int, tuple[float, Step]]:
+    """Of every call that a leap reads, by its place in the path: the level it lands on, and what the call counts in it.
+
+    Raises UserError for a leap that the solver has no closed form for.
+    """
     found: dict[int, tuple[float, Step]] = {}
     places = {jump.start: i for i, jump in enumerate(path) if not jump.up}
     for jump in path:

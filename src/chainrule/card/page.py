@@ -93,7 +93,8 @@ def measurements(material: Material) -> str:
         rows = [[name, *(measured(*values[c]) if c in values else "" for c in columns)] for name, values in material.measures]
         if material.gains:
             rows += [["gain", *(measured(*material.gains[c], signed=True) if c in material.gains else "" for c in columns)]]
-        said = f"Means over {len(material.prompts)} prompts with 95% intervals; gains are paired by prompt.\n\n"
+        how = f" Images were made with {public(material.how)}." if material.how else ""
+        said = f"Means over {len(material.prompts)} prompts with 95% intervals; gains are paired by prompt.{how}\n\n"
         said += markdown(["model", *columns], rows)
     elif ends := edges(series(material.rows, "reward")):
         first, last, count = ends

@@ -64,6 +64,8 @@ def plan(
                 f"{times:.2f}x the time of sampling, memory of {counted(cost.graphs, 'call graph')}"
             )
     typer.echo("- constant call   = its weights   ~ its input   # both   > another member's call   ^ noised again   [ branches | ]")
+    if any(mark in str(drawn) for drawn, _ in plans for mark in "+."):
+        typer.echo("+ its weights, and a share of its input   . passed over by a leap")
     if card:
         forecast(config, made, card)
 

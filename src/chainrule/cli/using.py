@@ -50,6 +50,7 @@ def evaluate(
     images that have no scores there.
     """
     from chainrule.adapters.files import adapter_files
+    from chainrule.evaluate import columns_of
     from chainrule.prompts import groups as prompt_groups
     from chainrule.prompts import prompts as read_prompts
 
@@ -72,7 +73,7 @@ def evaluate(
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
     if groups:
         typer.echo(f"\nby {group}\n{table.grouped(groups)}")
-    typer.echo(_told_apart(first, [scorer.name for scorer in scorers], {} if reward else _weights(runs[0])))
+    typer.echo(_told_apart(first, list(columns_of(scorers, seeds)), {} if reward else _weights(runs[0])))
     typer.echo(f"the table: {table.save(place / 'evaluation.json', groups, scores.made)}; every image: {place / 'scores.csv'}")
     if [place] == runs:
         _carded(Run(place))
@@ -164,7 +165,7 @@ def _told_apart(config: AnyConfig, columns: list[str], weights: dict[str, float]
 
     terms = _trained_on(config)
     trained, other = ([name for name in columns if (name in terms) is wanted] for wanted in (True, False))
-    said = f"trained on: {', '.join(trained) or 'none of these'}; not trained on: {', '.join([*other, 'diversity'])}"
+    said = f"trained on: {', '.join(trained) or 'none of these'}; not trained on: {', '.join(other) or 'none of these'}"
     return f"{said}\n{columns[0]} is measured as it was balanced: {in_words(weights)}" if weights else said
 
 

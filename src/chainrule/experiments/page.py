@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from chainrule.errors import Note
 from chainrule.estimate import Estimate
 from chainrule.experiments.table import Column, Table
 from chainrule.experiments.unit import RESULT, Unit, units, versions
@@ -63,13 +66,18 @@ def numbers(unit: Unit, root: Path) -> dict[str, float]:
     rows = json.loads((unit.folder(root) / RESULT).read_text(encoding="utf-8"))["rows"]
     found = {key: float(value) for key, value in unit.config.get("settings", {}).items() if type(value) in (int, float)}
     found |= unit.recorded
-    found |= {name: float(value["mean"]) for name, value in rows[-1]["metrics"].items()}
+    found |= {name: _number(value["mean"]) for name, value in rows[-1]["metrics"].items()}
     if rows[0]["name"] == "before":
         for name, value in rows[0]["metrics"].items():
-            found[f"{name} before"] = float(value["mean"])
-            if value["mean"]:
-                found[f"{name} ratio"] = found[name] / float(value["mean"])
+            found[f"{name} before"] = before = _number(value["mean"])
+            if before:
+                found[f"{name} ratio"] = found[name] / before
     return found
+
+
+def _number(written: float | None) -> float:
+    """A number out of a file, which has null where there was none."""
+    return math.nan if written is None else float(written)
 
 
 def page(tables: Sequence[Table], root: Path, place: Path | str) -> str:
@@ -104,6 +112,10 @@ def section(results: Results, level: str = "##") -> str:
         rows.append((_order(results, label), [_named(results, label), *_cells(results, label), *theirs]))
     if table.sort:
         rows.sort(key=lambda pair: pair[0])
+    known = {name for row in results.numbers.values() for found in row.values() for name in found}
+    if known and (blank := [column.of for column in table.columns if column.of not in known]):
+        said = f"no run of {table.name} has the numbers {', '.join(blank)}; there are {', '.join(sorted(known))}"
+        warnings.warn(Note(said), stacklevel=2)
     parts = [
         f"{level} {table.title}",
         table.about.strip(),
@@ -187,6 +199,8 @@ def _order(results: Results, label: str) -> float:
     if not values:
         return float("inf")
     mean = statistics.fmean(values.values())
+    if math.isnan(mean):
+        return float("inf")
     return mean if column and column.better == "down" else -mean
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from chainrule.errors import UserError, unknown
 from chainrule.experiments.table import Row, Table, Values
+from chainrule.files import digest
 from chainrule.methods import read as read_method
 from chainrule.methods import spelled
 from chainrule.prompts import prompts as read_prompts
@@ -119,6 +120,9 @@ def _unit(table: Table, label: str, row: Row, task: str, seed: int | None) -> Un
     measure = table.measure | row.measure
     files = _files([given, measure], table.place)
     given, measure = _replaced(given, files), _replaced(measure, files)
+    folders = {given[key]: table.place / Path(given[key]).expanduser() for key in ("adapter", "student") if given.get(key)}
+    folders = {name: place.resolve() for name, place in folders.items() if place.is_dir()}
+    given |= {key: str(folders[given[key]]) for key in ("adapter", "student") if given.get(key) in folders}
     if task in ("finetune", "evaluate"):
         config, settings, measure = _trained(task, given, measure, seed)
     elif task == "steer":
@@ -127,8 +131,11 @@ def _unit(table: Table, label: str, row: Row, task: str, seed: int | None) -> Un
         config, settings = _costed(given)
     # A key must not depend on where a file lies, but on what it holds.
     config = _replaced(config, {whole: name for name, whole in files.items()})
-    if files:
-        config |= {"files": {name: hashlib.sha256(Path(whole).read_bytes()).hexdigest() for name, whole in files.items()}}
+    config |= {key: name for name, place in folders.items() for key in ("adapter", "student") if config.get(key) == str(place)}
+    held = {name: hashlib.sha256(Path(whole).read_bytes()).hexdigest() for name, whole in files.items()}
+    held |= {name: digest(_weights(place)) for name, place in folders.items()}
+    if held:
+        config |= {"files": held}
     return Unit(table.name, label, task, seed, config, settings, measure, row.recorded)
 
 
@@ -156,6 +163,8 @@ def _trained(task: str, given: Values, measure: Values, seed: int | None) -> tup
         if key not in MEASURED:
             raise unknown("key of measure", key, MEASURED)
     measured = MEASURED | measure
+    if isinstance(measured["rewards"], str):
+        measured["rewards"] = [measured["rewards"]]
     if not measured["rewards"]:
         raise UserError("measure says no rewards; add them, as in measure: {rewards: [pickscore:tiny]}")
     for key in ("sample_steps", "guidance"):
@@ -214,6 +223,12 @@ def _files(values: Any, place: Path) -> dict[str, str]:
         return {name: str(file) for name, file in found.items() if file.is_file()}
     inside = values.values() if isinstance(values, Mapping) else values if isinstance(values, list | tuple) else ()
     return {name: whole for value in inside for name, whole in _files(value, place).items()}
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of an adapter folder, or of a run's, that decide what it answers."""
+    inside = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    return sorted(file for file in inside.rglob("*") if file.suffix in (".safetensors", ".json"))
 
 
 def _replaced(values: Any, names: Mapping[str, str]) -> Any:

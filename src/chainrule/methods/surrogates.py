@@ -20,7 +20,7 @@ def drawn_late(count: int, samples: int, late: float, rng: Random) -> list[int]:
         return sorted(rng.sample(range(count), samples))
     left, found = list(range(count)), []
     for _ in range(samples):
-        found.append(rng.choices(left, [(i + 1) ** late for i in left])[0])
+        found.append(rng.choices(left, [((i + 1) / (max(left) + 1)) ** late for i in left])[0])
         left.remove(found[-1])
     return sorted(found)
 
@@ -188,8 +188,8 @@ class FlowBPLagrange:
         within("samples", self.samples, 1, self.order)
         within("gain", self.gain, 0)
         check_leaps(self.share, self.deviation)
-        if len(self.concentration) != 3 or not all(alpha > 0 for alpha in self.concentration):
-            raise UserError(f"concentration is {self.concentration}, but must be three numbers above 0")
+        if len(self.concentration) != 3 or not all(alpha >= 0.01 for alpha in self.concentration):
+            raise UserError(f"concentration is {self.concentration}, but must be three numbers of at least 0.01")
 
     def needs(self, grid: Grid) -> Needs:
         """Say which members, adapters and estimator it needs on this grid."""

@@ -40,6 +40,7 @@ class Material:
     watched: Watched | None = None  # the same prompts and seeds at every grid
     unseen: Watched | None = None  # prompts that it was not trained on, before and after
     snippets: Sequence[tuple[str, str]] = ()  # what is said above each, and the code
+    how: str = ""  # how the last row's images were made, where the evaluation says it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ def gather(run: Run) -> Material:
         guidance=before,
         watched=watched,
         unseen=unseen,
+        how=_how(evaluation.get("made")),
         snippets=snippets(run.adapter / "README.md", f"{address(run.folder)}/adapter"),
     )
 
@@ -226,6 +228,16 @@ def _evaluation(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} should hold an object with rows, not {type(found).__name__}")
     return found
+
+
+def _how(made: Any) -> str:
+    """Steps, guidance and the adapter's scale of an evaluation's last row."""
+    facts = [*made.values()][-1] if isinstance(made, Mapping) and made else None
+    if not isinstance(facts, Mapping):
+        return ""
+    scales = [one.get("scale") for one in facts.get("adapters") or () if isinstance(one, Mapping)]
+    told = {"steps": facts.get("steps"), "guidance": facts.get("guidance"), "scale": scales[-1] if scales else None}
+    return ", ".join(f"{name} {phrase(value)}" for name, value in told.items() if value is not None)
 
 
 def _bars(values: Any) -> dict[str, Bar]:
