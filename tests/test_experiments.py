@@ -219,6 +219,13 @@ def test_steering_that_is_interrupted_is_not_done(table, tmp_path, monkeypatch):
     assert outcome.interrupted and not units(mine)[0].done(tmp_path)
 
 
+def test_a_measured_reward_that_is_not_there_is_told_before_anything_is_trained(table, tmp_path):
+    mine = table(**{"rewards: [symmetry]": "rewards: hpsv2:tny"})
+    outcome = runner.run([mine], tmp_path / "root")
+    assert outcome.made == [] and all("tny" in reason for reason in outcome.failed.values()) and len(outcome.failed) == 2
+    assert not list((tmp_path / "root").glob("*/metrics.jsonl"))
+
+
 def test_a_row_that_fails_is_reported_and_the_others_go_on(table, tmp_path, monkeypatch):
     def work(unit, root):
         if unit.label == "base":

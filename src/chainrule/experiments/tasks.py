@@ -71,6 +71,8 @@ def _model(settings: Values) -> tuple[Model, str | None]:
 def _train(unit: Unit, folder: Path) -> Table | None:
     own = unit.settings
     model, source = _model(own)
+    for name in unit.measure["rewards"]:  # one that is not there is told before anything is trained
+        measures.scored(name, source)
     method = read_method(own["method"])
     settings = Finetuning(**{"sample_every": 0, "save_every": SAVE_EVERY, **own["settings"]})
     if "student" in needs(method, model.grid(settings.sample_steps)).members:
