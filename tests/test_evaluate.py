@@ -189,3 +189,14 @@ def test_bad_input_is_one_line(models, change, message):
     with pytest.raises(cr.UserError, match=message) as caught:
         evaluate(given.pop("models"), given.pop("prompts"), given.pop("rewards"), **given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [(["base"], "models is list"), ({"a": "runs/a"}, "the model 'a' is 'runs/a', which makes no images"), ("x", "models is str")],
+)
+def test_models_that_are_none_are_one_line(models: object, said: str) -> None:
+    with pytest.raises(cr.UserError, match=said):
+        cr.evaluate(models, ["a fox"], "symmetry", seeds=[0])
+    with pytest.raises(cr.UserError, match="and a batch of one"):
+        cr.evaluate({}, ["a fox"], "symmetry", batch=0)

@@ -185,7 +185,7 @@ def evaluate(
     per image.
     """
     prompts, seeds, chosen = read_prompts(prompts), numbers(seeds), as_rewards(rewards)
-    models = {models.name: models} if isinstance(models, Model) else models
+    models = _by_name(models)
     columns = columns_of(chosen, len(seeds))
     if not models or not seeds or not chosen or batch < 1:
         raise UserError("evaluate needs at least one model, one seed, one reward, and a batch of one")
@@ -210,6 +210,16 @@ def evaluate(
     if scores:
         processes.main_does(lambda: scores.finish(every, seeds))
     return Table.of(prompts, per_prompt, every)
+
+
+def _by_name(models: object) -> Mapping[str, Renderer]:
+    """The models by the names of their rows. Raises UserError for anything but a model, or things that make images by name."""
+    found = {models.name: models} if isinstance(models, Model) else models
+    if not isinstance(found, Mapping):
+        raise UserError(f"models is {type(found).__name__}; give a model, or several by name, as {{'base': model, 'mine': other}}")
+    if bad := next((name for name, maker in found.items() if not hasattr(maker, "render")), None):
+        raise UserError(f"the model {bad!r} is {found[bad]!r}, which makes no images; give model.using(a run or adapter)")
+    return found
 
 
 def _rendered(
