@@ -219,6 +219,20 @@ def test_steering_that_is_interrupted_is_not_done(table, tmp_path, monkeypatch):
     assert outcome.interrupted and not units(mine)[0].done(tmp_path)
 
 
+def test_a_reward_of_ones_own_has_a_column_by_the_name_that_the_table_says(tmp_path):
+    (tmp_path / "own.py").write_text("def dark(images, prompts):\n    return 1 - images.mean((1, 2, 3))\n")
+    text = TRAINED.replace("rewards: [symmetry]", 'rewards: ["own.py:dark", symmetry]').replace(
+        "of: symmetry,", 'of: "own.py:dark",'
+    )
+    (tmp_path / "mine.yaml").write_text(text)
+    mine = read(tmp_path / "mine.yaml")
+    runner.run([mine], tmp_path / "root")
+    unit = only(units(mine), "base")
+    found = json.loads((unit.folder(tmp_path / "root") / "evaluation.json").read_text())["rows"][-1]["metrics"]
+    assert set(found) == {"own.py:dark", "symmetry", "diversity"}
+    assert f"| base | {found['own.py:dark']['mean']:.6f} |" in page.page([mine], tmp_path / "root", "mine.md")
+
+
 def test_a_measured_reward_that_is_not_there_is_told_before_anything_is_trained(table, tmp_path):
     mine = table(**{"rewards: [symmetry]": "rewards: hpsv2:tny"})
     outcome = runner.run([mine], tmp_path / "root")

@@ -32,7 +32,7 @@ from chainrule.models import BUNDLED, Model, load
 from chainrule.objective import Objective
 from chainrule.plan import walk
 from chainrule.prompts import prompts as read_prompts
-from chainrule.rewards import Reward, Symmetry, parse
+from chainrule.rewards import Reward, Symmetry, parse, reward_of
 from chainrule.runs import Run
 from chainrule.settings import Finetuning, Steering
 from chainrule.steer import steer
@@ -71,8 +71,7 @@ def _model(settings: Values) -> tuple[Model, str | None]:
 def _train(unit: Unit, folder: Path) -> Table | None:
     own = unit.settings
     model, source = _model(own)
-    for name in unit.measure["rewards"]:  # one that is not there is told before anything is trained
-        measures.scored(name, source)
+    _measured(unit, source)  # one that is not there is told before anything is trained
     method = read_method(own["method"])
     settings = Finetuning(**{"sample_every": 0, "save_every": SAVE_EVERY, **own["settings"]})
     if "student" in needs(method, model.grid(settings.sample_steps)).members:
@@ -104,9 +103,15 @@ def _evaluate(unit: Unit, folder: Path) -> Table:
     return _evaluated(unit, model, source)
 
 
+def _measured(unit: Unit, source: str | None) -> list[Reward]:
+    """The measured rewards. One that names a file is called as the table says it, wherever the table lies."""
+    found = [measures.scored(name, source) for name in unit.measure["rewards"]]
+    pairs = zip(found, unit.measure["rewards"], unit.config["measure"]["rewards"], strict=True)
+    return [reward if name == written else reward_of(reward.__call__, written) for reward, name, written in pairs]
+
+
 def _evaluated(unit: Unit, model: Model, source: str | None) -> Table:
-    how = unit.measure
-    rewards, made = [measures.scored(name, source) for name in how["rewards"]], cast(Renderer, model)
+    how, rewards, made = unit.measure, _measured(unit, source), cast(Renderer, model)
     if how["template"]:
         made = Templated(model, how["template"])
     if how["best_of"]:
