@@ -79,6 +79,7 @@ def test_one_picture_however_it_comes(tmp_path: Path) -> None:
         Image.fromarray((gray / 255 * scale).astype(np.float32)).save(tmp_path / f"float{scale}.tif")
     given = [
         Image.fromarray(gray), turned, gray, color, gray[..., None], color / 255, np.float32(gray / 255),
+        torch.from_numpy(color / 255).movedim(-1, 0),
         tmp_path / "float1.tif", tmp_path / "float255.tif",
     ]  # fmt: skip
     for picture in given:
@@ -115,3 +116,14 @@ def test_bad_pictures_and_rewards_are_one_line(tmp_path: Path, monkeypatch: pyte
         cr.steer(model, ["a"], lambda images, prompts: images.detach().mean((1, 2, 3)), steps=STEPS, updates=1)
     with pytest.raises(cr.UserError, match="returned"):
         cr.steer(model, ["a"], lambda images, prompts: images.mean((1, 2, 3)) * float("nan"), steps=STEPS, updates=1)
+
+
+def test_images_that_a_model_made_may_be_steered(tmp_path: Path) -> None:
+    """A tensor of them, or one of them, gives what its arrays give."""
+    model = cr.load(make_pipeline(dtype=torch.float32))
+    made = model.render(["a fox", "a cat"], [0, 1], 2)
+    arrays = [image.movedim(0, -1).numpy() for image in made]
+    small = {"updates": 1, "sample_steps": 5}
+    ours, theirs = (cr.steer(model, ["a fox", "a cat"], "symmetry", images=given, **small) for given in (made, arrays))
+    assert ours.rewards == theirs.rewards and ours.rewards_before == theirs.rewards_before
+    assert cr.steer(model, "a fox", "symmetry", images=made[0], **small).rewards_before == pytest.approx(ours.rewards_before[:1])

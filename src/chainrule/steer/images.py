@@ -16,7 +16,7 @@ from chainrule.errors import UserError
 from chainrule.plan import Grid, walk
 from chainrule.size import Size
 
-Picture: TypeAlias = str | Path | Image.Image | np.ndarray
+Picture: TypeAlias = str | Path | Image.Image | np.ndarray | Tensor
 LARGEST = 100_000_000  # pixels; a picture above this is refused
 
 
@@ -43,8 +43,11 @@ def read_image(source: Picture, size: Size) -> Tensor:
 
     It is turned as its EXIF says, put on white where it is transparent, cropped around its middle to the aspect ratio of
     `size`, (height, width), and resized. An array is (height, width) or (height, width, 1, 3 or 4), of bytes or of floats in
-    [0, 1]. Raises UserError for a file that cannot be read, and an array of another form.
+    [0, 1]; a tensor is (3, height, width), as models make them. Raises UserError for a file that cannot be read, and an array of
+    another form.
     """
+    if isinstance(source, Tensor):
+        source = source.detach().float().cpu().movedim(0, -1).numpy()
     if isinstance(source, np.ndarray):
         source = _of_array(source)
     elif not isinstance(source, Image.Image):

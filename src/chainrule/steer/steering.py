@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from chainrule.adapters import whole
 from chainrule.asked import numbers, texts
@@ -110,7 +111,7 @@ class Images:
     ) -> Images:  # fmt: skip
         """From what a user gives. Raises UserError where the numbers of them do not fit."""
         wanted = texts(prompts)
-        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
             images = [images]
         sources = None if images is None else list(images)
         if sources and len(wanted) == 1:
