@@ -119,6 +119,8 @@ BAD = {
     "sample tiny-emoji --prompts fox --seeds 99999999999999999999": "seeds is 99999999999999999999, but must be at most",
     "sample tiny-emoji --prompts fox --first-seed 18446744073709551616": "a seed is 18446744073709551616",
     "sample tiny-emoji --prompts fox --scale nan": "scale is nan, but must be a finite number",
+    "sample tiny-emoji --prompts fox --scale 0.3": "--scale and --adapter-steps are of an adapter, and there is none",
+    "sample tiny-emoji --prompts fox --adapter-steps 0 2": "--scale and --adapter-steps are of an adapter, and there is none",
     TRAIN + "--rank 1000000": "rank is 1000000, but must be at most 4096",
     TRAIN + "--updates 99999999999999999999": "updates is 99999999999999999999, but must be at most",
     TRAIN + "--seed 18446744073709551616": "seed is 18446744073709551616, but must be at most",

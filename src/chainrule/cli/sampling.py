@@ -22,7 +22,7 @@ from chainrule.cli.arguments import (
     prompts_of,
     scale_of,
 )
-from chainrule.cli.opened import adapter_facts, check_adapters, source_of
+from chainrule.cli.opened import Source, adapter_facts, check_adapters, source_of
 from chainrule.cli.options import with_options
 from chainrule.errors import UserError
 from chainrule.files import make_folder
@@ -75,8 +75,7 @@ def sample(
     base = source_of(source, opening, sampling, allow_code=allow_code)
     chosen = [rewards.parse(name, base.reward_source) for name in reward or []]
     check_once([each.name for each in chosen])
-    places = [place for place in (base.run, adapter) if place]
-    check_adapters(places, base.model, opening.solver, base.adapters)
+    places = _adapters(base, adapter, opening, asked=strength != 1 or bool(adapter_steps))
     # A run is sampled as it was trained, unless asked otherwise or with a few-step adapter, which says itself how.
     how = sampling if adapter and few_steps(adapter) else base.sampling
     steps, guidance = how.sample_steps, how.guidance
@@ -89,6 +88,15 @@ def sample(
     for place in sorted(places, key=lambda place: not few_steps(place)):  # whose steps are counted
         model = model.using(place, scale=strength, adapter_steps=adapter_steps, steps=steps)
     _fill(album, model, common, chosen, steps, guidance, best_of, overwrite)
+
+
+def _adapters(base: Source, adapter: str | None, opening: Opening, *, asked: bool) -> list[str]:
+    """The run that was named and the adapter on top. Raises UserError for none where something was `asked` of one."""
+    places = [place for place in (base.run, adapter) if place]
+    if asked and not places:
+        raise UserError("--scale and --adapter-steps are of an adapter, and there is none; name a run, or pass --adapter")
+    check_adapters(places, base.model, opening.solver, base.adapters)
+    return places
 
 
 def _fill(
