@@ -113,7 +113,7 @@ def section(results: Results, level: str = "##") -> str:
     if table.sort:
         rows.sort(key=lambda pair: pair[0])
     known = {name for row in results.numbers.values() for found in row.values() for name in found}
-    if known and (blank := [column.of for column in table.columns if column.of not in known]):
+    if results.done == results.total and (blank := [column.of for column in table.columns if column.of not in known]):
         said = f"no run of {table.name} has the numbers {', '.join(blank)}; there are {', '.join(sorted(known))}"
         warnings.warn(Note(said), stacklevel=2)
     parts = [
