@@ -218,3 +218,9 @@ def test_an_evaluation_measures_what_was_raised(tmp_path: Path, chainrule: Calla
         by_hand = sum(weights[name] * own["metrics"][name]["mean"] for name in weights)
         assert row["metrics"][reward]["mean"] == pytest.approx(by_hand, rel=1e-4)
     assert weights["rotation"] != 3
+    # asked for by name, it is the sum as it is written, and not the scores that are there
+    assert not chainrule("eval", tmp_path / "run", *common, "--reward", reward).code
+    asked = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    for row, own in zip(asked, terms, strict=True):
+        plain = own["metrics"]["symmetry"]["mean"] + 3 * own["metrics"]["rotation"]["mean"]
+        assert row["metrics"][reward]["mean"] == pytest.approx(plain, rel=1e-4)

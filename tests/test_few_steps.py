@@ -69,6 +69,9 @@ def test_it_is_trained_through_its_own_chain(base: cr.Model, tmp_path: Path) -> 
     with pytest.warns(Note, match="was trained on top of tiny-emoji-4, which is not on the model here"):
         check_adapters([str(tmp_path / "run")], "tiny-emoji", None)
     check_adapters([NAME, str(tmp_path / "run")], "tiny-emoji", None)
+    (tmp_path / "run" / "config.yaml").write_text("job: extension\n")  # of another trainer
+    check_adapters([str(tmp_path / "run")], "tiny-emoji", None)
+    (tmp_path / "run" / "config.yaml").write_text(config)
     assert NAME in config and "euler" in config
     tuned = base.using(NAME).using(run.folder)
     assert tuned.grid() == student.grid()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,9 @@ def check_adapters(places: Sequence[str], model: str, solver: str | None, on: Se
 
     for place in places:
         check_adapter(place, model, solver)
-        beneath = getattr(Run(Path(place)).config, "adapter", ()) if is_run(place) else ()
+        beneath: Sequence[str] = ()
+        with suppress(UserError):  # a config.yaml that another trainer left beside its adapter
+            beneath = getattr(Run(Path(place)).config, "adapter", ()) if is_run(place) else ()
         if missing := [name for name in beneath if name not in (*places, *on)]:
             warnings.warn(Note(f"{place} was trained on top of {', '.join(missing)}, which is not on the model here"), stacklevel=2)
 

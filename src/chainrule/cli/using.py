@@ -59,7 +59,7 @@ def evaluate(
     shown, first = read_prompts(prompts), _of_one_model(runs)
     groups = prompt_groups(prompts, group) if group else []
     source = source_of(runs[0], opening, sampling, allow_code=allow_code)
-    scorers = _scorers(reward or [], runs[0], first, source, allow_code)
+    scorers, weights = _scorers(reward or [], runs[0], first, source, allow_code)
     for folder in runs:
         adapter_files(folder)
     place = out or (runs[0] if len(runs) == 1 else Path("evaluation"))
@@ -67,13 +67,13 @@ def evaluate(
     labels = dict(zip(_labels(runs), runs, strict=True))
     base = source.load()
     models = _compared(base, labels, strength, scorers[0], best_of)
-    scores = Scores(place, _made(models, source, labels, strength))
+    scores = Scores(place, _made(models, source, labels, strength, weights))
     if (table := _measured(base, models, shown, seeds, scorers, source, scores)) is None:
         return
     typer.echo(f"{len(shown)} prompts x {seeds} seeds; mean ± 95% interval over prompts\n{table}")
     if groups:
         typer.echo(f"\nby {group}\n{table.grouped(groups)}")
-    typer.echo(_told_apart(first, list(columns_of(scorers, seeds)), {} if reward else _weights(runs[0])))
+    typer.echo(_told_apart(first, list(columns_of(scorers, seeds)), weights))
     typer.echo(f"the table: {table.save(place / 'evaluation.json', groups, scores.made)}; every image: {place / 'scores.csv'}")
     if [place] == runs:
         _carded(Run(place))
@@ -112,8 +112,10 @@ def _measured(
     return table if processes.main else None
 
 
-def _made(models: dict[str, Model | BestOf], source: Source, runs: dict[str, Path], scale: Scale) -> dict[str, dict[str, Any]]:
-    """How the images of each row are made."""
+def _made(
+    models: dict[str, Model | BestOf], source: Source, runs: dict[str, Path], scale: Scale, weights: dict[str, float]
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """How the images of each row are made, and by which weights of its rewards, if a run found some, they are measured."""
     from chainrule.baselines import BestOf
     from chainrule.sampling import facts_of_model
 
@@ -126,22 +128,26 @@ def _made(models: dict[str, Model | BestOf], source: Source, runs: dict[str, Pat
         found[name] = {**facts, "model": source.model, "adapters": adapters}
         if isinstance(model, BestOf):
             found[name] |= {"best_of": model.n, "chosen by": model.reward.name}
+        found[name] |= {"weights": weights} if weights else {}
     return found
 
 
-def _scorers(given: list[str], run: Path, config: AnyConfig, source: Source, allow_code: bool) -> list[Reward]:
-    """The rewards that are measured: those given, else the run's own."""
+def _scorers(
+    given: list[str], run: Path, config: AnyConfig, source: Source, allow_code: bool
+) -> tuple[list[Reward], dict[str, float]]:  # fmt: skip
+    """The rewards that are measured, those given, else the run's own, and the weights that the run found for its own."""
     from chainrule import rewards
     from chainrule.balance import reweighted
 
     if not given:
         refuse_code({"reward": config.rewards}, run, allow_code)
     found = [rewards.parse(name, source.reward_source) for name in given or config.rewards]
-    if not given and (weights := _weights(run)):
+    weights = {} if given else _weights(run)
+    if weights:
         found[0] = reweighted(found[0], weights)
     if not found:
         raise UserError(f"{run} does not say its reward; pass --reward")
-    return found
+    return found, weights
 
 
 def _weights(run: Path) -> dict[str, float]:
